@@ -1,0 +1,23 @@
+//! The nouns of Vistara: ids, quantities, what a user asks for, and the states a machine passes through.
+//!
+//! Pure data with validation at construction. Nothing here reads a clock, a file or a socket, and nothing here decides:
+//! decisions live in `vistara-control`.
+
+mod exit;
+mod host;
+mod ids;
+mod image;
+mod machine;
+mod quantity;
+mod spec;
+
+pub use exit::{EndReason, ExitStatus};
+pub use host::{Accelerator, HostFacts, KvmVerdict, Need, NeedState, VmmKind};
+pub use ids::{Digest, Generation, IdError, MachineId, MachineName};
+pub use image::{Architecture, ImageConfig, ImageRef, ImageRefError};
+pub use machine::MachineState;
+pub use quantity::{Bytes, Cpus, QuantityError};
+pub use spec::{
+    Backend, EnvVar, Hypervisor, MachineSpec, Network, Payload, PortMapping, Protocol, SpecError,
+    TtySize, VolumeMount,
+};

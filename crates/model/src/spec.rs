@@ -1,0 +1,313 @@
+//! What a user asks for: one machine that runs one program.
+
+use crate::{Accelerator, Bytes, Cpus, ImageRef, MachineName, VmmKind};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Why a part of a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// Not `[ADDRESS:]HOSTPORT:GUESTPORT[/tcp|udp]`.
+    #[error(
+        "{0:?} is not a port mapping: write HOST:GUEST, ADDRESS:HOST:GUEST or HOST:GUEST/udp, ports 1 to 65535 (HOST may be 0 for any)"
+    )]
+    Port(String),
+    /// Not `HOSTDIR:GUESTDIR[:ro]`.
+    #[error(
+        "{0:?} is not a volume: write HOSTDIR:GUESTDIR or HOSTDIR:GUESTDIR:ro, both beginning with /"
+    )]
+    Volume(String),
+    /// Not `NAME=value`.
+    #[error("{0:?} is not an environment variable: write NAME=value, without NUL")]
+    Env(String),
+    /// Not a hypervisor.
+    #[error("{0:?} is not a hypervisor: write auto, firecracker, nanovms or qemu")]
+    Hypervisor(String),
+}
+
+/// The hypervisor as users name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hypervisor {
+    /// The system chooses.
+    #[default]
+    Auto,
+    /// A Firecracker microVM with Linux inside.
+    Firecracker,
+    /// A NanoVMs (Nanos) unikernel.
+    Nanovms,
+    /// A QEMU microVM with Linux inside.
+    Qemu,
+}
+
+impl fmt::Display for Hypervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Hypervisor::Auto => "auto",
+            Hypervisor::Firecracker => "firecracker",
+            Hypervisor::Nanovms => "nanovms",
+            Hypervisor::Qemu => "qemu",
+        })
+    }
+}
+
+impl FromStr for Hypervisor {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        match text {
+            "auto" => Ok(Hypervisor::Auto),
+            "firecracker" => Ok(Hypervisor::Firecracker),
+            "nanovms" => Ok(Hypervisor::Nanovms),
+            "qemu" => Ok(Hypervisor::Qemu),
+            other => Err(SpecError::Hypervisor(other.to_owned())),
+        }
+    }
+}
+
+/// What is booted in a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Payload {
+    /// A Linux kernel with our agent as PID 1.
+    Linux,
+    /// A Nanos unikernel.
+    Nanos,
+}
+
+impl fmt::Display for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Payload::Linux => "linux",
+            Payload::Nanos => "nanos",
+        })
+    }
+}
+
+/// Transport protocol of a published port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// One published port: connections to the host's port reach the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// Address on the host; loopback unless the user says otherwise.
+    pub host_address: std::net::Ipv4Addr,
+    /// Port on the host; 0 asks for any free one.
+    pub host_port: u16,
+    /// Port in the guest.
+    pub guest_port: u16,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for PortMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
+        write!(
+            f,
+            "{}:{}->{}/{protocol}",
+            self.host_address, self.host_port, self.guest_port
+        )
+    }
+}
+
+impl FromStr for PortMapping {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let error = || SpecError::Port(text.to_owned());
+        let (rest, protocol) = match text.rsplit_once('/') {
+            Some((rest, "tcp")) => (rest, Protocol::Tcp),
+            Some((rest, "udp")) => (rest, Protocol::Udp),
+            Some(_) => return Err(error()),
+            None => (text, Protocol::Tcp),
+        };
+        let parts: Vec<&str> = rest.split(':').collect();
+        let (address, host, guest) = match parts[..] {
+            [host, guest] => ("127.0.0.1", host, guest),
+            [address, host, guest] => (address, host, guest),
+            _ => return Err(error()),
+        };
+        let guest_port: u16 = guest.parse().map_err(|_| error())?;
+        if guest_port == 0 {
+            return Err(error());
+        }
+        Ok(PortMapping {
+            host_address: address.parse().map_err(|_| error())?,
+            host_port: host.parse().map_err(|_| error())?,
+            guest_port,
+            protocol,
+        })
+    }
+}
+
+/// A host directory seen in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Absolute path on the host.
+    pub host_path: String,
+    /// Absolute path in the guest.
+    pub guest_path: String,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+}
+
+impl FromStr for VolumeMount {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let error = || SpecError::Volume(text.to_owned());
+        let parts: Vec<&str> = text.split(':').collect();
+        let (host, guest, read_only) = match parts[..] {
+            [host, guest] | [host, guest, "rw"] => (host, guest, false),
+            [host, guest, "ro"] => (host, guest, true),
+            _ => return Err(error()),
+        };
+        if !host.starts_with('/') || !guest.starts_with('/') || guest == "/" || text.contains('\0')
+        {
+            return Err(error());
+        }
+        Ok(VolumeMount {
+            host_path: host.to_owned(),
+            guest_path: guest.to_owned(),
+            read_only,
+        })
+    }
+}
+
+/// One environment variable, `NAME=value`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct EnvVar {
+    /// Its name: not empty, without `=`.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+}
+
+impl FromStr for EnvVar {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        match text.split_once('=') {
+            Some((name, value)) if !name.is_empty() && !text.contains('\0') => Ok(EnvVar {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            }),
+            _ => Err(SpecError::Env(text.to_owned())),
+        }
+    }
+}
+
+/// How a machine is attached to the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// Outbound through the host, inbound by published ports; no privilege needed.
+    #[default]
+    User,
+    /// Loopback only.
+    None,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TtySize {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+}
+
+/// One machine that runs one program, validated.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// The image, complete.
+    pub image: ImageRef,
+    /// The user's command; empty means the image's own.
+    pub command: Vec<String>,
+    /// Replaces the image's entry point; `Some(empty)` clears it.
+    pub entrypoint: Option<Vec<String>>,
+    /// Its name; made up where absent.
+    pub name: Option<MachineName>,
+    /// Share of CPU.
+    pub cpus: Cpus,
+    /// Guest memory.
+    pub memory: Bytes,
+    /// Size of the writable layer.
+    pub disk: Bytes,
+    /// Added to, or replacing, the image's environment.
+    pub env: Vec<EnvVar>,
+    /// Replaces the image's user.
+    pub user: Option<String>,
+    /// Replaces the image's working directory.
+    pub working_dir: Option<String>,
+    /// Host name in the guest; the short id where absent.
+    pub hostname: Option<String>,
+    /// Whether the root file system is read-only.
+    pub read_only: bool,
+    /// Host directories.
+    pub volumes: Vec<VolumeMount>,
+    /// Published ports.
+    pub ports: Vec<PortMapping>,
+    /// Attachment to the network.
+    pub network: Network,
+    /// Whether the program gets a terminal, and its first size.
+    pub tty: Option<TtySize>,
+    /// Whether standard input is kept open for a client.
+    pub stdin: bool,
+    /// Removed by the node when it ends.
+    pub auto_remove: bool,
+    /// Longest run, after which the machine is stopped.
+    pub timeout: Option<Duration>,
+    /// Which hypervisor the user asked for.
+    pub hypervisor: Hypervisor,
+    /// Replaces the image's stop signal (a number).
+    pub stop_signal: Option<u8>,
+    /// Guest kernel by name; the node's default where absent.
+    pub kernel: Option<String>,
+    /// Free labels.
+    pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// The VMM, payload and accelerator that were chosen for a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// The monitor.
+    pub vmm: VmmKind,
+    /// What it boots.
+    pub payload: Payload,
+    /// How it executes.
+    pub accelerator: Accelerator,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_published_port_is_on_loopback_unless_an_address_is_given() {
+        let port: PortMapping = "8080:80".parse().unwrap();
+        assert_eq!(port.to_string(), "127.0.0.1:8080->80/tcp");
+        let port: PortMapping = "0.0.0.0:5353:53/udp".parse().unwrap();
+        assert_eq!(port.to_string(), "0.0.0.0:5353->53/udp");
+        for bad in ["80", "a:b", "1:0", "70000:1", "1:2/icmp", "1:2:3:4"] {
+            assert!(bad.parse::<PortMapping>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_volume_needs_two_absolute_paths_and_never_covers_the_root() {
+        assert!("/a:/b:ro".parse::<VolumeMount>().unwrap().read_only);
+        for bad in ["a:/b", "/a:b", "/a", "/a:/", "/a:/b:rx", "/a:/b:ro:x"] {
+            assert!(bad.parse::<VolumeMount>().is_err(), "{bad:?}");
+        }
+    }
+}
