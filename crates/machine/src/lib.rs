@@ -1,1 +1,12 @@
-//! (being written)
+//! Virtual machines: the [`Vmm`] contract, the monitors that fulfil it, and the payloads they boot.
+//!
+//! Only this crate names QEMU and Firecracker. It does as it is told: which monitor, payload and accelerator to use is
+//! decided in `vistara-control`, and what runs inside a guest is the agent's business.
+
+pub mod boot;
+mod vmm;
+
+pub use vmm::{
+    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic, Vm,
+    VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+};

@@ -1,0 +1,1 @@
+//! Boot payloads: what a monitor is told to start.

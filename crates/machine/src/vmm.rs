@@ -1,0 +1,290 @@
+//! The contract between a node and a virtual machine monitor.
+//!
+//! A [`Vmm`] starts machines and takes over those that an earlier process started; a [`Vm`] is one of them. The words
+//! here are a machine's, not any monitor's: a backend that lacks something says so in [`Capabilities`], and a plan that
+//! asks for it is refused before anything is started.
+//!
+//! What every backend keeps (the conformance suite checks it):
+//! - `launch` either gives a running [`Vm`] or leaves nothing: no process, socket, cgroup or file but what it found.
+//! - A machine outlives the process that launched it. Its [`VmRecord`] is enough to [`Vmm::adopt`] it later.
+//! - The agent's channel takes one connection at a time. Closing it harms nothing, and it can be opened again.
+//! - `wait` gives the same answer however often and by however many callers it is asked.
+//! - `kill` returns when the machine is gone; on one that is gone already it succeeds.
+//! - Nothing that a guest does makes a method panic, block for ever or use unbounded memory.
+
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, VmmKind};
+
+/// The host's end of the channel to the agent in a guest.
+pub type ChannelStream = tokio::net::UnixStream;
+
+/// What a backend can do, so that a plan is refused early and with a reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Which monitor, for messages and records.
+    pub kind: VmmKind,
+    /// The monitor's version, as it prints it.
+    pub version: String,
+    /// Accelerators with which it really runs guests here.
+    pub accelerators: Vec<Accelerator>,
+    /// Whether host directories can be shared ([`LaunchPlan::shares`]); the reason where not.
+    pub shares: Result<(), String>,
+    /// Whether it can give user-mode networking ([`LaunchPlan::nic`]).
+    pub user_network: bool,
+    /// Whether machines can be paused.
+    pub pause: bool,
+    /// Most virtual CPUs in one machine.
+    pub vcpus_max: u32,
+}
+
+/// How a Linux guest is started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinuxBoot {
+    /// Uncompressed kernel (`vmlinux`).
+    pub kernel: PathBuf,
+    /// Initial RAM file system with the agent in it.
+    pub initramfs: PathBuf,
+    /// Words for the kernel's command line that come from the payload; the backend adds what its own devices need.
+    pub cmdline: String,
+}
+
+/// One disk of a machine, in the order in which the guest sees them (`vda`, `vdb`, …).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// A raw image. The monitor's own user need not be able to open it: the backend opens it and hands it over.
+    pub path: PathBuf,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+}
+
+/// A user-mode network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Ports of the host that lead into the guest. `host_port` is never 0 here: the caller has chosen.
+    pub ports: Vec<PortMapping>,
+    /// Hardware address.
+    pub mac: [u8; 6],
+}
+
+/// A host directory that the guest can mount by its tag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestShare {
+    /// Tag by which the guest mounts it: at most 36 bytes.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// Whether the guest may not write. Enforced on the host's side.
+    pub read_only: bool,
+}
+
+/// Limits and identity of the monitor's process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fence {
+    /// User and group to run as; absent where the node has no right to change them.
+    pub uid_gid: Option<(u32, u32)>,
+    /// Most memory of the monitor with its guest, in bytes.
+    pub memory_max: Bytes,
+    /// Most processes and threads.
+    pub pids_max: u32,
+    /// Share of CPU time in thousandths of one CPU; absent for no quota.
+    pub cpu_millis: Option<u32>,
+}
+
+/// Everything a backend needs to start one machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchPlan {
+    /// Whose machine.
+    pub id: MachineId,
+    /// A directory of this machine's own, owned by the node, for sockets and logs. It exists.
+    pub dir: PathBuf,
+    /// How guest code is executed; one of [`Capabilities::accelerators`].
+    pub accelerator: Accelerator,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory: Bytes,
+    /// What is booted.
+    pub boot: LinuxBoot,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Network interface, where there is to be one.
+    pub nic: Option<Nic>,
+    /// Host directories.
+    pub shares: Vec<GuestShare>,
+    /// Fences.
+    pub fence: Fence,
+}
+
+/// What a later process needs to take a machine over. Written to the machine's directory by the node as it is; the
+/// fields beyond these are the backend's own, under `backend`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Which backend launched it.
+    pub kind: VmmKind,
+    /// The monitor's process id on this host.
+    pub pid: u32,
+    /// The process's start time (field 22 of `/proc/PID/stat`, clock ticks since boot): a reused pid is told by it.
+    pub pid_start_ticks: u64,
+    /// The host's boot id: after a reboot nothing is left to adopt.
+    pub boot_id: String,
+    /// Which fences really hold, in words, for `inspect`.
+    pub fences: Vec<String>,
+    /// The backend's own fields.
+    pub backend: serde_json::Value,
+}
+
+/// What became of a machine that an earlier process started.
+pub enum Adoption {
+    /// It runs, and is ours again.
+    Running(Box<dyn Vm>),
+    /// It is gone; everything it left outside its directory (cgroup, helper processes) has been cleaned up.
+    Gone(VmEnd),
+}
+
+/// How a machine came to an end, as its monitor saw it. What the program in it did is the agent's to tell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum VmEnd {
+    /// The guest switched itself off or rebooted.
+    GuestOff,
+    /// The guest's kernel panicked; its last words from the console.
+    GuestPanic {
+        /// The line that tells of it, with what came after, at most 2,000 characters.
+        message: String,
+    },
+    /// We killed it.
+    Killed,
+    /// The monitor died by itself or by somebody else's hand.
+    Crashed {
+        /// Exit status or signal, and the end of what it printed.
+        message: String,
+    },
+}
+
+/// What a machine uses on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VmUsage {
+    /// Resident memory of the monitor, guest memory included, in bytes.
+    pub resident_bytes: u64,
+    /// CPU time the monitor has used since it started.
+    pub cpu_time: Duration,
+}
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The monitor, or something it needs, is not on this host.
+    #[error("{what} is not installed; {mend}")]
+    Absent {
+        /// What is missing.
+        what: String,
+        /// The command that installs it.
+        mend: String,
+    },
+    /// The plan asks for something this backend cannot do.
+    #[error("{kind} cannot do this: {reason}")]
+    Unsupported {
+        /// Which backend.
+        kind: VmmKind,
+        /// What, and why not.
+        reason: String,
+    },
+    /// A step on the way to a running machine failed. Nothing of it is left.
+    #[error("starting the machine failed at {step}: {message}")]
+    Launch {
+        /// Which step.
+        step: &'static str,
+        /// What happened, with the monitor's own words where it spoke.
+        message: String,
+    },
+    /// A published port is taken.
+    #[error("port {0} of the host is already in use or may not be bound")]
+    PortTaken(PortMapping),
+    /// A request to a running monitor failed. The machine is as it was.
+    #[error("the monitor did not do {operation}: {message}")]
+    Control {
+        /// Which request.
+        operation: &'static str,
+        /// What it said.
+        message: String,
+    },
+    /// The machine has ended.
+    #[error("the machine has ended")]
+    Ended,
+    /// A file or process could not be handled.
+    #[error("{operation} {path:?}")]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A virtual machine monitor on this host.
+#[async_trait::async_trait]
+pub trait Vmm: Send + Sync {
+    /// What it can do here. Cheap: probes have run by the time the backend exists.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Starts a machine. Returns as soon as its monitor runs; the guest may still be booting.
+    ///
+    /// # Errors
+    /// Any [`VmmError`]; nothing is left behind then.
+    async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError>;
+
+    /// Takes over a machine that an earlier process launched in `dir`.
+    ///
+    /// # Errors
+    /// Only where it cannot be told whether the machine runs; the machine is left alone then.
+    async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError>;
+}
+
+/// One running machine.
+#[async_trait::async_trait]
+pub trait Vm: Send + Sync {
+    /// What a later process needs to adopt it.
+    fn record(&self) -> &VmRecord;
+
+    /// Opens the agent's channel. The guest may not have opened its end yet: what is written waits for it.
+    ///
+    /// # Errors
+    /// [`VmmError::Ended`] once the machine is gone.
+    async fn open_channel(&self) -> Result<ChannelStream, VmmError>;
+
+    /// Holds the guest still; on a paused machine it does nothing.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`], [`VmmError::Control`] or [`VmmError::Ended`].
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Lets a paused guest go on; on a running machine it does nothing.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Ends the machine at once and waits until it is gone, its helpers and cgroup with it.
+    ///
+    /// # Errors
+    /// [`VmmError::Io`] where the process cannot be signalled.
+    async fn kill(&self) -> Result<(), VmmError>;
+
+    /// Waits for the machine's end.
+    async fn wait(&self) -> VmEnd;
+
+    /// The end of the guest's console, at most `limit` bytes, whatever it holds; empty once it is lost.
+    async fn console(&self, limit: usize) -> Vec<u8>;
+
+    /// What it uses on the host now; zeros once it is gone.
+    fn usage(&self) -> VmUsage;
+
+    /// A condition of the running machine that its owner should hear of, such as a paused guest because the host's disk
+    /// is full. Empty while all is well.
+    fn trouble(&self) -> Option<String>;
+}
