@@ -1,1 +1,16 @@
 //! Boot payloads: what a monitor is told to start.
+//!
+//! A Linux guest is a kernel of the node's [`KernelStore`], an initramfs with our agent as `/init` and the few modules
+//! that it loads itself, and a command line ([`LinuxPayload`]). Its root is the image's read-only disk, its writes go to
+//! a disk from [`overlay::OverlayTemplates`]. How a monitor is started with these is the backend's business.
+//!
+//! Everything here blocks on files or programs: call it off the runtime's threads.
+
+mod error;
+pub mod overlay;
+mod payload;
+mod store;
+
+pub use error::BootError;
+pub use payload::{LinuxPayload, UpperLayer};
+pub use store::{Kernel, KernelRecord, KernelStore};
