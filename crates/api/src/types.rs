@@ -1,0 +1,498 @@
+//! The bodies of requests and answers. Sizes are bytes, times are RFC 3339 in UTC, durations are milliseconds.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use utoipa::ToSchema;
+
+/// What kind of fault an error is; the CLI's exit code and tone follow from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The request itself is wrong.
+    User,
+    /// The thing named does not exist.
+    NotFound,
+    /// The image named is not on this node (pull it).
+    ImageNotFound,
+    /// The thing is not in a state that allows this.
+    Conflict,
+    /// Something on this host is absent, broken or full.
+    Host,
+    /// A registry or another node misbehaved.
+    Peer,
+    /// The caller may not do this.
+    Denied,
+    /// A program could not be started in the guest.
+    StartFailed,
+    /// A fault of our own.
+    Internal,
+}
+
+/// The body of every answer that is not a success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// What kind of fault.
+    pub kind: ErrorKind,
+    /// What failed and why, one layer after another.
+    pub message: String,
+    /// What to type or do next, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// The exit code a command line should end with, where the fault has one of its own (125, 126, 127).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+}
+
+/// `GET /v1/version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Version {
+    /// The program's version.
+    pub version: String,
+    /// The interface's version.
+    pub api: String,
+    /// Process id of the node.
+    pub pid: u32,
+    /// When the node started.
+    pub started_at: String,
+    /// Where it keeps its state.
+    pub state_dir: String,
+    /// Machines that are not ended.
+    pub machines_active: u64,
+}
+
+/// `POST /v1/machines`: one machine that runs one program. Everything but the image has a default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunRequest {
+    /// Image name, id, or id prefix.
+    pub image: String,
+    /// Replaces the image's command.
+    pub command: Vec<String>,
+    /// Replaces the image's entry point; an empty list clears it.
+    pub entrypoint: Option<Vec<String>>,
+    /// Name of the machine; made up where absent.
+    pub name: Option<String>,
+    /// CPUs, such as `"1.5"`.
+    pub cpus: Option<String>,
+    /// Memory, such as `"512m"`.
+    pub memory: Option<String>,
+    /// Size of the writable layer, such as `"10g"`.
+    pub disk: Option<String>,
+    /// `NAME=value`, added to the image's.
+    pub env: Vec<String>,
+    /// User in the guest.
+    pub user: Option<String>,
+    /// Working directory in the guest.
+    pub working_dir: Option<String>,
+    /// Host name in the guest.
+    pub hostname: Option<String>,
+    /// Root file system read-only.
+    pub read_only: bool,
+    /// `HOSTDIR:GUESTDIR[:ro]`.
+    pub volumes: Vec<String>,
+    /// `[ADDRESS:]HOST:GUEST[/udp]`.
+    pub ports: Vec<String>,
+    /// `user` (default) or `none`.
+    pub network: Option<String>,
+    /// A terminal of this size.
+    pub tty: Option<TerminalSize>,
+    /// Keep standard input open for an attached client.
+    pub stdin: bool,
+    /// Remove the machine when it ends.
+    pub auto_remove: bool,
+    /// Longest run in milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// `auto`, `firecracker`, `nanovms` or `qemu`.
+    pub hypervisor: Option<String>,
+    /// Signal name or number that asks the program to end.
+    pub stop_signal: Option<String>,
+    /// Guest kernel by name.
+    pub kernel: Option<String>,
+    /// Free labels.
+    pub labels: BTreeMap<String, String>,
+    /// Hold the program's output back once this much of it waits for an attached client (see [`crate::stream`]).
+    /// Set by a client that will attach at once and wants every byte.
+    pub attach: bool,
+}
+
+/// A terminal's size in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TerminalSize {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+}
+
+/// What was chosen for a machine, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Choice {
+    /// The hypervisor as users name it: `firecracker`, `nanovms` or `qemu`.
+    pub hypervisor: String,
+    /// The monitor: `qemu`, `firecracker`.
+    pub vmm: String,
+    /// What it boots: `linux`, `nanos`.
+    pub payload: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Each rule that fired, in order, in words.
+    pub reasons: Vec<String>,
+}
+
+/// One step of a start, for `--timings`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Timing {
+    /// What was done: a stable short name.
+    pub step: String,
+    /// When it began, in milliseconds after the request arrived at the node.
+    pub begin_ms: f64,
+    /// How long it took, in milliseconds.
+    pub took_ms: f64,
+}
+
+/// A machine as listings and `inspect` show it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Machine {
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Image name as the user would type it.
+    pub image: String,
+    /// Image id.
+    pub image_id: String,
+    /// The full command line that runs in it.
+    pub command: Vec<String>,
+    /// `preparing`, `booting`, `running`, `paused`, `stopping`, `ended`.
+    pub state: String,
+    /// Counts replacements under this id.
+    pub generation: u64,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When its program started.
+    pub started_at: Option<String>,
+    /// When it ended.
+    pub ended_at: Option<String>,
+    /// Exit code, once ended.
+    pub exit_code: Option<u8>,
+    /// Why it ended where that is not just its exit code, or what troubles it while it runs.
+    pub message: Option<String>,
+    /// Published ports, such as `127.0.0.1:8080->80/tcp`.
+    pub ports: Vec<String>,
+    /// What runs it.
+    pub choice: Option<Choice>,
+    /// Free labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// `GET /v1/machines/{machine}`: everything known of one machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MachineDetail {
+    /// What listings show.
+    #[serde(flatten)]
+    pub machine: Machine,
+    /// CPUs.
+    pub cpus: f64,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Writable layer in bytes.
+    pub disk_bytes: u64,
+    /// Names of environment variables. Values may be secrets and are not shown.
+    pub env_names: Vec<String>,
+    /// User in the guest.
+    pub user: String,
+    /// Working directory.
+    pub working_dir: String,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// Root file system read-only.
+    pub read_only: bool,
+    /// `HOSTDIR:GUESTDIR[:ro]`.
+    pub volumes: Vec<String>,
+    /// `user` or `none`.
+    pub network: String,
+    /// Whether the program has a terminal.
+    pub tty: bool,
+    /// Removed when it ends.
+    pub auto_remove: bool,
+    /// Guest kernel by name.
+    pub kernel: Option<String>,
+    /// Process id of the monitor, while it runs.
+    pub vmm_pid: Option<u32>,
+    /// Which fences hold the monitor.
+    pub fences: Vec<String>,
+    /// Steps of its start.
+    pub timings: Vec<Timing>,
+    /// Its directory on the host.
+    pub dir: String,
+}
+
+/// `POST /v1/machines/{machine}/stop`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct StopRequest {
+    /// How long the program has to end by itself; 10 s where absent.
+    pub grace_ms: Option<u64>,
+    /// Signal to ask with, by name or number; the image's where absent.
+    pub signal: Option<String>,
+}
+
+/// `POST /v1/machines/{machine}/kill`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct KillRequest {
+    /// Signal by name or number; KILL where absent, which takes the whole machine down.
+    pub signal: Option<String>,
+}
+
+/// `GET /v1/machines/{machine}/wait`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WaitAnswer {
+    /// The exit code.
+    pub exit_code: u8,
+    /// Why, where the code alone does not say.
+    pub message: Option<String>,
+}
+
+/// One event of `GET /v1/machines/{machine}/logs`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum LogEvent {
+    /// Output of the program.
+    Output {
+        /// `stdout` or `stderr`.
+        stream: String,
+        /// When the node received it.
+        time: String,
+        /// The bytes, in base64.
+        data: String,
+    },
+    /// Something was not recorded, and why.
+    Gap {
+        /// Bytes that are missing.
+        bytes: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// `POST /v1/machines/{machine}/exec` (the first text message of its WebSocket).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecRequest {
+    /// The command line.
+    pub command: Vec<String>,
+    /// `NAME=value`, added to the machine's.
+    pub env: Vec<String>,
+    /// User; the machine's where absent.
+    pub user: Option<String>,
+    /// Working directory; the machine's where absent.
+    pub working_dir: Option<String>,
+    /// A terminal of this size.
+    pub tty: Option<TerminalSize>,
+    /// Whether standard input will be sent.
+    pub stdin: bool,
+}
+
+/// The first text message on `GET /v1/machines/{machine}/attach`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttachRequest {
+    /// Send what was printed before, too.
+    pub from_start: bool,
+    /// Whether standard input will be sent. One client at a time may.
+    pub stdin: bool,
+}
+
+/// `GET /v1/machines/{machine}/stats` (each event, or the one answer).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Stats {
+    /// Machine id.
+    pub id: String,
+    /// Machine name.
+    pub name: String,
+    /// CPU time used in the guest since boot, in milliseconds.
+    pub cpu_ms: u64,
+    /// CPU use since the last sample in percent of one CPU; absent on the first.
+    pub cpu_percent: Option<f64>,
+    /// Memory in use in the guest, caches not counted, in bytes.
+    pub memory_used_bytes: u64,
+    /// Memory of the guest, in bytes.
+    pub memory_total_bytes: u64,
+    /// Memory the monitor holds on the host, in bytes.
+    pub host_resident_bytes: u64,
+    /// Processes in the guest.
+    pub processes: u64,
+    /// Writable layer in use, in bytes.
+    pub disk_used_bytes: u64,
+    /// Received by the guest, in bytes.
+    pub net_rx_bytes: u64,
+    /// Sent by the guest, in bytes.
+    pub net_tx_bytes: u64,
+}
+
+/// What a path in a guest is (`HEAD`-like, `GET /v1/machines/{machine}/stat?path=`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PathStat {
+    /// Whether it exists.
+    pub exists: bool,
+    /// Whether it is a directory, links followed.
+    pub is_dir: bool,
+    /// Permission bits.
+    pub mode: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Where it leads, if it is a symbolic link.
+    pub link_target: Option<String>,
+}
+
+/// An image as listings show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Image {
+    /// `sha256:…` of its configuration.
+    pub id: String,
+    /// Names that lead to it.
+    pub names: Vec<String>,
+    /// Architecture, such as `amd64`.
+    pub architecture: String,
+    /// When it was built, as it says itself.
+    pub created: Option<String>,
+    /// Compressed layers in bytes.
+    pub size_bytes: u64,
+    /// Root disk in bytes.
+    pub disk_bytes: u64,
+    /// Entry point and command.
+    pub entrypoint: Vec<String>,
+    /// Command.
+    pub cmd: Vec<String>,
+    /// Environment.
+    pub env: Vec<String>,
+    /// User.
+    pub user: String,
+    /// Working directory.
+    pub working_dir: String,
+    /// Machines, ended ones included, that use it.
+    pub machines: u64,
+}
+
+/// `POST /v1/images/pull`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PullRequest {
+    /// Image name.
+    pub image: String,
+    /// Speak plain HTTP to the registry, or accept its certificate unseen.
+    pub insecure: bool,
+    /// Directory of docker's `config.json`; the caller's own, since the node may run as another user.
+    pub docker_config_dir: Option<String>,
+}
+
+/// One event of a pull or an import.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum ImageEvent {
+    /// A short name of the step that begins: `resolving`, `verifying`, `building disk`, ….
+    Step {
+        /// The step.
+        step: String,
+    },
+    /// A layer on its way.
+    Layer {
+        /// Its digest.
+        digest: String,
+        /// Bytes here already.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+    /// Over: the image.
+    Done {
+        /// The image.
+        image: Image,
+    },
+    /// Over: it failed.
+    Failed {
+        /// How.
+        error: ErrorBody,
+    },
+}
+
+/// `DELETE /v1/images/{image}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RemovedImage {
+    /// Names that no longer lead to it.
+    pub untagged: Vec<String>,
+    /// Its id, where it is gone altogether.
+    pub deleted: Option<String>,
+}
+
+/// `POST /v1/images/prune`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pruned {
+    /// What was removed.
+    pub deleted: Vec<String>,
+    /// Bytes freed.
+    pub freed_bytes: u64,
+}
+
+/// A guest kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Kernel {
+    /// Its name on this node.
+    pub name: String,
+    /// `linux`, later `nanos`.
+    pub payload: String,
+    /// Its version, as `uname -r` prints it.
+    pub version: String,
+    /// Whether machines get it unless they ask for another.
+    pub default: bool,
+    /// Bytes on disk.
+    pub size_bytes: u64,
+}
+
+/// `POST /v1/kernels`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AddKernelRequest {
+    /// `debian` (fetched with apt), or a path on the node's host: a `.deb`, a bzImage or a vmlinux.
+    pub source: String,
+    /// Name; the kernel's version where absent.
+    pub name: Option<String>,
+    /// Directory of its modules, for a kernel that needs any and is not a `.deb`.
+    pub modules_dir: Option<String>,
+    /// Make it the default.
+    pub default: bool,
+}
+
+/// One line of `GET /v1/doctor`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Need {
+    /// Short name.
+    pub name: String,
+    /// `works`, `absent` or `broken`.
+    pub state: String,
+    /// What was found.
+    pub detail: String,
+    /// The command that mends it.
+    pub mend: Option<String>,
+    /// Whether machines cannot run without it.
+    pub required: bool,
+}
+
+/// `GET /v1/doctor`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DoctorReport {
+    /// Every need.
+    pub needs: Vec<Need>,
+    /// Whether machines can run here.
+    pub ready: bool,
+}
+
+/// `POST /v1/explain`: which hypervisor a request would get, without running it. The body is a [`RunRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Explanation {
+    /// What would run it.
+    pub choice: Choice,
+    /// The full command line.
+    pub command: Vec<String>,
+}
