@@ -1,1 +1,22 @@
-//! (being written)
+//! Images in, root disks out.
+//!
+//! An image comes from a registry, an OCI layout, a `docker save` archive or a plain root file-system tar; what leaves is
+//! one read-only squashfs per list of layers, and the part of the image's configuration that a machine honours.
+//!
+//! Invariants: no byte of an image is ever extracted onto the host's file system; every blob in the store has the digest
+//! it is filed under; what a registry or an archive sent is parsed with bounds ([`Limits`]) and never panics; an image that
+//! is refused leaves nothing behind.
+//!
+//! Left to others: when to pull (the caller's policy), the writable layer above the root disk, and which hypervisor fits.
+
+mod error;
+mod image;
+mod limits;
+mod progress;
+mod store;
+
+pub use error::{ErrorKind, ImageError, Refusal};
+pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
+pub use limits::Limits;
+pub use progress::{Progress, ProgressSink};
+pub use store::ImageStore;
