@@ -1,1 +1,11 @@
-//! (being written)
+//! The one place that speaks to the host's kernel: KVM probe, fenced processes, cgroups, facts, sparse files, sockets.
+//!
+//! It knows nothing of machines or of Vistara's other crates. `unsafe` is allowed module by module, each with its reason.
+
+pub mod cgroup;
+pub mod facts;
+pub mod files;
+pub mod kvm;
+pub mod launch;
+pub mod process;
+pub mod sockets;

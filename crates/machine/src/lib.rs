@@ -4,6 +4,8 @@
 //! decided in `vistara-control`, and what runs inside a guest is the agent's business.
 
 pub mod boot;
+pub mod fake;
+pub mod qemu;
 mod vmm;
 
 pub use vmm::{
