@@ -1,1 +1,18 @@
-//! (being written)
+//! Every decision that Vistara takes, as pure functions: no clock, no socket, no disk, no randomness.
+//!
+//! Facts and events come in as arguments, decisions and effects go out as values that can be printed and tested. Who
+//! gathers the facts and carries out the effects is `vistara-node`; the simulation drives this same code.
+
+mod admission;
+mod choice;
+mod command;
+mod idle;
+mod lifecycle;
+mod lookup;
+
+pub use admission::{AdmissionError, Capacity, Demand, MEMORY_MIN, admit};
+pub use choice::{Choice, ChoiceError, choose};
+pub use command::{Program, ProgramError, program};
+pub use idle::{IdlePolicy, Presence};
+pub use lifecycle::{Effect, Event, Lifecycle, VmGone};
+pub use lookup::{LookupError, lookup};

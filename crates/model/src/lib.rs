@@ -9,6 +9,7 @@ mod ids;
 mod image;
 mod machine;
 mod quantity;
+mod signal;
 mod spec;
 
 pub use exit::{EndReason, ExitStatus};
@@ -17,6 +18,7 @@ pub use ids::{Digest, Generation, IdError, MachineId, MachineName};
 pub use image::{Architecture, ImageConfig, ImageRef, ImageRefError};
 pub use machine::MachineState;
 pub use quantity::{Bytes, Cpus, QuantityError};
+pub use signal::{Signal, SignalError};
 pub use spec::{
     Backend, EnvVar, Hypervisor, MachineSpec, Network, Payload, PortMapping, Protocol, SpecError,
     TtySize, VolumeMount,

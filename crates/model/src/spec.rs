@@ -1,6 +1,6 @@
 //! What a user asks for: one machine that runs one program.
 
-use crate::{Accelerator, Bytes, Cpus, ImageRef, MachineName, VmmKind};
+use crate::{Accelerator, Bytes, Cpus, ImageRef, MachineName, Signal, VmmKind};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -269,8 +269,8 @@ pub struct MachineSpec {
     pub timeout: Option<Duration>,
     /// Which hypervisor the user asked for.
     pub hypervisor: Hypervisor,
-    /// Replaces the image's stop signal (a number).
-    pub stop_signal: Option<u8>,
+    /// Replaces the image's stop signal.
+    pub stop_signal: Option<Signal>,
     /// Guest kernel by name; the node's default where absent.
     pub kernel: Option<String>,
     /// Free labels.
