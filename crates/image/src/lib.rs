@@ -9,11 +9,16 @@
 //!
 //! Left to others: when to pull (the caller's policy), the writable layer above the root disk, and which hypervisor fits.
 
+mod compress;
+mod disk;
 mod error;
 mod image;
 mod limits;
+pub mod manifest;
+pub mod merge;
 mod progress;
 mod store;
+pub mod tar;
 
 pub use error::{ErrorKind, ImageError, Refusal};
 pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
