@@ -1,7 +1,14 @@
-//! Files: copies that keep holes, and files without a name.
+//! Files: copies that keep holes, files without a name, and small boxes that cannot grow.
 
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags, SeekFrom, copy_file_range,
+    fallocate, fcntl_add_seals, ftruncate, ioctl_ficlone, linkat, memfd_create, open, seek,
+};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// How [`clone_sparse`] made its copy.
@@ -13,14 +20,80 @@ pub enum CloneMethod {
     SparseCopy,
 }
 
-/// Copies `source` to the new file `destination`, sharing blocks where the file system can and keeping holes elsewhere.
-/// Blocking. Nothing is left at `destination` after an error.
+/// Copies `source` to the new file `destination` (mode 0600), sharing blocks where the file system can and keeping holes
+/// elsewhere. Blocking. Nothing is left at `destination` after an error.
 ///
 /// # Errors
 /// The system's; `AlreadyExists` where `destination` is there.
 pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<CloneMethod> {
-    let _ = (source, destination);
-    Err(io::ErrorKind::Unsupported.into())
+    let from = File::open(source)?;
+    let to = File::options()
+        .write(true)
+        .create_new(true)
+        .open(destination)?;
+    rustix::fs::fchmod(&to, Mode::RUSR | Mode::WUSR)?;
+    let copied = fill(&from, &to);
+    if copied.is_err() {
+        // The copy's own error matters more than a failure to take it back.
+        let _ = std::fs::remove_file(destination);
+    }
+    copied
+}
+
+fn fill(from: &File, to: &File) -> io::Result<CloneMethod> {
+    if ioctl_ficlone(to, from).is_ok() {
+        return Ok(CloneMethod::Reflink);
+    }
+    let len = from.metadata()?.len();
+    ftruncate(to, len)?;
+    let mut position = 0;
+    while position < len {
+        let start = match seek(from, SeekFrom::Data(position)) {
+            Ok(start) => start,
+            // Nothing but a hole up to the end.
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(from, SeekFrom::Hole(start))?.min(len);
+        copy_range(from, to, start, end)?;
+        position = end.max(start + 1);
+    }
+    Ok(CloneMethod::SparseCopy)
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+    let (mut read, mut written) = (start, start);
+    while read < end {
+        let want = usize::try_from(end - read)
+            .unwrap_or(usize::MAX)
+            .min(1 << 30);
+        match copy_file_range(from, Some(&mut read), to, Some(&mut written), want) {
+            // The source was shortened meanwhile: the rest stays a hole.
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::XDEV | Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP) => {
+                return copy_by_hand(from, to, read, end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(from: &File, to: &File, mut position: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; 256 << 10];
+    while position < end {
+        let want = usize::try_from(end - position)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        let got = from.read_at(&mut buffer[..want], position)?;
+        if got == 0 {
+            return Ok(());
+        }
+        to.write_all_at(&buffer[..got], position)?;
+        position += got as u64;
+    }
+    Ok(())
 }
 
 /// A file without a name in `dir`, readable and writable, gone with its last descriptor (O_TMPFILE, or a file unlinked at
@@ -29,6 +102,159 @@ pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<CloneMethod
 /// # Errors
 /// The system's.
 pub fn anonymous_file(dir: &Path) -> io::Result<File> {
-    let _ = dir;
-    Err(io::ErrorKind::Unsupported.into())
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    match open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(fd) => Ok(fd.into()),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => unlinked_file(dir),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn unlinked_file(dir: &Path) -> io::Result<File> {
+    let mut random = [0u8; 8];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+    let path = dir.join(format!(".unnamed-{:016x}", u64::from_ne_bytes(random)));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
+}
+
+/// Gives an [`anonymous_file`] made by O_TMPFILE the name `path`, which must not exist: the file appears there complete or
+/// not at all.
+///
+/// # Errors
+/// The system's; `NotFound` where the file system has no O_TMPFILE.
+pub fn name_anonymous(file: &File, path: &Path) -> io::Result<()> {
+    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(CWD, source, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
+    Ok(())
+}
+
+/// Makes a hole of a file's range, so that its blocks are free again.
+///
+/// # Errors
+/// The system's; `Unsupported` where the file system has no holes.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(fallocate(file, flags, offset, len)?)
+}
+
+/// A box in memory for what a program prints: it takes the first `capacity` bytes, and writing more fails in the writer.
+/// So a program that never stops complaining fills neither disk nor memory.
+#[derive(Debug)]
+pub struct OutputBox {
+    file: File,
+}
+
+impl OutputBox {
+    /// An empty box.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(capacity: u64) -> io::Result<OutputBox> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("output", flags)?;
+        ftruncate(&file, capacity)?;
+        fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+        Ok(OutputBox { file: file.into() })
+    }
+
+    /// The box behind a descriptor of another process of ours, as `/proc/PID/fd/N`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn reopen(path: &Path) -> io::Result<OutputBox> {
+        Ok(OutputBox {
+            file: File::open(path)?,
+        })
+    }
+
+    /// The writer's end.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn writer(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// The end of what was printed, at most `limit` bytes, without what is not text.
+    pub fn tail(&self, limit: usize) -> String {
+        let Ok(len) = self.file.metadata().map(|data| data.len().min(1 << 20)) else {
+            return String::new();
+        };
+        let mut bytes = vec![0; len as usize];
+        let got = self.file.read_at(&mut bytes, 0).unwrap_or(0);
+        let end = bytes[..got]
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .map_or(0, |last| last + 1);
+        String::from_utf8_lossy(&bytes[end.saturating_sub(limit)..end])
+            .trim()
+            .to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, Write};
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_sparse_copy_has_the_same_bytes_and_keeps_the_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        let mut file = File::create(&from).unwrap();
+        file.write_all(&[7; 5000]).unwrap();
+        file.seek(io::SeekFrom::Start(50 << 20)).unwrap();
+        file.write_all(b"middle").unwrap();
+        file.set_len(100 << 20).unwrap();
+        clone_sparse(&from, &to).unwrap();
+        assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
+        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+        let again = clone_sparse(&from, &to).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn an_empty_file_and_one_hole_are_copied_too() {
+        let dir = tempfile::tempdir().unwrap();
+        for len in [0, 1 << 20] {
+            let from = dir.path().join(format!("from{len}"));
+            File::create(&from).unwrap().set_len(len).unwrap();
+            let to = dir.path().join(format!("to{len}"));
+            clone_sparse(&from, &to).unwrap();
+            assert_eq!(std::fs::metadata(&to).unwrap().len(), len);
+        }
+    }
+
+    #[test]
+    fn an_anonymous_file_leaves_no_name_until_it_is_given_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = anonymous_file(dir.path()).unwrap();
+        file.write_all(b"x").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let mut other = unlinked_file(dir.path()).unwrap();
+        other.write_all(b"x").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        if name_anonymous(&file, &dir.path().join("named")).is_ok() {
+            assert_eq!(std::fs::read(dir.path().join("named")).unwrap(), b"x");
+        }
+    }
+
+    #[test]
+    fn an_output_box_keeps_the_first_bytes_and_refuses_the_rest() {
+        let output = OutputBox::new(4096).unwrap();
+        assert_eq!(output.tail(100), "");
+        let mut writer = output.writer().unwrap();
+        writer.write_all(b"one\ntwo\n").unwrap();
+        assert_eq!(output.tail(100), "one\ntwo");
+        assert_eq!(output.tail(4), "two");
+        assert!(writer.write_all(&[b'x'; 10_000]).is_err());
+        assert_eq!(output.tail(100_000).len(), 4096);
+    }
 }

@@ -1,11 +1,26 @@
 //! Starting a program behind fences.
+//!
+//! Everything is prepared before the fork; between fork and exec the child makes system calls only. What a fence could
+//! not do ends the launch with the name of the step, so that a fence that is reported as holding does hold.
+
+// The hook between fork and exec, and the calls in it that no crate wraps for that place.
+#![allow(unsafe_code)]
 
 use crate::cgroup::Cgroup;
+use crate::facts;
 use crate::process::ProcessHandle;
-use std::ffi::OsString;
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use rustix::fs::Mode;
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Gid, Resource, Rlimit as RawLimit, Uid, setrlimit, setsid, umask};
+use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs};
+use std::ffi::{CString, OsString};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 /// A program to start. It inherits nothing but what is named here, leads a session of its own and outlives us.
 #[derive(Debug)]
@@ -21,11 +36,11 @@ pub struct Launch {
     pub inherit: Vec<OwnedFd>,
     /// User and group to become; absent to stay what we are.
     pub uid_gid: Option<(u32, u32)>,
-    /// Supplementary groups: none but these.
+    /// Supplementary groups: none but these. Used only with `uid_gid`.
     pub groups: Vec<u32>,
     /// Keeps its capabilities (for a helper that fences itself); else they are dropped.
     pub keep_capabilities: bool,
-    /// Largest core file, descriptors, file size: (resource, soft and hard limit).
+    /// Resources and their hard limits.
     pub rlimits: Vec<(Rlimit, u64)>,
     /// Its cgroup, entered before the program begins.
     pub cgroup: Option<Cgroup>,
@@ -33,6 +48,8 @@ pub struct Launch {
     pub output: Option<File>,
     /// -1000 to 1000: higher is killed earlier when the host runs out of memory.
     pub oom_score_adj: i16,
+    /// Directories that are read-only for it, whatever they are for others. Needs the right to mount.
+    pub read_only: Vec<PathBuf>,
 }
 
 /// A resource limit.
@@ -50,13 +67,15 @@ pub enum Rlimit {
 
 /// Why a program could not be started. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
-#[error("starting {program:?}")]
+#[error("starting {program:?} failed at: {step}")]
 pub struct LaunchError {
     /// Which.
     pub program: PathBuf,
+    /// At which step.
+    pub step: &'static str,
     /// Why.
     #[source]
-    pub source: std::io::Error,
+    pub source: io::Error,
 }
 
 /// A started program, and which fences hold.
@@ -67,6 +86,9 @@ pub struct Launched {
     /// The fences that hold, in words.
     pub fences: Vec<String>,
 }
+
+const CAP_SETPCAP: u32 = 8;
+const CAP_SYS_ADMIN: u32 = 21;
 
 impl Launch {
     /// A launch of `program` without anything: no arguments, environment or descriptors.
@@ -79,21 +101,310 @@ impl Launch {
             uid_gid: None,
             groups: Vec::new(),
             keep_capabilities: false,
-            rlimits: Vec::new(),
+            rlimits: vec![(Rlimit::Core, 0)],
             cgroup: None,
             output: None,
             oom_score_adj: 0,
+            read_only: Vec::new(),
         }
     }
 
-    /// Starts it. Blocking for some milliseconds, until the program's image is loaded. Needs a tokio runtime.
+    /// Starts it. Blocking for some milliseconds, until the program's image is loaded.
     ///
     /// # Errors
     /// [`LaunchError`].
     pub fn start(self) -> Result<Launched, LaunchError> {
-        Err(LaunchError {
-            program: self.program,
-            source: std::io::ErrorKind::Unsupported.into(),
-        })
+        let program = self.program.clone();
+        let fail = |step: &'static str| {
+            let program = program.clone();
+            move |source: io::Error| LaunchError {
+                program,
+                step,
+                source,
+            }
+        };
+        let (plan, fences) = Plan::prepare(&self).map_err(fail("preparing the fences"))?;
+        let (mut steps, step_writer) = io::pipe().map_err(fail("preparing the fences"))?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(&self.args)
+            .env_clear()
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .current_dir("/")
+            .stdin(Stdio::null());
+        match &self.output {
+            Some(file) => {
+                let copy = || file.try_clone().map_err(fail("handing over the output"));
+                command.stdout(copy()?).stderr(copy()?);
+            }
+            None => {
+                command.stdout(Stdio::null()).stderr(Stdio::null());
+            }
+        }
+        let hook = move || {
+            plan.apply().map_err(|(step, error)| {
+                // One byte says which step; without it the message is only less exact.
+                let _ = rustix::io::write(&step_writer, &[step as u8]);
+                error.into()
+            })
+        };
+        // SAFETY: `Plan::apply` makes system calls on data that was prepared before the fork. It allocates nothing, takes
+        // no lock and touches no thread-local state but errno, so it may run between fork and exec of a threaded program.
+        unsafe { command.pre_exec(hook) };
+        let child = command.spawn();
+        // The writer's copy in the hook goes, so that reading ends.
+        drop(command);
+        let child = child.map_err(|source| {
+            let mut byte = [0];
+            let step = match steps.read(&mut byte) {
+                Ok(1) => STEPS
+                    .iter()
+                    .find(|(step, _)| *step as u8 == byte[0])
+                    .map_or("a fence", |(_, words)| words),
+                _ => "loading the program",
+            };
+            fail(step)(source)
+        })?;
+        let process = ProcessHandle::of_child(child.id()).map_err(|source| {
+            let mut child = child;
+            // It cannot be watched, so it must not be left.
+            let _ = child.kill();
+            let _ = child.wait();
+            fail("watching the process")(source)
+        })?;
+        Ok(Launched { process, fences })
     }
 }
+
+/// The steps between fork and exec that can fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Step {
+    Session = 1,
+    Cgroup,
+    Limits,
+    Namespaces,
+    ReadOnly,
+    Descriptors,
+    Bounding,
+    Identity,
+    Capabilities,
+    NoNewPrivileges,
+}
+
+const STEPS: [(Step, &str); 10] = [
+    (Step::Session, "a session of its own"),
+    (Step::Cgroup, "entering its cgroup"),
+    (Step::Limits, "resource limits"),
+    (Step::Namespaces, "namespaces of its own"),
+    (Step::ReadOnly, "making a directory read-only"),
+    (Step::Descriptors, "handing over descriptors"),
+    (Step::Bounding, "limiting capabilities"),
+    (Step::Identity, "changing user and group"),
+    (Step::Capabilities, "dropping capabilities"),
+    (Step::NoNewPrivileges, "refusing new privileges"),
+];
+
+/// What the child does between fork and exec.
+struct Plan {
+    cgroup_files: Vec<File>,
+    oom_text: String,
+    rlimits: Vec<(Resource, u64)>,
+    namespaces: Option<UnshareFlags>,
+    read_only: Vec<CString>,
+    inherit: Vec<i32>,
+    bounding_last: Option<u32>,
+    uid_gid: Option<(Uid, Gid)>,
+    groups: Vec<Gid>,
+    drop_capabilities: bool,
+}
+
+impl Plan {
+    /// Opens and formats all that [`Plan::apply`] needs, and says in words what will hold.
+    fn prepare(launch: &Launch) -> io::Result<(Plan, Vec<String>)> {
+        let capabilities = facts::effective_capabilities();
+        let capable = |bit: u32| capabilities >> bit & 1 == 1;
+        let mut fences = vec![
+            "no inherited descriptors".to_owned(),
+            "no new privileges".to_owned(),
+        ];
+        let mut cgroup_files = Vec::new();
+        if let Some(cgroup) = &launch.cgroup {
+            for dir in cgroup.dirs() {
+                let file = OpenOptions::new()
+                    .write(true)
+                    .open(dir.join("cgroup.procs"))?;
+                cgroup_files.push(file);
+            }
+            fences.extend(cgroup.holds().iter().map(|hold| format!("cgroup: {hold}")));
+        }
+        let drop_capabilities = !launch.keep_capabilities;
+        if drop_capabilities {
+            fences.push("no capabilities".to_owned());
+        }
+        if let Some((uid, gid)) = launch.uid_gid {
+            fences.push(format!("user {uid}, group {gid}"));
+        }
+        let namespaces = capable(CAP_SYS_ADMIN)
+            .then_some(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS);
+        if namespaces.is_some() {
+            fences.push("own ipc, uts and mount namespaces".to_owned());
+        } else if !launch.read_only.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "a directory can be made read-only only with the right to mount",
+            ));
+        }
+        let mut read_only = Vec::new();
+        for dir in &launch.read_only {
+            read_only.push(CString::new(dir.as_os_str().as_bytes())?);
+            fences.push(format!("read-only: {}", dir.display()));
+        }
+        let bounding_last = if drop_capabilities && capable(CAP_SETPCAP) {
+            let last = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")?;
+            Some(last.trim().parse().map_err(io::Error::other)?)
+        } else {
+            None
+        };
+        let plan = Plan {
+            cgroup_files,
+            oom_text: launch.oom_score_adj.to_string(),
+            rlimits: launch
+                .rlimits
+                .iter()
+                .map(|(limit, value)| (limit.resource(), *value))
+                .collect(),
+            namespaces,
+            read_only,
+            inherit: launch.inherit.iter().map(AsRawFd::as_raw_fd).collect(),
+            bounding_last,
+            uid_gid: launch
+                .uid_gid
+                .map(|(uid, gid)| (Uid::from_raw(uid), Gid::from_raw(gid))),
+            groups: launch
+                .groups
+                .iter()
+                .map(|gid| Gid::from_raw(*gid))
+                .collect(),
+            drop_capabilities,
+        };
+        Ok((plan, fences))
+    }
+
+    /// Runs in the child. System calls only: see the safety comment at its caller.
+    fn apply(&self) -> Result<(), (Step, rustix::io::Errno)> {
+        let at = |step: Step| move |error: rustix::io::Errno| (step, error);
+        setsid().map_err(at(Step::Session))?;
+        for file in &self.cgroup_files {
+            rustix::io::write(file, b"0").map_err(at(Step::Cgroup))?;
+        }
+        self.set_oom_score();
+        umask(Mode::RWXG | Mode::RWXO);
+        for (resource, value) in &self.rlimits {
+            let limit = RawLimit {
+                current: Some(*value),
+                maximum: Some(*value),
+            };
+            setrlimit(*resource, limit).map_err(at(Step::Limits))?;
+        }
+        if let Some(flags) = self.namespaces {
+            self.enter_namespaces(flags)?;
+        }
+        self.keep_only_named_descriptors()
+            .map_err(at(Step::Descriptors))?;
+        if let Some(last) = self.bounding_last {
+            for bit in 0..=last {
+                // SAFETY: PR_CAPBSET_DROP takes one number and changes this thread's bounding set only.
+                if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, bit, 0, 0, 0) } != 0 {
+                    return Err((Step::Bounding, errno()));
+                }
+            }
+        }
+        if let Some((uid, gid)) = self.uid_gid {
+            self.become_user(uid, gid).map_err(at(Step::Identity))?;
+        }
+        if self.drop_capabilities {
+            rustix::thread::clear_ambient_capability_set().map_err(at(Step::Capabilities))?;
+            let none = rustix::thread::CapabilitySets {
+                effective: CapabilitySet::empty(),
+                permitted: CapabilitySet::empty(),
+                inheritable: CapabilitySet::empty(),
+            };
+            rustix::thread::set_capabilities(None, none).map_err(at(Step::Capabilities))?;
+        }
+        set_no_new_privs(true).map_err(at(Step::NoNewPrivileges))
+    }
+
+    /// Not a fence but a wish: a host that refuses it still runs the program.
+    fn set_oom_score(&self) {
+        use rustix::fs::{OFlags, open};
+        if let Ok(file) = open(c"/proc/self/oom_score_adj", OFlags::WRONLY, Mode::empty()) {
+            let _ = rustix::io::write(file.as_fd(), self.oom_text.as_bytes());
+        }
+    }
+
+    fn enter_namespaces(&self, flags: UnshareFlags) -> Result<(), (Step, rustix::io::Errno)> {
+        use rustix::mount::{
+            MountFlags, MountPropagationFlags, mount_bind_recursive, mount_change, mount_remount,
+        };
+        let at = |step: Step| move |error: rustix::io::Errno| (step, error);
+        // SAFETY: `unshare` without CLONE_FILES changes no descriptor table, which is what would need care.
+        unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(at(Step::Namespaces))?;
+        let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+        mount_change(c"/", private).map_err(at(Step::Namespaces))?;
+        for dir in &self.read_only {
+            mount_bind_recursive(dir.as_c_str(), dir.as_c_str()).map_err(at(Step::ReadOnly))?;
+            let flags =
+                MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+            mount_remount(dir.as_c_str(), flags, c"").map_err(at(Step::ReadOnly))?;
+        }
+        Ok(())
+    }
+
+    fn keep_only_named_descriptors(&self) -> rustix::io::Result<()> {
+        // SAFETY: CLOSE_RANGE_CLOEXEC closes nothing now; it only marks descriptors to be closed by exec.
+        let marked = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                3u32,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
+        if marked != 0 {
+            return Err(errno());
+        }
+        for fd in &self.inherit {
+            // SAFETY: the descriptor is owned by the `Launch` that the parent holds while it waits for us.
+            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
+            fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    fn become_user(&self, uid: Uid, gid: Gid) -> rustix::io::Result<()> {
+        // These are the calls for one thread (glibc's would change all threads, by signals): after a fork there is but one.
+        rustix::thread::set_thread_groups(&self.groups)?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+        rustix::thread::set_thread_res_uid(uid, uid, uid)
+    }
+}
+
+impl Rlimit {
+    fn resource(self) -> Resource {
+        match self {
+            Rlimit::Core => Resource::Core,
+            Rlimit::Descriptors => Resource::Nofile,
+            Rlimit::FileSize => Resource::Fsize,
+            Rlimit::AddressSpace => Resource::As,
+        }
+    }
+}
+
+fn errno() -> rustix::io::Errno {
+    rustix::io::Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)
+}
+
+#[cfg(test)]
+#[path = "launch_tests.rs"]
+mod tests;

@@ -1,15 +1,34 @@
-//! Unix sockets in a directory, however long its path is (a socket's own path may have 107 bytes only).
+//! Unix sockets in a directory, however long its path is.
+//!
+//! A socket's own path may have 107 bytes only, which a data directory deep in a home exceeds soon. The directory is
+//! therefore opened first and named through `/proc/self/fd`.
 
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Binds and listens at `dir/name`, mode 0600, replacing what is there. Not inherited by default.
+fn in_dir(dir: &Path, name: &str) -> io::Result<(File, PathBuf)> {
+    let handle = File::open(dir)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", handle.as_raw_fd()));
+    Ok((handle, path))
+}
+
+/// Binds and listens at `dir/name`, mode 0600, replacing what is there. Closed on exec like every descriptor of ours.
 ///
 /// # Errors
 /// The system's.
 pub fn listen_in(dir: &Path, name: &str) -> io::Result<UnixListener> {
-    UnixListener::bind(dir.join(name))
+    let (_handle, path) = in_dir(dir, name)?;
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path)?;
+    std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 /// Connects to the socket `dir/name`.
@@ -17,5 +36,37 @@ pub fn listen_in(dir: &Path, name: &str) -> io::Result<UnixListener> {
 /// # Errors
 /// The system's.
 pub fn connect_in(dir: &Path, name: &str) -> io::Result<UnixStream> {
-    UnixStream::connect(dir.join(name))
+    let (_handle, path) = in_dir(dir, name)?;
+    UnixStream::connect(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn a_socket_may_lie_deeper_than_its_own_path_could_say() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("d".repeat(120)).join("e".repeat(120));
+        std::fs::create_dir_all(&dir).unwrap();
+        let listener = listen_in(&dir, "s").unwrap();
+        // Bound again, as after a crash that left the file behind.
+        drop(listener);
+        let listener = listen_in(&dir, "s").unwrap();
+        connect_in(&dir, "s").unwrap().write_all(b"hi").unwrap();
+        let mut text = String::new();
+        listener
+            .accept()
+            .unwrap()
+            .0
+            .read_to_string(&mut text)
+            .unwrap();
+        assert_eq!(text, "hi");
+        let mode = std::fs::metadata(dir.join("s"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
 }
