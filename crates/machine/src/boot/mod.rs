@@ -6,11 +6,19 @@
 //!
 //! Everything here blocks on files or programs: call it off the runtime's threads.
 
+mod cpio;
+mod debian;
+mod elf;
 mod error;
+#[cfg(test)]
+mod fixtures;
+mod modules;
 pub mod overlay;
 mod payload;
 mod store;
+mod unpack;
 
 pub use error::BootError;
+pub use modules::StagedModule;
 pub use payload::{LinuxPayload, UpperLayer};
 pub use store::{Kernel, KernelRecord, KernelStore};

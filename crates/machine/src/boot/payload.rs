@@ -1,8 +1,35 @@
 //! The Linux payload: kernel, initramfs and command line for one machine.
+//!
+//! The initramfs is an uncompressed `newc` archive: `/init` (the agent), `/dev/console`, `/modules/<name>.ko` and
+//! `/modules/order`. It is the same for all machines with the same kernel and agent, and kept under a name made of what
+//! is in it, so a stale one is never found.
 
+use super::cpio::Archive;
+use super::modules::order_file;
+use super::unpack::{MODULE_BYTES_MAX, read_bounded};
 use super::{BootError, Kernel};
 use crate::LinuxBoot;
+use sha2::{Digest as _, Sha256};
+use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// Version of the initramfs's layout; part of its name.
+const INITRAMFS_FORMAT: u32 = 1;
+/// How many initramfs images are kept: a few kernels times the agent's last few versions, some MB each.
+const INITRAMFS_KEPT: usize = 8;
+/// One used this recently may be about to be opened by a monitor, and is kept whatever the count.
+const INITRAMFS_FRESH: Duration = Duration::from_secs(3600);
+
+/// Words for every guest kernel. `docs/internals/boot-time.md` has the measurements.
+///
+/// - `quiet`: a line on the serial console costs about as much as printing it on a real one.
+/// - `panic=-1 reboot=t`: a panic or an exit of the agent ends the machine at once, by triple fault, which every monitor
+///   understands.
+/// - `cryptomgr.notests`: the ciphers' self-tests.
+/// - `noreplace-smp`: leaves the kernel's locks as they are, rather than patching them out on one processor.
+const CMDLINE: &str = "quiet panic=-1 reboot=t cryptomgr.notests noreplace-smp";
 
 /// Where a guest's writes to its root go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -13,6 +40,17 @@ pub enum UpperLayer {
     Memory,
     /// Nowhere: the root is read-only.
     None,
+}
+
+impl UpperLayer {
+    /// The value of `vistara.overlay=`, which the agent reads.
+    fn word(self) -> &'static str {
+        match self {
+            UpperLayer::Disk => "/dev/vdb",
+            UpperLayer::Memory => "tmpfs",
+            UpperLayer::None => "none",
+        }
+    }
 }
 
 /// Makes what a Linux guest is booted with, and keeps the initramfs images it has made.
@@ -27,7 +65,7 @@ impl LinuxPayload {
     /// # Errors
     /// [`BootError::Io`].
     pub fn open(cache: &Path) -> Result<LinuxPayload, BootError> {
-        std::fs::create_dir_all(cache).map_err(BootError::io("make directory", cache))?;
+        fs::create_dir_all(cache).map_err(BootError::io("make directory", cache))?;
         Ok(LinuxPayload {
             cache: cache.to_owned(),
         })
@@ -37,14 +75,93 @@ impl LinuxPayload {
     /// first call for a kernel and agent writes an initramfs, later ones find it.
     ///
     /// # Errors
-    /// [`BootError::ModuleMissing`], [`BootError::Io`], [`BootError::Malformed`].
+    /// [`BootError::Io`], [`BootError::Malformed`].
     pub fn prepare(
         &self,
         kernel: &Kernel,
         agent: &[u8],
         upper: UpperLayer,
     ) -> Result<LinuxBoot, BootError> {
-        let _ = (kernel, agent, upper, &self.cache);
-        Err(BootError::NoKernel)
+        let initramfs = self.cache.join(format!("{}.cpio", key(kernel, agent)));
+        // Marked as used now, so that it is not among the old ones; if that fails it is not there.
+        let found = fs::File::options()
+            .write(true)
+            .open(&initramfs)
+            .and_then(|file| file.set_modified(SystemTime::now()));
+        if found.is_err() {
+            self.write(&initramfs, &initramfs_bytes(kernel, agent)?)?;
+            self.remove_old();
+        }
+        Ok(LinuxBoot {
+            kernel: kernel.vmlinux(),
+            initramfs,
+            cmdline: format!(
+                "{CMDLINE} vistara.root=/dev/vda vistara.overlay={} vistara.channel=virtio-serial",
+                upper.word()
+            ),
+        })
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), BootError> {
+        let error = || BootError::io("write", path);
+        let mut file = tempfile::Builder::new()
+            .prefix(".new-")
+            .tempfile_in(&self.cache)
+            .map_err(error())?;
+        file.write_all(bytes).map_err(error())?;
+        // Synced, as after a power cut a name with nothing behind it would boot nothing.
+        file.as_file().sync_all().map_err(error())?;
+        file.persist(path).map_err(|e| error()(e.error))?;
+        Ok(())
+    }
+
+    /// Removes what was used longest ago, beyond the number kept. Failures are left for the next time.
+    fn remove_old(&self) {
+        let Ok(entries) = fs::read_dir(&self.cache) else {
+            return;
+        };
+        let mut files: Vec<(SystemTime, PathBuf)> = entries
+            .flatten()
+            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+            .collect();
+        files.sort_by(|one, other| other.cmp(one));
+        for (used, path) in files.into_iter().skip(INITRAMFS_KEPT) {
+            if used.elapsed().is_ok_and(|age| age > INITRAMFS_FRESH) {
+                let _ = fs::remove_file(path);
+            }
+        }
     }
 }
+
+/// A name made of everything that is in the initramfs.
+fn key(kernel: &Kernel, agent: &[u8]) -> String {
+    let record = &kernel.record;
+    let mut hash = Sha256::new();
+    hash.update(INITRAMFS_FORMAT.to_le_bytes());
+    // The modules belong to the kernel's build, and the build's banner is in the vmlinux.
+    hash.update(record.vmlinux_sha256.as_bytes());
+    hash.update(record.added_unix_s.to_le_bytes());
+    hash.update(order_file(&record.modules).as_bytes());
+    hash.update(Sha256::digest(agent));
+    hex::encode(&hash.finalize()[..16])
+}
+
+fn initramfs_bytes(kernel: &Kernel, agent: &[u8]) -> Result<Vec<u8>, BootError> {
+    let mut archive = Archive::default();
+    archive.directory("dev");
+    archive.character_device("dev/console", 0o600, (5, 1));
+    archive.file("init", 0o755, agent);
+    archive.directory("modules");
+    for module in &kernel.record.modules {
+        let file_name = format!("{}.ko", module.name);
+        let path = kernel.modules().join(&file_name);
+        let data = read_bounded(&path, MODULE_BYTES_MAX)?;
+        archive.file(&format!("modules/{file_name}"), 0o644, &data);
+    }
+    let order = order_file(&kernel.record.modules);
+    archive.file("modules/order", 0o644, order.as_bytes());
+    Ok(archive.finish())
+}
+
+#[cfg(test)]
+mod tests;
