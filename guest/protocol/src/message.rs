@@ -499,6 +499,8 @@ pub enum ToGuest {
         /// The signal that asks it to end.
         signal: i32,
     },
+    /// The host has heard [`ToHost::Bye`].
+    ByeSeen,
     /// Is the agent there? Answered by [`ToHost::Done`].
     Ping {
         /// Request number.

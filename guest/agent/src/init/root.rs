@@ -1,0 +1,211 @@
+//! File systems: the image under a writable layer as the root, the kernel's own, and what programs expect to find.
+
+use super::{tolerate, wait_for};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move, mount_remount};
+use std::ffi::CStr;
+use std::fmt::Write as _;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use vistara_guest_protocol::GuestConfig;
+
+const LOWER: &str = "/lower";
+const WRITABLE: &str = "/writable";
+const NEW_ROOT: &str = "/root.new";
+
+/// The usual fence around file systems that hold no programs and no devices.
+const PLAIN: MountFlags = MountFlags::NOSUID
+    .union(MountFlags::NODEV)
+    .union(MountFlags::NOEXEC);
+
+/// A directory that may be there already.
+fn directory(path: &str) -> io::Result<()> {
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn mount_at(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &CStr,
+) -> io::Result<()> {
+    directory(target)?;
+    mount(source, target, kind, flags, options).map_err(|error| {
+        io::Error::other(format!("mounting {source} ({kind}) at {target}: {error}"))
+    })
+}
+
+/// Mounts what the agent itself needs, in the initial RAM disk.
+pub(super) fn mount_kernel_file_systems() -> io::Result<()> {
+    mount_at("proc", "/proc", "proc", PLAIN, c"")?;
+    mount_at("sysfs", "/sys", "sysfs", PLAIN, c"")?;
+    mount_at(
+        "devtmpfs",
+        "/dev",
+        "devtmpfs",
+        MountFlags::NOSUID,
+        c"mode=0755",
+    )
+}
+
+/// Makes the image on `device` the root, under a writable layer on `overlay` (a device with ext4, or `tmpfs`). Gives
+/// the layer's directory where it is on a disk.
+pub(super) fn enter(device: &str, overlay: &str) -> io::Result<Option<OwnedFd>> {
+    appear(device)?;
+    mount_at(
+        device,
+        LOWER,
+        "squashfs",
+        MountFlags::RDONLY | MountFlags::NOATIME,
+        c"",
+    )?;
+    let on_disk = overlay != "tmpfs";
+    if on_disk {
+        appear(overlay)?;
+        mount_at(overlay, WRITABLE, "ext4", MountFlags::NOATIME, c"")?;
+    } else {
+        mount_at(
+            "tmpfs",
+            WRITABLE,
+            "tmpfs",
+            MountFlags::NOATIME,
+            c"mode=0755",
+        )?;
+    }
+    directory(&format!("{WRITABLE}/upper"))?;
+    directory(&format!("{WRITABLE}/work"))?;
+    let layers = c"lowerdir=/lower,upperdir=/writable/upper,workdir=/writable/work";
+    mount_at("overlay", NEW_ROOT, "overlay", MountFlags::NOATIME, layers)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let layer = if on_disk {
+        Some(rustix::fs::open(WRITABLE, flags, Mode::empty())?)
+    } else {
+        None
+    };
+    for name in ["/proc", "/sys", "/dev"] {
+        let target = format!("{NEW_ROOT}{name}");
+        directory(&target)?;
+        mount_move(name, &target)?;
+    }
+    rustix::process::chdir(NEW_ROOT)?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    Ok(layer)
+}
+
+fn appear(device: &str) -> io::Result<()> {
+    let absent = || io::Error::other(format!("the disk {device} did not appear"));
+    wait_for(|| Path::new(device).exists().then_some(())).ok_or_else(absent)
+}
+
+/// Mounts what programs expect. A guest without one of these still runs most of them.
+pub(super) fn mount_for_programs() {
+    for (name, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        tolerate(name, std::os::unix::fs::symlink(target, name));
+    }
+    let private = MountFlags::NOSUID | MountFlags::NOEXEC;
+    let nosuid = MountFlags::NOSUID | MountFlags::NODEV;
+    let terminals = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
+    tolerate(
+        "terminals",
+        mount_at("devpts", "/dev/pts", "devpts", private, terminals),
+    );
+    tolerate(
+        "shared memory",
+        mount_at("shm", "/dev/shm", "tmpfs", nosuid, c"mode=1777"),
+    );
+    tolerate(
+        "queues",
+        mount_at("mqueue", "/dev/mqueue", "mqueue", PLAIN, c""),
+    );
+    tolerate(
+        "control groups",
+        mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", PLAIN, c"nsdelegate"),
+    );
+}
+
+/// Mounts a host directory.
+pub(super) fn mount_volume(tag: &str, path: &Path, read_only: bool) -> io::Result<()> {
+    fs::create_dir_all(path)?;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    flags.set(MountFlags::RDONLY, read_only);
+    Ok(mount(tag, path, "virtiofs", flags, c"")?)
+}
+
+/// Makes a mount read-only, its file system's other mounts not.
+pub(super) fn make_read_only(path: &Path) -> io::Result<()> {
+    match mount_remount(
+        path,
+        MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOATIME,
+        c"",
+    ) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::INVAL) => {
+            mount_bind(path, path)?;
+            Ok(mount_remount(
+                path,
+                MountFlags::BIND | MountFlags::RDONLY,
+                c"",
+            )?)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes the files by which programs know names. They are the host's, whatever the image has.
+pub(super) fn write_names(config: &GuestConfig) -> io::Result<()> {
+    directory("/etc")?;
+    write_file("/etc/hostname", &format!("{}\n", config.hostname))?;
+    let mut hosts = String::from(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
+         ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+    );
+    // Writing to a string does not fail.
+    if !config.hostname.is_empty() {
+        let own = config
+            .network
+            .as_ref()
+            .and_then(|network| network.addresses.first());
+        let own = own.map_or_else(
+            || "127.0.1.1".to_owned(),
+            |(address, _)| address.to_string(),
+        );
+        let _ = writeln!(hosts, "{own}\t{}", config.hostname);
+    }
+    for entry in &config.hosts {
+        let _ = writeln!(hosts, "{}\t{}", entry.address, entry.names.join(" "));
+    }
+    write_file("/etc/hosts", &hosts)?;
+    let mut resolver = String::new();
+    if let Some(network) = &config.network {
+        for server in &network.dns {
+            let _ = writeln!(resolver, "nameserver {server}");
+        }
+        if !network.search.is_empty() {
+            let _ = writeln!(resolver, "search {}", network.search.join(" "));
+        }
+    }
+    write_file("/etc/resolv.conf", &resolver)
+}
+
+/// Writes a file in place of whatever is there: a symbolic link of the image's may lead nowhere.
+fn write_file(path: &str, text: &str) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    fs::write(path, text)
+}

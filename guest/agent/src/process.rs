@@ -1,0 +1,192 @@
+//! One process: its streams, and how far the host has been told of it.
+
+use crate::flow::{Inflow, Outflow};
+use crate::spawn::Started;
+use rustix::process::{Pid, WaitStatus};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+use vistara_guest_protocol::{Exit, ExitStatus, Offsets, OutputStream, ProcessId, ProcessState};
+
+/// How long an output may stay open after the process has ended, because something it left behind holds it: long
+/// enough for a pipeline's last words, short enough for nobody to wonder.
+const DRAIN_AFTER_EXIT: Duration = Duration::from_millis(500);
+
+/// What a pipe or terminal holds at most by default: all that an ended process can have left in it.
+const PIPE_CAPACITY: usize = 64 * 1024;
+
+/// A process that the host started and has not forgotten.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) id: ProcessId,
+    pub(crate) pid: Pid,
+    /// Readable once it has ended; only where its end is not told by signal.
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) stdin: Inflow,
+    pub(crate) stdout: Outflow,
+    pub(crate) stderr: Outflow,
+    pub(crate) terminal: Option<OwnedFd>,
+    /// Whether this session's host has asked for the output.
+    pub(crate) flowing: bool,
+    /// Whether this session's host was told of the end.
+    pub(crate) exit_told: bool,
+    /// The kernel's count of kills for want of memory when it started.
+    pub(crate) oom_kills_before: u64,
+    exit: Option<Exit>,
+    drain_until: Option<Instant>,
+    after_exit: [usize; 2],
+}
+
+impl Process {
+    pub(crate) fn new(
+        id: ProcessId,
+        started: Started,
+        pidfd: Option<OwnedFd>,
+        oom_kills: u64,
+    ) -> Self {
+        Self {
+            id,
+            pid: started.pid,
+            pidfd,
+            stdin: Inflow::new(started.stdin),
+            stdout: Outflow::new(started.stdout),
+            stderr: Outflow::new(started.stderr),
+            terminal: started.terminal,
+            flowing: true,
+            exit_told: false,
+            oom_kills_before: oom_kills,
+            exit: None,
+            drain_until: None,
+            after_exit: [0; 2],
+        }
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn runs(&self) -> bool {
+        self.exit.is_none()
+    }
+
+    /// How it ended, once its outputs are complete too.
+    pub(crate) fn end(&self) -> Option<Exit> {
+        self.exit
+            .filter(|_| self.stdout.ended() && self.stderr.ended())
+    }
+
+    /// Whether the host has received, or has acknowledged, everything.
+    pub(crate) fn all_sent(&self) -> bool {
+        self.stdout.all_sent() && self.stderr.all_sent()
+    }
+
+    /// Whether the host holds all output durably.
+    pub(crate) fn all_acknowledged(&self) -> bool {
+        self.stdout.all_acknowledged() && self.stderr.all_acknowledged()
+    }
+
+    /// One of its outputs.
+    pub(crate) fn output(&mut self, stream: OutputStream) -> &mut Outflow {
+        match stream {
+            OutputStream::Stdout => &mut self.stdout,
+            OutputStream::Stderr => &mut self.stderr,
+        }
+    }
+
+    /// It has ended. What it printed last is read at once, as far as there is room.
+    pub(crate) fn ended(
+        &mut self,
+        status: WaitStatus,
+        oom: bool,
+        now: Instant,
+        scratch: &mut [u8],
+    ) {
+        let status = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => ExitStatus::Code(code),
+            (None, Some(signal)) => ExitStatus::Signal(signal),
+            (None, None) => return,
+        };
+        self.exit = Some(Exit { status, oom });
+        self.pidfd = None;
+        self.drain_until = Some(now + DRAIN_AFTER_EXIT);
+        self.stdin.close();
+        for stream in [OutputStream::Stdout, OutputStream::Stderr] {
+            while self.read(stream, scratch).is_some() {}
+        }
+    }
+
+    /// Reads an output.
+    pub(crate) fn read(&mut self, stream: OutputStream, scratch: &mut [u8]) -> Option<usize> {
+        let count = self.output(stream).read(scratch)?;
+        if self.exit.is_some() {
+            self.after_exit[stream as usize] += count;
+        }
+        Some(count)
+    }
+
+    /// When [`Process::drain`] should be called, if it should.
+    pub(crate) fn drain_at(&self) -> Option<Instant> {
+        let waits = |flow: &Outflow| flow.readable().is_some();
+        self.drain_until
+            .filter(|_| waits(&self.stdout) || waits(&self.stderr))
+    }
+
+    /// Closes outputs that something left behind holds open. Everything printed before the end is read first.
+    pub(crate) fn drain(&mut self, now: Instant, scratch: &mut [u8]) {
+        if self.drain_until.is_none_or(|until| now < until) {
+            return;
+        }
+        for stream in [OutputStream::Stdout, OutputStream::Stderr] {
+            while self.output(stream).readable().is_some() {
+                let all_came = self.after_exit[stream as usize] >= PIPE_CAPACITY;
+                if all_came || self.read(stream, scratch).is_none() {
+                    self.output(stream).close();
+                }
+            }
+        }
+    }
+
+    /// The host has no more input for it. On a terminal that is what the end-of-file character says.
+    pub(crate) fn end_input(&mut self) {
+        if let Some(terminal) = &self.terminal {
+            let character = rustix::termios::tcgetattr(terminal)
+                .map(|settings| settings.special_codes[rustix::termios::SpecialCodeIndex::VEOF]);
+            self.stdin.end_with(character.unwrap_or(0x04));
+        } else {
+            self.stdin.end();
+        }
+    }
+
+    /// A new host has come, and has not asked for anything yet.
+    pub(crate) fn forget_host(&mut self) {
+        self.flowing = false;
+        self.exit_told = false;
+    }
+
+    /// Lets the output flow in this session. False where the offsets are not among what is kept.
+    pub(crate) fn resume(&mut self, from: Offsets) -> bool {
+        self.flowing = self.stdout.resume(from.stdout) && self.stderr.resume(from.stderr);
+        self.flowing
+    }
+
+    /// What a new host is told.
+    pub(crate) fn state(&self) -> ProcessState {
+        ProcessState {
+            id: self.id,
+            pid: self.pid.as_raw_nonzero().get().unsigned_abs(),
+            exit: self.end(),
+            kept_from: Offsets {
+                stdout: self.stdout.kept_from(),
+                stderr: self.stderr.kept_from(),
+            },
+            stdin_received: self.stdin.received(),
+            tty: self.terminal.is_some(),
+        }
+    }
+
+    /// Sends a signal to it, or to the group in the foreground of its terminal and its own. False once it has ended.
+    pub(crate) fn signal(&self, number: i32) -> std::io::Result<bool> {
+        if !self.runs() {
+            return Ok(false);
+        }
+        let pid = self.pid.as_raw_nonzero().get();
+        crate::sys::kill(if self.terminal.is_some() { -pid } else { pid }, number)?;
+        Ok(true)
+    }
+}
