@@ -69,6 +69,8 @@ pub struct Removed {
     pub image: Option<Digest>,
     /// Bytes freed on the disk.
     pub bytes: u64,
+    /// A pull, an import or a build was under way, so that the image's blobs were left for the next clean-up.
+    pub deferred: bool,
 }
 
 /// What a clean-up did.

@@ -10,13 +10,17 @@
 //! Left to others: when to pull (the caller's policy), the writable layer above the root disk, and which hypervisor fits.
 
 mod compress;
+mod credentials;
 mod disk;
 mod error;
 mod image;
+mod import;
 mod limits;
 pub mod manifest;
 pub mod merge;
 mod progress;
+mod pull;
+mod registry;
 mod store;
 pub mod tar;
 
