@@ -10,7 +10,7 @@ mod idle;
 mod lifecycle;
 mod lookup;
 
-pub use admission::{AdmissionError, Capacity, Demand, MEMORY_MIN, admit};
+pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
 pub use choice::{Choice, ChoiceError, choose};
 pub use command::{Program, ProgramError, program};
 pub use idle::{IdlePolicy, Presence};

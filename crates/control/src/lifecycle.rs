@@ -90,8 +90,6 @@ pub enum Effect {
     TakeDown,
     /// Take the VMM down at once.
     KillVm,
-    /// Give up preparing, if that is still under way.
-    CancelPrepare,
 }
 
 /// A machine's life so far.
@@ -178,11 +176,11 @@ impl Lifecycle {
             }
             Event::StopAsked { .. } | Event::KillAsked => {
                 self.because(EndReason::Stopped { status: None });
-                vec![Effect::CancelPrepare]
+                Vec::new()
             }
             Event::TimeLimit => {
                 self.because(EndReason::TimedOut);
-                vec![Effect::CancelPrepare]
+                Vec::new()
             }
             Event::BootTimedOut { .. }
             | Event::ConfigureFailed(_)
@@ -371,7 +369,7 @@ mod tests {
     #[test]
     fn a_machine_cancelled_while_preparing_never_reaches_booting() {
         let mut life = Lifecycle::default();
-        assert_eq!(life.on(Event::KillAsked), vec![Effect::CancelPrepare]);
+        assert_eq!(life.on(Event::KillAsked), vec![]);
         assert_eq!(life.on(Event::Launched), vec![Effect::KillVm]);
         assert_eq!(life.state(), MachineState::Stopping);
         life.on(Event::VmGone(VmGone::Killed));

@@ -243,6 +243,16 @@ pub trait Vmm: Send + Sync {
     /// # Errors
     /// Only where it cannot be told whether the machine runs; the machine is left alone then.
     async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError>;
+
+    /// Ends whatever a launch of machine `id` left whose record was never written, because the node died in between.
+    /// The machine's directory is `dir`; it stays.
+    ///
+    /// # Errors
+    /// [`VmmError::Io`] where something was found and could not be ended.
+    async fn sweep(&self, id: &MachineId, dir: &Path) -> Result<(), VmmError> {
+        let _ = (id, dir);
+        Ok(())
+    }
 }
 
 /// One running machine.

@@ -1,1 +1,22 @@
-//! (being written)
+//! The node: it gathers facts, asks `vistara-control` what to do, and has the mechanisms do it.
+//!
+//! One process serves one state directory. It owns the machines' records and logs, but not their lives: machines outlive
+//! it, and the next node takes them over from their directories.
+//!
+//! Invariants: each machine has exactly one task that changes it ([`machine`]); what a user may see of it is published
+//! after it is on disk; no request waits while a lock is held.
+
+mod doctor;
+mod fault;
+mod images;
+mod logbook;
+mod machine;
+mod node;
+mod options;
+mod request;
+mod service;
+mod view;
+
+pub use fault::NodeError;
+pub use options::{NodeOptions, Vmms};
+pub use service::{openapi, run};

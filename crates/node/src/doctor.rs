@@ -1,0 +1,297 @@
+//! What a node needs of its host, what is there, and the command that mends what is not.
+
+use crate::node::Node;
+use std::path::PathBuf;
+use vistara_host::facts;
+use vistara_model::{Bytes, KvmVerdict, Need, NeedState, VmmKind};
+
+/// Free space below which images and machines soon fail.
+const DISK_FREE_MIN: Bytes = Bytes::gib(2);
+
+struct Report(Vec<Need>);
+
+impl Report {
+    fn add(
+        &mut self,
+        name: &str,
+        required: bool,
+        state: NeedState,
+        detail: impl Into<String>,
+        mend: Option<&str>,
+    ) {
+        self.0.push(Need {
+            name: name.to_owned(),
+            state,
+            detail: detail.into(),
+            mend: mend
+                .filter(|_| state != NeedState::Works)
+                .map(str::to_owned),
+            required,
+        });
+    }
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Tools for administrators are often not on the PATH of others.
+    let more = ["/usr/sbin", "/sbin", "/usr/bin", "/opt/vistara/bin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(more)
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+fn tool(report: &mut Report, name: &str, program: &str, use_of_it: &str, mend: &str) {
+    match on_path(program) {
+        Some(path) => report.add(
+            name,
+            true,
+            NeedState::Works,
+            path.display().to_string(),
+            None,
+        ),
+        None => {
+            let detail = format!("{program} is not installed; it {use_of_it}");
+            report.add(name, true, NeedState::Absent, detail, Some(mend));
+        }
+    }
+}
+
+/// Examines the host. Blocks on files and small programs.
+pub(crate) fn examine(node: &Node) -> Vec<Need> {
+    let mut report = Report(Vec::new());
+    let facts = node.facts();
+    let mechanisms = node.mechanisms();
+    match mechanisms.kernels.default_kernel() {
+        Ok(Some(kernel)) => {
+            report.add(
+                "linux-kernel",
+                true,
+                NeedState::Works,
+                format!("{} (guest)", kernel.record.release),
+                None,
+            );
+        }
+        Ok(None) => {
+            let mend = Some("vistara kernel add debian");
+            report.add(
+                "linux-kernel",
+                true,
+                NeedState::Absent,
+                "there is no guest kernel yet",
+                mend,
+            );
+        }
+        Err(error) => {
+            let detail = crate::fault::chain(&error);
+            report.add(
+                "linux-kernel",
+                true,
+                NeedState::Broken,
+                detail,
+                Some("vistara kernel add debian"),
+            );
+        }
+    }
+    match mechanisms.vmm(VmmKind::Qemu) {
+        Some(vmm) => {
+            let capabilities = vmm.capabilities();
+            report.add(
+                "qemu",
+                true,
+                NeedState::Works,
+                capabilities.version.clone(),
+                None,
+            );
+            match &capabilities.shares {
+                Ok(()) => report.add(
+                    "volumes",
+                    false,
+                    NeedState::Works,
+                    "virtiofsd is usable",
+                    None,
+                ),
+                Err(why) => {
+                    let mend =
+                        Some("apt-get install qemu-system-common (Debian 12) or virtiofsd (later)");
+                    report.add("volumes", false, NeedState::Absent, why.clone(), mend);
+                }
+            }
+        }
+        None => {
+            let mend = Some("apt-get install qemu-system-x86, then vistara doctor --fresh");
+            report.add(
+                "qemu",
+                true,
+                NeedState::Absent,
+                "no usable qemu-system-x86_64",
+                mend,
+            );
+        }
+    }
+    kvm(&mut report, &facts.kvm);
+    match on_path("firecracker") {
+        Some(path) => {
+            let detail = format!(
+                "{}; this version of Vistara does not drive it yet",
+                path.display()
+            );
+            report.add(
+                "firecracker",
+                false,
+                NeedState::Broken,
+                detail,
+                Some("none needed: QEMU stands in"),
+            );
+        }
+        None => report.add(
+            "firecracker",
+            false,
+            NeedState::Absent,
+            "not installed; QEMU stands in",
+            None,
+        ),
+    }
+    report.add(
+        "nanos-kernel",
+        false,
+        NeedState::Absent,
+        "none on this node; Linux guests stand in",
+        None,
+    );
+    tool(
+        &mut report,
+        "squashfs",
+        "mksquashfs",
+        "builds root disks",
+        "apt-get install squashfs-tools",
+    );
+    tool(
+        &mut report,
+        "ext4",
+        "mkfs.ext4",
+        "makes writable layers",
+        "apt-get install e2fsprogs",
+    );
+    match vistara_host::cgroup::Cgroups::detect() {
+        Ok(cgroups) => report.add("cgroups", false, NeedState::Works, cgroups.describe(), None),
+        Err(why) => {
+            let detail = format!(
+                "{why}; limits on a monitor's memory and processes are weaker without them"
+            );
+            report.add(
+                "cgroups",
+                false,
+                NeedState::Absent,
+                detail,
+                Some("run the node as root, or under systemd"),
+            );
+        }
+    }
+    let namespaces = facts::namespaces();
+    let list: Vec<&str> = [
+        ("user", namespaces.user),
+        ("mount", namespaces.mount),
+        ("network", namespaces.network),
+    ]
+    .into_iter()
+    .filter_map(|(name, usable)| usable.then_some(name))
+    .collect();
+    if list.len() == 3 {
+        report.add("namespaces", false, NeedState::Works, list.join(", "), None);
+    } else {
+        let detail = format!(
+            "usable: {}",
+            if list.is_empty() {
+                "none".to_owned()
+            } else {
+                list.join(", ")
+            }
+        );
+        report.add(
+            "namespaces",
+            false,
+            NeedState::Absent,
+            detail,
+            Some("run the node as root"),
+        );
+    }
+    disk(&mut report, node);
+    let memory = facts.memory_available;
+    let (state, mend) = if memory < Bytes::mib(512) {
+        (NeedState::Broken, Some("stop other programs or machines"))
+    } else {
+        (NeedState::Works, None)
+    };
+    report.add("memory", true, state, format!("{memory} available"), mend);
+    if facts::clock_is_sane() {
+        report.add(
+            "clock",
+            false,
+            NeedState::Works,
+            crate::view::time(crate::machine::now_ns()),
+            None,
+        );
+    } else {
+        let detail = format!("it says {}", crate::view::time(crate::machine::now_ns()));
+        report.add(
+            "clock",
+            false,
+            NeedState::Broken,
+            detail,
+            Some("set the clock, e.g. apt-get install chrony"),
+        );
+    }
+    report.0
+}
+
+fn kvm(report: &mut Report, verdict: &KvmVerdict) {
+    match verdict {
+        KvmVerdict::Works => report.add(
+            "kvm",
+            false,
+            NeedState::Works,
+            "a guest ran at hardware speed",
+            None,
+        ),
+        KvmVerdict::Absent(why) => {
+            let mend = if why.to_lowercase().contains("permission") {
+                "add the node's user to the group kvm: usermod -aG kvm USER"
+            } else {
+                "enable virtualization in the firmware, or nested virtualization at the provider; emulation works meanwhile"
+            };
+            report.add("kvm", false, NeedState::Absent, why.clone(), Some(mend));
+        }
+        KvmVerdict::Broken(why) => {
+            let detail = format!("{why}; guests run under emulation");
+            let mend = "none on this host: ask its provider for nested virtualization";
+            report.add("kvm", false, NeedState::Broken, detail, Some(mend));
+        }
+    }
+}
+
+fn disk(report: &mut Report, node: &Node) {
+    let path = &node.options.state_dir;
+    match facts::disk_free(path) {
+        Ok(free) if Bytes(free) >= DISK_FREE_MIN => {
+            report.add(
+                "disk",
+                true,
+                NeedState::Works,
+                format!("{} free in {}", Bytes(free), path.display()),
+                None,
+            );
+        }
+        Ok(free) => {
+            let detail = format!("only {} free in {}", Bytes(free), path.display());
+            report.add(
+                "disk",
+                true,
+                NeedState::Broken,
+                detail,
+                Some("vistara images prune --all"),
+            );
+        }
+        Err(error) => report.add("disk", true, NeedState::Broken, error.to_string(), None),
+    }
+}

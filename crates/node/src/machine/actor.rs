@@ -1,0 +1,404 @@
+//! The task that owns one machine. It carries out what the lifecycle says, keeps the record, and publishes it.
+
+use super::handle::{COMMANDS_MAX, Shared};
+use super::prepare::prepare;
+use super::record::now_ns;
+use super::session::{News, Session};
+use super::{Command, Handle, Record, Snapshot, Step};
+use crate::fault::chain;
+use crate::logbook::LogBook;
+use crate::node::Node;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use vistara_control::{Effect, Event, Lifecycle, VmGone};
+use vistara_machine::{Vm, VmEnd};
+use vistara_model::{MachineState, Signal};
+
+/// How many news may wait for the machine's task.
+const NEWS_MAX: usize = 64;
+/// How long a guest may take to write back what it holds of shared directories before it is taken down all the same.
+const FLUSH_BOUND: Duration = Duration::from_secs(10);
+/// How long the session may take to record the last output after the guest is gone.
+const LAST_WORDS_BOUND: Duration = Duration::from_secs(5);
+/// Program's time to end when a stop names none.
+pub(crate) const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// A launched machine with the steps that led to it, or what went wrong, in words for the user.
+type Prepared = Result<(Arc<dyn Vm>, Vec<Step>), String>;
+
+/// Where a machine comes from.
+pub(crate) enum Origin {
+    /// A request that arrived now.
+    Request(Instant),
+    /// An earlier node; its monitor runs.
+    Adopted(Arc<dyn Vm>),
+    /// An earlier node; it is over, or this says how it came to be.
+    Over(Option<Event>),
+}
+
+/// The task's own state.
+pub(crate) struct Actor {
+    node: Arc<Node>,
+    dir: PathBuf,
+    record: Record,
+    life: Lifecycle,
+    vm: Option<Arc<dyn Vm>>,
+    log: Arc<LogBook>,
+    shared: Arc<Shared>,
+    news: (mpsc::Sender<News>, mpsc::Receiver<News>),
+    commands: mpsc::Receiver<Command>,
+    published: watch::Sender<Snapshot>,
+    session: Option<JoinHandle<()>>,
+    prepared: Option<JoinHandle<Prepared>>,
+    waiter: Option<JoinHandle<VmEnd>>,
+    grace: Option<tokio::time::Instant>,
+    limit: Option<tokio::time::Instant>,
+    zero: Option<Instant>,
+    trouble: Option<String>,
+    unsaved: bool,
+}
+
+/// A future that never is, where there is nothing to wait for.
+async fn joined<T>(handle: &mut Option<JoinHandle<T>>) -> Result<T, String> {
+    match handle {
+        Some(task) => {
+            let result = task
+                .await
+                .map_err(|error| format!("a task of the node failed: {error}"));
+            *handle = None;
+            result
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Actor {
+    /// Starts the task of a machine whose record is on disk.
+    pub(crate) fn start(
+        node: Arc<Node>,
+        dir: PathBuf,
+        record: Record,
+        log: Arc<LogBook>,
+        origin: Origin,
+    ) -> Arc<Handle> {
+        let shared = Arc::new(Shared::default());
+        let (commands_in, commands) = mpsc::channel(COMMANDS_MAX);
+        let snapshot = Snapshot {
+            record: Arc::new(record.clone()),
+            trouble: None,
+            removed: false,
+        };
+        let (published, snapshot) = watch::channel(snapshot);
+        let handle = Arc::new(Handle {
+            id: record.id.clone(),
+            dir: dir.clone(),
+            log: Arc::clone(&log),
+            shared: Arc::clone(&shared),
+            commands: commands_in,
+            snapshot,
+        });
+        let life = Lifecycle::resumed(record.state, record.end.clone());
+        let actor = Actor {
+            node,
+            dir,
+            record,
+            life,
+            vm: None,
+            log,
+            shared,
+            news: mpsc::channel(NEWS_MAX),
+            commands,
+            published,
+            session: None,
+            prepared: None,
+            waiter: None,
+            grace: None,
+            limit: None,
+            zero: None,
+            trouble: None,
+            unsaved: false,
+        };
+        tokio::spawn(actor.run(origin));
+        handle
+    }
+
+    async fn run(mut self, origin: Origin) {
+        match origin {
+            Origin::Request(zero) => {
+                self.zero = Some(zero);
+                let (node, record, dir) = (
+                    Arc::clone(&self.node),
+                    self.record.clone(),
+                    self.dir.clone(),
+                );
+                self.prepared = Some(tokio::spawn(async move {
+                    prepare(&node.mechanisms(), &record, &dir, zero).await
+                }));
+            }
+            Origin::Adopted(vm) => {
+                self.take_up(vm);
+                if self.record.state == MachineState::Running {
+                    self.arm_time_limit();
+                }
+            }
+            Origin::Over(event) => {
+                if let Some(event) = event {
+                    self.on(event).await;
+                }
+            }
+        }
+        while self.life.state() != MachineState::Ended {
+            self.step().await;
+        }
+        self.rest().await;
+    }
+
+    async fn step(&mut self) {
+        tokio::select! {
+            Some(command) = self.commands.recv() => self.command(command).await,
+            Some(news) = self.news.1.recv() => self.hear(news).await,
+            result = joined(&mut self.prepared) => match result.and_then(|result| result) {
+                Ok((vm, steps)) => {
+                    self.add_steps(steps);
+                    self.take_up(vm);
+                    self.on(Event::Launched).await;
+                }
+                Err(message) => self.on(Event::PrepareFailed(message)).await,
+            },
+            end = joined(&mut self.waiter) => self.gone(end).await,
+            () = at(self.grace) => {
+                self.grace = None;
+                self.on(Event::GraceOver).await;
+            }
+            () = at(self.limit) => {
+                self.limit = None;
+                self.on(Event::TimeLimit).await;
+            }
+        }
+    }
+
+    fn take_up(&mut self, vm: Arc<dyn Vm>) {
+        self.record.vm = Some(vm.record().clone());
+        let waited = Arc::clone(&vm);
+        self.waiter = Some(tokio::spawn(async move { waited.wait().await }));
+        let session = Session {
+            record: Arc::new(self.record.clone()),
+            vm: Arc::clone(&vm),
+            log: Arc::clone(&self.log),
+            shared: Arc::clone(&self.shared),
+            news: self.news.0.clone(),
+            boot_bound: self.node.boot_bound(),
+            zero: self.zero,
+        };
+        self.session = Some(tokio::spawn(session.run()));
+        self.shared.vm.send_replace(Some(Arc::clone(&vm)));
+        self.vm = Some(vm);
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Stop { signal, grace } => {
+                let signal = signal.unwrap_or(self.record.stop_signal);
+                self.on(Event::StopAsked { signal, grace }).await;
+            }
+            Command::Kill => self.on(Event::KillAsked).await,
+            // Whoever removes waits for the end first; before it there is nothing to do.
+            Command::Remove => {}
+        }
+    }
+
+    async fn hear(&mut self, news: News) {
+        match news {
+            News::Event(event) => self.on(event).await,
+            News::Steps(steps) => {
+                self.add_steps(steps);
+                self.publish().await;
+            }
+            News::Trouble(trouble) => {
+                self.trouble = trouble;
+                self.publish().await;
+            }
+        }
+    }
+
+    fn add_steps(&mut self, steps: Vec<Step>) {
+        self.record.timings.extend(steps);
+        self.unsaved = true;
+    }
+
+    /// The monitor is gone. What the session still holds is recorded before that is believed.
+    async fn gone(&mut self, end: Result<VmEnd, String>) {
+        if let Some(session) = self.session.take() {
+            let mut session = session;
+            let last_words = tokio::time::timeout(LAST_WORDS_BOUND, async {
+                loop {
+                    tokio::select! {
+                        Some(news) = self.news.1.recv() => self.hear(news).await,
+                        _ = &mut session => break,
+                    }
+                }
+            });
+            if last_words.await.is_err() {
+                session.abort();
+            }
+            while let Ok(news) = self.news.1.try_recv() {
+                self.hear(news).await;
+            }
+        }
+        self.vm = None;
+        self.shared.vm.send_replace(None);
+        self.shared.agent.send_replace(None);
+        let gone = match end {
+            Ok(VmEnd::GuestOff) => VmGone::GuestOff,
+            Ok(VmEnd::GuestPanic { message }) => VmGone::GuestPanic(message),
+            Ok(VmEnd::Killed) => VmGone::Killed,
+            Ok(VmEnd::Crashed { message }) => VmGone::Crashed(message),
+            Err(message) => VmGone::Crashed(message),
+        };
+        self.on(Event::VmGone(gone)).await;
+    }
+
+    async fn on(&mut self, event: Event) {
+        tracing::debug!(machine = %self.record.id, ?event, "event");
+        let started = event == Event::ProgramStarted;
+        let effects = self.life.on(event);
+        self.record.state = self.life.state();
+        self.record.end = self.life.end().cloned();
+        self.unsaved = true;
+        if started && self.record.started_ns.is_none() {
+            self.record.started_ns = Some(now_ns());
+            self.arm_time_limit();
+        }
+        if self.record.state == MachineState::Ended && self.record.ended_ns.is_none() {
+            self.record.ended_ns = Some(now_ns());
+            self.record.vm = None;
+            self.log.finish();
+            self.clear_away();
+        }
+        self.publish().await;
+        for effect in effects {
+            self.carry_out(effect);
+        }
+    }
+
+    fn arm_time_limit(&mut self) {
+        let (Some(limit), Some(started)) = (self.record.spec.timeout, self.record.started_ns)
+        else {
+            return;
+        };
+        let passed = Duration::from_nanos(now_ns().saturating_sub(started));
+        self.limit = Some(tokio::time::Instant::now() + limit.saturating_sub(passed));
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::SignalProgram(signal) => self.signal(signal),
+            Effect::ArmGrace(grace) => self.grace = Some(tokio::time::Instant::now() + grace),
+            Effect::TakeDown => self.take_down(!self.record.spec.volumes.is_empty()),
+            Effect::KillVm => self.take_down(false),
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let agent = self.shared.agent.borrow().clone();
+        let id = self.record.id.clone();
+        tokio::spawn(async move {
+            let Some(agent) = agent else { return };
+            if let Err(error) = agent
+                .signal(vistara_guest_client::ProcessId::MAIN, i32::from(signal.0))
+                .await
+            {
+                tracing::info!(machine = %id, %error, "a program could not be signalled");
+            }
+        });
+    }
+
+    fn take_down(&self, flush: bool) {
+        let Some(vm) = self.vm.clone() else { return };
+        let agent = self.shared.agent.borrow().clone();
+        let id = self.record.id.clone();
+        tokio::spawn(async move {
+            if let (true, Some(agent)) = (flush, agent) {
+                let asked = agent.shutdown(Duration::ZERO, i32::from(Signal::KILL.0));
+                if tokio::time::timeout(FLUSH_BOUND, asked).await.is_err() {
+                    tracing::warn!(machine = %id, "a guest did not write back what it held in time");
+                }
+            }
+            if let Err(error) = vm.kill().await {
+                tracing::error!(machine = %id, error = chain(&error), "a monitor could not be ended");
+            }
+        });
+    }
+
+    /// Frees what an ended machine needs no more: its disk and sockets. Its record and log stay.
+    fn clear_away(&self) {
+        let path = self.dir.join(super::prepare::OVERLAY);
+        match std::fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "a file could not be removed")
+            }
+        }
+    }
+
+    /// Puts the record on disk, then shows it.
+    async fn publish(&mut self) {
+        if self.unsaved {
+            let (record, dir) = (self.record.clone(), self.dir.clone());
+            let saved = tokio::task::spawn_blocking(move || record.save(&dir)).await;
+            match saved {
+                Ok(Ok(())) => self.unsaved = false,
+                // Tried again with the next change; the machine itself is well.
+                Ok(Err(error)) => {
+                    tracing::error!(machine = %self.record.id, %error, "a machine's record could not be written");
+                }
+                Err(error) => {
+                    tracing::error!(machine = %self.record.id, %error, "the writing task failed")
+                }
+            }
+        }
+        self.published.send_replace(Snapshot {
+            record: Arc::new(self.record.clone()),
+            trouble: self.trouble.clone(),
+            removed: false,
+        });
+    }
+
+    /// The machine is over: wait to be removed.
+    async fn rest(mut self) {
+        self.log.finish();
+        self.publish().await;
+        if !self.record.spec.auto_remove {
+            loop {
+                match self.commands.recv().await {
+                    Some(Command::Remove) => break,
+                    Some(Command::Stop { .. } | Command::Kill) => {}
+                    // Nobody holds a handle any more: the node is leaving, and the record stays for the next one.
+                    None => return,
+                }
+            }
+        }
+        let dir = self.dir.clone();
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::error!(machine = %self.record.id, %error, "a machine's directory could not be removed");
+        }
+        self.node.forget(&self.record.id);
+        self.published.send_replace(Snapshot {
+            record: Arc::new(self.record.clone()),
+            trouble: None,
+            removed: true,
+        });
+    }
+}

@@ -1,0 +1,148 @@
+//! How others reach a machine: what it is now, its output, its agent, its input, and commands to the task that owns it.
+
+use super::Record;
+use crate::fault::{Answer, Fault};
+use crate::logbook::LogBook;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tokio::sync::{Mutex, mpsc, watch};
+use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
+use vistara_machine::Vm;
+use vistara_model::{MachineId, MachineState, Signal};
+
+/// What is asked of a machine.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Ask its program to end, and take it down.
+    Stop {
+        signal: Option<Signal>,
+        grace: Duration,
+    },
+    /// Take it down at once.
+    Kill,
+    /// Forget it altogether: only once it has ended.
+    Remove,
+}
+
+/// A machine as it was last published.
+#[derive(Debug, Clone)]
+pub(crate) struct Snapshot {
+    pub(crate) record: Arc<Record>,
+    /// What troubles it while it runs.
+    pub(crate) trouble: Option<String>,
+    /// Whether its directory is gone and only this handle is left.
+    pub(crate) removed: bool,
+}
+
+/// A machine, for those who ask things of it.
+pub(crate) struct Handle {
+    pub(crate) id: MachineId,
+    pub(crate) dir: PathBuf,
+    pub(crate) log: Arc<LogBook>,
+    pub(crate) shared: Arc<Shared>,
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(crate) snapshot: watch::Receiver<Snapshot>,
+}
+
+/// What the machine's tasks and its users share.
+#[derive(Default)]
+pub(crate) struct Shared {
+    /// The session with the agent, while there is one.
+    pub(crate) agent: watch::Sender<Option<Agent>>,
+    /// The program, while the session with the agent lasts.
+    pub(crate) process: watch::Sender<Option<ProcessHandle>>,
+    /// The monitor's machine, while there is one.
+    pub(crate) vm: watch::Sender<Option<Arc<dyn Vm>>>,
+    /// The program's standard input, where it has one and nobody holds it.
+    pub(crate) stdin: Mutex<Option<Input>>,
+    /// Numbers for executed processes; 0 is the program's own.
+    pub(crate) next_process: AtomicU32,
+}
+
+impl Shared {
+    pub(crate) fn process_id(&self) -> ProcessId {
+        ProcessId(
+            self.next_process
+                .fetch_add(1, Ordering::Relaxed)
+                .wrapping_add(1),
+        )
+    }
+}
+
+/// How many commands may wait for a machine's task: more than that many clients asking at once is no use.
+pub(super) const COMMANDS_MAX: usize = 64;
+
+impl Handle {
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    pub(crate) fn record(&self) -> Arc<Record> {
+        Arc::clone(&self.snapshot.borrow().record)
+    }
+
+    pub(crate) fn state(&self) -> MachineState {
+        self.snapshot.borrow().record.state
+    }
+
+    pub(crate) async fn send(&self, command: Command) {
+        // The task is gone only when the machine is; then there is nothing left to ask for.
+        let _ = self.commands.send(command).await;
+    }
+
+    /// Waits until the machine is as wanted, and gives what it is then. Also ends when nothing will change any more.
+    pub(crate) async fn wait_until(&self, wanted: impl Fn(&Snapshot) -> bool) -> Snapshot {
+        let mut snapshot = self.snapshot.clone();
+        loop {
+            let now = snapshot.borrow_and_update().clone();
+            if wanted(&now) || snapshot.changed().await.is_err() {
+                return now;
+            }
+        }
+    }
+
+    pub(crate) async fn wait_end(&self) -> Snapshot {
+        self.wait_until(|snapshot| snapshot.record.state == MachineState::Ended)
+            .await
+    }
+
+    /// The session with the agent of a machine whose program runs.
+    pub(crate) async fn agent(&self) -> Answer<Agent> {
+        /// How long a lost session may take to come back before a request gives up.
+        const BOUND: Duration = Duration::from_secs(10);
+        let name = self.record().name.clone();
+        match self.state() {
+            MachineState::Running | MachineState::Stopping => {}
+            MachineState::Preparing | MachineState::Booting => {
+                self.wait_until(|s| {
+                    !matches!(
+                        s.record.state,
+                        MachineState::Preparing | MachineState::Booting
+                    )
+                })
+                .await;
+            }
+            MachineState::Paused => {
+                return Err(Fault::conflict(format!("machine {name} is paused")));
+            }
+            MachineState::Ended => {}
+        }
+        if self.state() == MachineState::Ended {
+            return Err(Fault::conflict(format!("machine {name} is not running"))
+                .hint(format!("see what became of it: vistara inspect {name}")));
+        }
+        let mut agent = self.shared.agent.subscribe();
+        let found = tokio::time::timeout(BOUND, agent.wait_for(Option::is_some)).await;
+        match found {
+            Ok(Ok(agent)) => agent
+                .clone()
+                .ok_or_else(|| Fault::conflict("the guest's agent is not connected")),
+            Ok(Err(_)) | Err(_) => Err(Fault::conflict(format!(
+                "the agent in machine {name} does not answer"
+            ))
+            .hint(format!("see its console: vistara logs --console {name}"))),
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! One machine: its record on disk, the task that owns it, and the handle through which others ask it for things.
+//!
+//! ```text
+//! service ──Command──► actor ──Event──► control::Lifecycle ──Effect──► actor ──► Vm, Agent
+//!                        ▲                                                │
+//!                        └── prepare task, session task, wait task ◄──────┘
+//! ```
+//! The actor alone changes the record; each change is on disk before it is published.
+
+mod actor;
+mod handle;
+mod names;
+mod prepare;
+mod record;
+mod session;
+
+pub(crate) use actor::{Actor, Origin, STOP_GRACE};
+pub(crate) use handle::{Command, Handle, Snapshot};
+pub(crate) use names::made_up_name;
+pub(crate) use record::{Loaded, Record, Step, load, machine_dirs, make_dir, now_ns};

@@ -1,0 +1,139 @@
+//! A machine's record: one versioned JSON file in its directory, replaced as a whole.
+//!
+//! It is not forced to the disk: after a power cut no machine is left to describe, and a record that is lost or cut
+//! short then is reported and cleared away like any other rubbish.
+
+use serde::{Deserialize, Serialize};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+use vistara_machine::VmRecord;
+use vistara_model::{
+    Backend, Digest, EndReason, EnvVar, Generation, Hypervisor, MachineId, MachineName,
+    MachineSpec, MachineState, Signal,
+};
+
+/// Version of the file's form. A record of another version is not read, and its machine is left alone.
+const FORMAT: u32 = 1;
+const FILE: &str = "record.json";
+
+/// One step of a machine's start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Step {
+    pub(crate) step: String,
+    /// Microseconds after the request.
+    pub(crate) begin_us: u64,
+    pub(crate) took_us: u64,
+}
+
+/// Everything a node keeps of a machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) format: u32,
+    pub(crate) id: MachineId,
+    pub(crate) name: MachineName,
+    pub(crate) generation: Generation,
+    pub(crate) spec: MachineSpec,
+    pub(crate) image_id: Digest,
+    pub(crate) argv: Vec<String>,
+    pub(crate) env: Vec<EnvVar>,
+    pub(crate) user: String,
+    pub(crate) working_dir: String,
+    pub(crate) hostname: String,
+    pub(crate) stop_signal: Signal,
+    pub(crate) hypervisor: Hypervisor,
+    pub(crate) backend: Backend,
+    pub(crate) reasons: Vec<String>,
+    pub(crate) kernel: Option<String>,
+    /// The slot from which its user id and group id on the host follow, where it has any of its own.
+    pub(crate) slot: u32,
+    pub(crate) state: MachineState,
+    pub(crate) end: Option<EndReason>,
+    /// Nanoseconds since 1970, as all times here.
+    pub(crate) created_ns: u64,
+    pub(crate) started_ns: Option<u64>,
+    pub(crate) ended_ns: Option<u64>,
+    pub(crate) vm: Option<VmRecord>,
+    pub(crate) timings: Vec<Step>,
+}
+
+/// Nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| {
+            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+        })
+}
+
+impl Record {
+    pub(crate) const FORMAT: u32 = FORMAT;
+
+    /// Replaces the record in `dir`. Blocks on files.
+    pub(crate) fn save(&self, dir: &Path) -> io::Result<()> {
+        let bytes = serde_json::to_vec(self).map_err(io::Error::other)?;
+        let fresh = dir.join("record.json.new");
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        file.write_all(&bytes)?;
+        drop(file);
+        std::fs::rename(&fresh, dir.join(FILE))
+    }
+}
+
+/// Makes a machine's directory: nobody but the node's user may look into it.
+pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(dir)
+}
+
+/// What is found in a machine's directory.
+#[derive(Debug)]
+pub(crate) enum Loaded {
+    /// A record of this version.
+    Record(Box<Record>),
+    /// No record, or a torn one: the node ended before the machine began.
+    Nothing,
+    /// A record of another version, which is left alone.
+    Foreign(u32),
+}
+
+/// Reads the record in `dir`. Blocks on files.
+pub(crate) fn load(dir: &Path) -> io::Result<Loaded> {
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let bytes = match std::fs::read(dir.join(FILE)) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Loaded::Nothing),
+        Err(error) => return Err(error),
+    };
+    match serde_json::from_slice::<Format>(&bytes) {
+        Ok(Format { format }) if format != FORMAT => return Ok(Loaded::Foreign(format)),
+        Ok(_) => {}
+        Err(_) => return Ok(Loaded::Nothing),
+    }
+    Ok(serde_json::from_slice(&bytes)
+        .map_or(Loaded::Nothing, |record| Loaded::Record(Box::new(record))))
+}
+
+/// Directories of machines below `root`, with the ids that they are named after.
+pub(crate) fn machine_dirs(root: &Path) -> io::Result<Vec<(MachineId, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        if let Some(id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            found.push((id, entry.path()));
+        }
+    }
+    Ok(found)
+}

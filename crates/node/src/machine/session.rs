@@ -1,0 +1,367 @@
+//! The conversation with a machine's agent: from the first greeting to the program's end, over as many connections as it
+//! takes. What the program prints goes into the log book and is acknowledged only then, so that nothing is lost however
+//! often the node is restarted.
+
+use super::handle::Shared;
+use super::prepare::guest_config;
+use super::record::now_ns;
+use super::{Record, Step};
+use crate::fault::chain;
+use crate::logbook::{LogBook, Stream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use vistara_control::Event;
+use vistara_guest_client::{
+    Agent, AgentError, ConnectOptions, ExitStatus, Mark, Offsets, Output, OutputChunk,
+    OutputStream, Process, ProcessId, ProcessSpec, SpawnError, Stage, TtySize, Welcome,
+};
+use vistara_machine::Vm;
+
+/// How long an agent that answered before may take to answer a new connection.
+const RECONNECT_BOUND: Duration = Duration::from_secs(20);
+/// Pause between two attempts to connect.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+/// Pause before output that the disk had no room for is written again.
+const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a session tells the machine's task.
+#[derive(Debug)]
+pub(super) enum News {
+    /// Something that the lifecycle must know.
+    Event(Event),
+    /// Steps of the start.
+    Steps(Vec<Step>),
+    /// Something troubles the machine, or no longer does.
+    Trouble(Option<String>),
+}
+
+/// Everything a session needs.
+pub(super) struct Session {
+    pub(super) record: Arc<Record>,
+    pub(super) vm: Arc<dyn Vm>,
+    pub(super) log: Arc<LogBook>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) news: mpsc::Sender<News>,
+    pub(super) boot_bound: Duration,
+    /// When the request arrived, for a machine that this node launched itself.
+    pub(super) zero: Option<Instant>,
+}
+
+/// Why a connection is over.
+enum Over {
+    /// The program has ended, or never will have begun.
+    ForGood,
+    /// The connection is lost; another may do.
+    Lost(AgentError),
+}
+
+impl Session {
+    /// Runs until the program's end is known or the monitor is gone.
+    pub(super) async fn run(self) {
+        let mut bound = self.boot_bound;
+        let mut greeted = false;
+        loop {
+            let Ok(stream) = self.vm.open_channel().await else {
+                return;
+            };
+            match vistara_guest_client::connect(
+                stream,
+                ConnectOptions {
+                    hello_timeout: bound,
+                },
+            )
+            .await
+            {
+                Ok((agent, welcome)) => {
+                    if !greeted {
+                        self.tell(News::Steps(self.guest_steps(&welcome.timings)))
+                            .await;
+                    }
+                    greeted = true;
+                    bound = RECONNECT_BOUND;
+                    let over = self.converse(&agent, welcome).await;
+                    if let Over::Lost(error) = over {
+                        self.shared.agent.send_replace(None);
+                        self.shared.process.send_replace(None);
+                        tracing::info!(machine = %self.record.id, %error, "the session with a guest was lost");
+                    } else {
+                        // The agent stays reachable: the machine may still be asked to write back what it holds.
+                        return;
+                    }
+                }
+                Err(AgentError::Silent(after)) if !greeted => {
+                    self.tell(News::Event(Event::BootTimedOut { after })).await;
+                    return;
+                }
+                Err(error @ AgentError::Version { .. }) => {
+                    self.tell(News::Event(Event::ConfigureFailed(chain(&error))))
+                        .await;
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(machine = %self.record.id, %error, "a guest does not answer");
+                }
+            }
+            tokio::time::sleep(RECONNECT_PAUSE).await;
+        }
+    }
+
+    async fn tell(&self, news: News) {
+        // The machine's task outlives its session.
+        let _ = self.news.send(news).await;
+    }
+
+    async fn converse(&self, agent: &Agent, welcome: Welcome) -> Over {
+        if !welcome.configured
+            && let Some(over) = self.configure(agent).await
+        {
+            return over;
+        }
+        let highest = welcome
+            .processes
+            .iter()
+            .map(|state| state.id.0)
+            .max()
+            .unwrap_or(0);
+        self.shared
+            .next_process
+            .fetch_max(highest, Ordering::Relaxed);
+        for state in &welcome.processes {
+            if state.id != ProcessId::MAIN {
+                drain(agent.clone(), state.id, state.kept_from);
+            }
+        }
+        let begin = Instant::now();
+        let known = welcome
+            .processes
+            .iter()
+            .any(|state| state.id == ProcessId::MAIN);
+        let process = if known {
+            let held = self.log.offsets();
+            let from = Offsets {
+                stdout: held.stdout,
+                stderr: held.stderr,
+            };
+            match agent.resume(ProcessId::MAIN, from).await {
+                Ok(process) => process,
+                Err(error) => return Over::Lost(error),
+            }
+        } else {
+            match agent.spawn(ProcessId::MAIN, self.process_spec()).await {
+                Ok(process) => process,
+                Err(SpawnError::Failed(failed)) => {
+                    let event = Event::ProgramFailed {
+                        code: failed.code,
+                        message: failed.message,
+                    };
+                    self.tell(News::Event(event)).await;
+                    return Over::ForGood;
+                }
+                Err(SpawnError::Agent(error)) => return Over::Lost(error),
+            }
+        };
+        self.tell(News::Steps(self.host_step("start program", begin)))
+            .await;
+        self.shared
+            .process
+            .send_replace(Some(process.handle.clone()));
+        self.tell(News::Event(Event::ProgramStarted)).await;
+        self.shared.agent.send_replace(Some(agent.clone()));
+        self.follow(process).await
+    }
+
+    async fn configure(&self, agent: &Agent) -> Option<Over> {
+        let begin = Instant::now();
+        let config = match guest_config(&self.record, now_ns()) {
+            Ok(config) => config,
+            Err(error) => {
+                let message = format!("the host gives no random numbers: {error}");
+                self.tell(News::Event(Event::ConfigureFailed(message)))
+                    .await;
+                return Some(Over::ForGood);
+            }
+        };
+        match agent.configure(config).await {
+            Ok(configured) => {
+                for warning in configured.warnings {
+                    tracing::warn!(machine = %self.record.id, warning, "a guest could not be set up in all its parts");
+                }
+                self.tell(News::Steps(self.host_step("configure", begin)))
+                    .await;
+                None
+            }
+            Err(error @ (AgentError::Refused(_) | AgentError::TooLong)) => {
+                self.tell(News::Event(Event::ConfigureFailed(chain(&error))))
+                    .await;
+                Some(Over::ForGood)
+            }
+            Err(error) => Some(Over::Lost(error)),
+        }
+    }
+
+    async fn follow(&self, process: Process) -> Over {
+        let Process {
+            handle,
+            mut output,
+            input,
+        } = process;
+        if self.record.spec.stdin {
+            *self.shared.stdin.lock().await = Some(input);
+        } else {
+            input.close().await;
+        }
+        let mut first = self.zero;
+        while let Some(chunk) = output.next().await {
+            self.store(chunk, &output).await;
+            if let Some(zero) = first.take() {
+                let at = zero.elapsed();
+                let begin_us = u64::try_from(at.as_micros()).unwrap_or(u64::MAX);
+                let step = Step {
+                    step: "first output".to_owned(),
+                    begin_us,
+                    took_us: 0,
+                };
+                self.tell(News::Steps(vec![step])).await;
+            }
+        }
+        match handle.exited().await {
+            Ok(exit) => {
+                let byte = |number: i32| u8::try_from(number & 0xff).unwrap_or(u8::MAX);
+                let status = match exit.status {
+                    ExitStatus::Code(code) => vistara_model::ExitStatus::Code(byte(code)),
+                    ExitStatus::Signal(number) => vistara_model::ExitStatus::Signal(byte(number)),
+                };
+                self.tell(News::Event(Event::ProgramExited {
+                    status,
+                    out_of_memory: exit.oom,
+                }))
+                .await;
+                Over::ForGood
+            }
+            Err(error) => Over::Lost(error),
+        }
+    }
+
+    /// Records a piece of output, however long the disk takes to have room for it. The program waits meanwhile.
+    async fn store(&self, chunk: OutputChunk, output: &Output) {
+        self.log.wait_for_readers().await;
+        let stream = match chunk.stream {
+            OutputStream::Stdout => Stream::Stdout,
+            OutputStream::Stderr => Stream::Stderr,
+        };
+        let time = now_ns();
+        let end = chunk.offset.saturating_add(chunk.bytes.len() as u64);
+        let bytes = bytes::Bytes::from(chunk.bytes);
+        let mut troubled = false;
+        loop {
+            let (log, bytes, offset) = (Arc::clone(&self.log), bytes.clone(), chunk.offset);
+            let done =
+                tokio::task::spawn_blocking(move || log.append(stream, offset, time, &bytes)).await;
+            match done {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => {
+                    if !troubled {
+                        let message = format!(
+                            "its output cannot be recorded and waits until it can ({error}); free some disk space"
+                        );
+                        self.tell(News::Trouble(Some(message))).await;
+                    }
+                    troubled = true;
+                }
+                // Only the runtime's own end cancels blocking work.
+                Err(_) => return,
+            }
+            tokio::time::sleep(FULL_DISK_PAUSE).await;
+        }
+        output.ack(chunk.stream, end);
+        if troubled {
+            self.tell(News::Trouble(None)).await;
+        }
+    }
+
+    fn process_spec(&self) -> ProcessSpec {
+        let record = &self.record;
+        ProcessSpec {
+            argv: record.argv.clone(),
+            env: record
+                .env
+                .iter()
+                .map(|v| (v.name.clone(), v.value.clone()))
+                .collect(),
+            cwd: record.working_dir.clone(),
+            user: record.user.clone(),
+            tty: record.spec.tty.map(|size| TtySize {
+                rows: size.rows,
+                columns: size.columns,
+            }),
+            stdin: record.spec.stdin,
+        }
+    }
+
+    fn host_step(&self, name: &str, begin: Instant) -> Vec<Step> {
+        let Some(zero) = self.zero else {
+            return Vec::new();
+        };
+        let mut watch = super::prepare::Stopwatch::new(zero);
+        watch.note(name, begin);
+        watch.into_steps()
+    }
+
+    /// The guest's own stages, placed on the host's clock: the greeting arrived about now.
+    fn guest_steps(&self, marks: &[Mark]) -> Vec<Step> {
+        let Some(zero) = self.zero else {
+            return Vec::new();
+        };
+        let now_us = u64::try_from(zero.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let Some(last) = marks.iter().find(|mark| mark.stage == Stage::Greeted) else {
+            return Vec::new();
+        };
+        let guest_zero = now_us.saturating_sub(last.at_us);
+        let mut steps = Vec::new();
+        let mut before = 0;
+        for mark in marks {
+            let name = match mark.stage {
+                Stage::AgentStart => "guest kernel",
+                Stage::ModulesLoaded => "guest drivers",
+                Stage::RootMounted => "guest root",
+                Stage::ChannelOpen => "guest channel",
+                Stage::Greeted => "greeting",
+                Stage::Configured | Stage::Spawned => continue,
+            };
+            steps.push(Step {
+                step: name.to_owned(),
+                begin_us: guest_zero + before,
+                took_us: mark.at_us.saturating_sub(before),
+            });
+            before = mark.at_us.max(before);
+        }
+        steps
+    }
+}
+
+/// Lets a process that an earlier node executed run on: its client is gone, so its output is thrown away.
+fn drain(agent: Agent, id: ProcessId, from: Offsets) {
+    tokio::spawn(async move {
+        let Ok(Process {
+            handle,
+            mut output,
+            input,
+        }) = agent.resume(id, from).await
+        else {
+            return;
+        };
+        input.close().await;
+        while let Some(chunk) = output.next().await {
+            output.ack(
+                chunk.stream,
+                chunk.offset.saturating_add(chunk.bytes.len() as u64),
+            );
+        }
+        if handle.exited().await.is_ok() {
+            // A refusal would only mean that somebody else has it forgotten.
+            let _ = handle.forget().await;
+        }
+    });
+}

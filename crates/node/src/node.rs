@@ -1,0 +1,665 @@
+//! The node's own state: its mechanisms, what it knows of the host, and its machines.
+
+use crate::fault::{Answer, Fault, NodeError, chain};
+use crate::logbook::{Limits, LogBook};
+use crate::machine::{
+    Actor, Command, Handle, Loaded, Origin, Record, load, machine_dirs, made_up_name, make_dir,
+    now_ns,
+};
+use crate::options::{NodeOptions, Vmms};
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vistara_api::{ErrorKind, RunRequest};
+use vistara_control::{Capacity, Choice, Demand, Event, Program, admit, choose, lookup, program};
+use vistara_image::{Image, ImageStore};
+use vistara_machine::boot::overlay::OverlayTemplates;
+use vistara_machine::boot::{KernelStore, LinuxPayload, UpperLayer};
+use vistara_machine::qemu::{QemuOptions, QemuVmm};
+use vistara_machine::{Adoption, LinuxBoot, VmEnd, Vmm};
+use vistara_model::{
+    Bytes, Digest, EndReason, Generation, HostFacts, KvmVerdict, MachineId, MachineName,
+    MachineSpec, MachineState, VmmKind,
+};
+
+/// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
+const MACHINES_MAX: usize = 100_000;
+
+/// The mechanisms that make machines, shared by all tasks.
+#[derive(Clone)]
+pub(crate) struct Mechanisms {
+    pub(crate) images: ImageStore,
+    pub(crate) kernels: KernelStore,
+    pub(crate) overlays: OverlayTemplates,
+    payload: LinuxPayload,
+    vmms: Arc<Mutex<HashMap<VmmKind, Arc<dyn Vmm>>>>,
+    pub(crate) is_root: bool,
+}
+
+impl Mechanisms {
+    pub(crate) fn vmm(&self, kind: VmmKind) -> Option<Arc<dyn Vmm>> {
+        let vmms = self.vmms.lock().unwrap_or_else(PoisonError::into_inner);
+        // A monitor given by a test stands for whichever was chosen.
+        vmms.get(&kind)
+            .or_else(|| vmms.get(&VmmKind::Fake))
+            .cloned()
+    }
+
+    /// What a Linux guest with this kernel, or the default one, is started with. Blocks on files.
+    pub(crate) fn linux_boot(&self, kernel: Option<&str>, upper: UpperLayer) -> Answer<LinuxBoot> {
+        if let Some(fake) = self
+            .vmm(VmmKind::Fake)
+            .filter(|vmm| vmm.capabilities().kind == VmmKind::Fake)
+        {
+            // A fake machine boots nothing; it must not need a kernel on the host that tests it.
+            drop(fake);
+            let nothing = PathBuf::from("/dev/null");
+            return Ok(LinuxBoot {
+                kernel: nothing.clone(),
+                initramfs: nothing,
+                cmdline: String::new(),
+            });
+        }
+        let kernel = match kernel {
+            Some(name) => self.kernels.get(name)?,
+            None => self
+                .kernels
+                .default_kernel()?
+                .ok_or(vistara_machine::boot::BootError::NoKernel)?,
+        };
+        Ok(self
+            .payload
+            .prepare(&kernel, vistara_guest_embed::AGENT, upper)?)
+    }
+}
+
+/// The node.
+pub(crate) struct Node {
+    pub(crate) options: NodeOptions,
+    pub(crate) started_ns: u64,
+    mechanisms: Mechanisms,
+    kvm: Mutex<KvmVerdict>,
+    machines: Mutex<Machines>,
+    /// Held for the node's life: one node serves a state directory.
+    _lock: File,
+}
+
+#[derive(Default)]
+struct Machines {
+    by_id: HashMap<MachineId, Arc<Handle>>,
+    /// Names and slots promised to machines that are being created.
+    names: HashSet<MachineName>,
+    slots: HashSet<u32>,
+}
+
+fn make_private_dir(dir: &Path) -> Result<(), NodeError> {
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(dir)
+        .map_err(|source| NodeError::Io {
+            operation: "make directory",
+            path: dir.to_owned(),
+            source,
+        })
+}
+
+impl Node {
+    /// Makes the state directory ready and takes over what an earlier node left.
+    pub(crate) async fn open(options: NodeOptions) -> Result<Arc<Node>, NodeError> {
+        make_private_dir(&options.state_dir)?;
+        let lock = take_lock(&options.state_dir)?;
+        let state = options.state_dir.clone();
+        for name in [
+            "machines",
+            "images",
+            "kernels",
+            "overlays",
+            "initramfs",
+            "tmp",
+        ] {
+            make_private_dir(&state.join(name))?;
+        }
+        let mechanisms = Mechanisms {
+            images: ImageStore::open(&state.join("images"), vistara_image::Limits::default())
+                .map_err(NodeError::Images)?,
+            kernels: KernelStore::open(&state.join("kernels")).map_err(NodeError::Kernels)?,
+            overlays: OverlayTemplates::open(&state.join("overlays"))
+                .map_err(NodeError::Kernels)?,
+            payload: LinuxPayload::open(&state.join("initramfs")).map_err(NodeError::Kernels)?,
+            vmms: Arc::default(),
+            is_root: rustix::process::geteuid().is_root(),
+        };
+        let node = Arc::new(Node {
+            options,
+            started_ns: now_ns(),
+            mechanisms,
+            kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
+            machines: Mutex::default(),
+            _lock: lock,
+        });
+        node.detect(false).await;
+        node.adopt_all().await;
+        Ok(node)
+    }
+
+    pub(crate) fn mechanisms(&self) -> Mechanisms {
+        self.mechanisms.clone()
+    }
+
+    pub(crate) fn boot_bound(&self) -> Duration {
+        self.options.boot_bound
+    }
+
+    fn machines(&self) -> MutexGuard<'_, Machines> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for monitors and probes KVM; `fresh` forgets what was found before in this boot of the host.
+    pub(crate) async fn detect(&self, fresh: bool) {
+        let found = match &self.options.vmms {
+            Vmms::Given(vmm) => vec![Arc::clone(vmm)],
+            Vmms::Detect => {
+                let kvm = probe_kvm(&self.options.state_dir, fresh).await;
+                *self.kvm.lock().unwrap_or_else(PoisonError::into_inner) = kvm.clone();
+                let options = QemuOptions {
+                    program: self.options.qemu.clone(),
+                    virtiofsd: self.options.virtiofsd.clone(),
+                    kvm,
+                };
+                match QemuVmm::detect(options).await {
+                    Ok(vmm) => vec![Arc::new(vmm) as Arc<dyn Vmm>],
+                    Err(error) => {
+                        tracing::warn!(error = chain(&error), "QEMU cannot be used");
+                        Vec::new()
+                    }
+                }
+            }
+        };
+        let mut vmms = self
+            .mechanisms
+            .vmms
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        vmms.clear();
+        vmms.extend(found.into_iter().map(|vmm| (vmm.capabilities().kind, vmm)));
+    }
+
+    /// What the choice of hypervisor needs to know.
+    pub(crate) fn facts(&self) -> HostFacts {
+        let version = |kind| {
+            self.mechanisms
+                .vmm(kind)
+                .map(|vmm| vmm.capabilities().version.clone())
+        };
+        let kernel = self.mechanisms.kernels.default_kernel().ok().flatten();
+        HostFacts {
+            kvm: self
+                .kvm
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            qemu: version(VmmKind::Qemu),
+            // Its backend is not part of this version, so its presence on the host does not matter.
+            firecracker: None,
+            nanos_kernel: false,
+            linux_kernel: kernel.map(|kernel| kernel.record.name),
+            cpus: vistara_host::facts::cpus(),
+            memory_available: Bytes(vistara_host::facts::memory_available().unwrap_or(0)),
+        }
+    }
+
+    /// The image of a request, by name, id or id prefix.
+    pub(crate) fn image(&self, typed: &str) -> Answer<Image> {
+        match self.mechanisms.images.find(typed)? {
+            Some(image) => Ok(image),
+            None => Err(Fault::new(
+                ErrorKind::ImageNotFound,
+                format!("image {typed:?} is not on this node"),
+            )
+            .hint(format!("vistara images pull {typed}"))),
+        }
+    }
+
+    /// Everything about a request that is decided before anything is done.
+    pub(crate) fn decide(
+        &self,
+        request: &RunRequest,
+    ) -> Answer<(Image, MachineSpec, Program, Choice)> {
+        let image = self.image(&request.image)?;
+        let name = request
+            .image
+            .parse()
+            .ok()
+            .filter(|name| image.names.contains(name))
+            .or_else(|| image.names.first().cloned())
+            .map_or_else(|| format!("image:{}", image.id.short()).parse(), Ok)
+            .map_err(|error: vistara_model::ImageRefError| Fault::internal(&error))?;
+        let spec = crate::request::spec(request, name)?;
+        let ours = vistara_model::Architecture::host();
+        if image.architecture != ours {
+            return Err(Fault::user(format!(
+                "image {} is made for {}, and this host is {ours}",
+                spec.image.familiar(),
+                image.architecture
+            ))
+            .hint("pull or import the image for this architecture"));
+        }
+        let program = program(&spec, &image.config)?;
+        let choice = choose(spec.hypervisor, &self.facts())?;
+        Ok((image, spec, program, choice))
+    }
+
+    /// Accepts a request: the machine exists, and is being prepared, when this returns.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        request: &RunRequest,
+        zero: Instant,
+    ) -> Answer<Arc<Handle>> {
+        let (image, mut spec, program, choice) = self.decide(request)?;
+        let facts = self.facts();
+        let vcpus_max = self
+            .mechanisms
+            .vmm(choice.backend.vmm)
+            .map_or(1, |vmm| vmm.capabilities().vcpus_max);
+        admit(
+            Demand {
+                cpus: spec.cpus,
+                memory: spec.memory,
+                disk: spec.disk,
+            },
+            Capacity {
+                cpus: facts.cpus,
+                vcpus_max,
+                memory_available: facts.memory_available,
+            },
+        )?;
+        if let Some(kernel) = &spec.kernel {
+            self.mechanisms.kernels.get(kernel)?;
+        } else if facts.linux_kernel.is_none() && choice.backend.vmm != VmmKind::Fake {
+            self.mechanisms.linux_boot(None, UpperLayer::Disk)?;
+        }
+        choose_ports(&mut spec)?;
+        let mut random = [0; 20];
+        getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
+        let (for_id, for_name) = random.split_at(16);
+        let id = MachineId::from_random(for_id.try_into().unwrap_or([0; 16]));
+        let for_name = for_name.try_into().unwrap_or([0; 4]);
+        let (name, slot) = self.reserve(spec.name.as_ref(), for_name)?;
+        let record = Record {
+            format: Record::FORMAT,
+            id: id.clone(),
+            name: name.clone(),
+            generation: Generation(1),
+            image_id: image.id.clone(),
+            argv: program.argv,
+            env: program.env,
+            user: program.user,
+            working_dir: program.working_dir,
+            hostname: spec
+                .hostname
+                .clone()
+                .unwrap_or_else(|| id.short().to_owned()),
+            stop_signal: program.stop_signal,
+            hypervisor: choice.hypervisor,
+            backend: choice.backend,
+            reasons: choice.reasons,
+            kernel: spec.kernel.clone().or(facts.linux_kernel),
+            slot,
+            spec,
+            state: MachineState::Preparing,
+            end: None,
+            created_ns: now_ns(),
+            started_ns: None,
+            ended_ns: None,
+            vm: None,
+            timings: Vec::new(),
+        };
+        let dir = self.machine_dir(&id);
+        let made = {
+            let (dir, record) = (dir.clone(), record.clone());
+            tokio::task::spawn_blocking(move || {
+                let result = make_dir(&dir)
+                    .and_then(|()| record.save(&dir))
+                    .and_then(|()| LogBook::open(&dir.join("log"), Limits::default()));
+                if result.is_err() {
+                    // Half a directory is nobody's machine. That it cannot be removed changes nothing of the error.
+                    let _ = std::fs::remove_dir_all(&dir);
+                }
+                result
+            })
+            .await
+            .map_err(|error| Fault::internal(&error))?
+        };
+        let mut machines = self.machines();
+        machines.names.remove(&name);
+        machines.slots.remove(&slot);
+        let log = made.map_err(|error| {
+            Fault::new(
+                ErrorKind::Host,
+                format!("the machine's directory {dir:?} could not be made: {error}"),
+            )
+            .hint("free some disk space, or see `vistara doctor`")
+        })?;
+        let handle = Actor::start(Arc::clone(self), dir, record, log, Origin::Request(zero));
+        machines.by_id.insert(id, Arc::clone(&handle));
+        Ok(handle)
+    }
+
+    /// Promises a name and a slot to a machine that is about to be.
+    fn reserve(&self, wanted: Option<&MachineName>, random: [u8; 4]) -> Answer<(MachineName, u32)> {
+        let mut machines = self.machines();
+        if machines.by_id.len() >= MACHINES_MAX {
+            return Err(Fault::conflict(format!(
+                "this node keeps {MACHINES_MAX} machines and takes no more"
+            ))
+            .hint("remove ended ones: vistara rm MACHINE…"));
+        }
+        let records: Vec<Arc<Record>> = machines
+            .by_id
+            .values()
+            .map(|handle| handle.record())
+            .collect();
+        let taken = |name: &str| {
+            records.iter().any(|record| record.name.as_ref() == name)
+                || machines.names.iter().any(|known| known.as_ref() == name)
+        };
+        let name = match wanted {
+            Some(name) if taken(name.as_ref()) => {
+                return Err(
+                    Fault::conflict(format!("there is a machine named {name} already")).hint(
+                        format!("remove it with `vistara rm {name}`, or choose another name"),
+                    ),
+                );
+            }
+            Some(name) => name.clone(),
+            None => made_up_name(random, taken)
+                .parse()
+                .map_err(|error: vistara_model::IdError| Fault::internal(&error))?,
+        };
+        let used: HashSet<u32> = records
+            .iter()
+            .filter(|record| record.state != MachineState::Ended)
+            .map(|record| record.slot)
+            .chain(machines.slots.iter().copied())
+            .collect();
+        let slot = (0..).find(|slot| !used.contains(slot)).unwrap_or(0);
+        machines.names.insert(name.clone());
+        machines.slots.insert(slot);
+        Ok((name, slot))
+    }
+
+    pub(crate) fn machine_dir(&self, id: &MachineId) -> PathBuf {
+        self.options.state_dir.join("machines").join(id.as_ref())
+    }
+
+    /// All machines, newest first.
+    pub(crate) fn all(&self) -> Vec<Arc<Handle>> {
+        let mut all: Vec<Arc<Handle>> = self.machines().by_id.values().cloned().collect();
+        all.sort_by_key(|handle| std::cmp::Reverse(handle.record().created_ns));
+        all
+    }
+
+    /// The machine that a user typed.
+    pub(crate) fn find(&self, typed: &str) -> Answer<Arc<Handle>> {
+        let all = self.all();
+        let names: Vec<(String, String)> = all
+            .iter()
+            .map(|handle| (handle.id.to_string(), handle.record().name.to_string()))
+            .collect();
+        let id = lookup(
+            typed,
+            names.iter().map(|(id, name)| (id.as_str(), name.as_str())),
+        )?
+        .to_owned();
+        all.into_iter()
+            .find(|handle| handle.id.as_ref() == id)
+            .ok_or_else(|| {
+                Fault::new(
+                    ErrorKind::NotFound,
+                    format!("there is no machine {typed:?}"),
+                )
+            })
+    }
+
+    /// Machines that have not ended.
+    pub(crate) fn active(&self) -> usize {
+        self.machines()
+            .by_id
+            .values()
+            .filter(|handle| handle.state() != MachineState::Ended)
+            .count()
+    }
+
+    /// How many machines, ended ones included, use an image.
+    pub(crate) fn users_of(&self, image: &Digest) -> u64 {
+        self.machines()
+            .by_id
+            .values()
+            .filter(|handle| handle.record().image_id == *image)
+            .count() as u64
+    }
+
+    /// Whether a machine that has not ended needs an image.
+    pub(crate) fn needs(&self, image: &Digest) -> bool {
+        self.machines().by_id.values().any(|handle| {
+            handle.state() != MachineState::Ended && handle.record().image_id == *image
+        })
+    }
+
+    pub(crate) fn forget(&self, id: &MachineId) {
+        self.machines().by_id.remove(id);
+    }
+
+    /// Removes a machine and waits until it is gone.
+    pub(crate) async fn remove(&self, handle: &Handle, force: bool) -> Answer<()> {
+        let name = handle.record().name.clone();
+        if handle.state() != MachineState::Ended {
+            if !force {
+                return Err(
+                    Fault::conflict(format!("machine {name} has not ended")).hint(format!(
+                        "stop it first with `vistara stop {name}`, or add --force"
+                    )),
+                );
+            }
+            handle.send(Command::Kill).await;
+            handle.wait_end().await;
+        }
+        handle.send(Command::Remove).await;
+        handle.wait_until(|snapshot| snapshot.removed).await;
+        Ok(())
+    }
+
+    /// Takes over every machine whose directory is here.
+    async fn adopt_all(self: &Arc<Self>) {
+        let root = self.options.state_dir.join("machines");
+        let dirs = match machine_dirs(&root) {
+            Ok(dirs) => dirs,
+            Err(error) => {
+                tracing::error!(path = %root.display(), %error, "machines of an earlier node cannot be listed");
+                return;
+            }
+        };
+        for (id, dir) in dirs {
+            if let Err(message) = self.adopt(&id, dir.clone()).await {
+                tracing::error!(machine = %id, path = %dir.display(), message, "a machine could not be taken over");
+            }
+        }
+    }
+
+    async fn adopt(self: &Arc<Self>, id: &MachineId, dir: PathBuf) -> Result<(), String> {
+        let record = match load(&dir).map_err(|error| error.to_string())? {
+            Loaded::Record(record) => *record,
+            Loaded::Nothing => {
+                tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
+                self.sweep(id, &dir).await;
+                return std::fs::remove_dir_all(&dir).map_err(|error| error.to_string());
+            }
+            Loaded::Foreign(format) => {
+                return Err(format!(
+                    "its record has format {format}, and this version reads {}",
+                    Record::FORMAT
+                ));
+            }
+        };
+        let log = LogBook::open(&dir.join("log"), Limits::default())
+            .map_err(|error| error.to_string())?;
+        let origin = if record.state == MachineState::Ended {
+            log.finish();
+            Origin::Over(None)
+        } else {
+            self.origin(&record, &dir).await?
+        };
+        let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
+        self.machines().by_id.insert(id.clone(), handle);
+        Ok(())
+    }
+
+    async fn origin(&self, record: &Record, dir: &Path) -> Result<Origin, String> {
+        let Some(vm) = &record.vm else {
+            self.sweep(&record.id, dir).await;
+            let event = match &record.end {
+                Some(EndReason::Stopped { .. }) => {
+                    Event::Lost("it was stopped while it was being prepared".to_owned())
+                }
+                _ => Event::Lost("the node ended while the machine was being prepared".to_owned()),
+            };
+            return Ok(Origin::Over(Some(event)));
+        };
+        let lost = |message: String| Ok(Origin::Over(Some(Event::Lost(message))));
+        let boot_id = vistara_host::facts::boot_id().map_err(|error| error.to_string())?;
+        if vm.boot_id != boot_id {
+            return lost("the host was restarted while the machine ran".to_owned());
+        }
+        let Some(vmm) = self.mechanisms.vmm(vm.kind) else {
+            return Err(format!("{} is not usable on this host now", vm.kind));
+        };
+        match vmm.adopt(dir, vm).await.map_err(|error| chain(&error))? {
+            Adoption::Running(vm) => Ok(Origin::Adopted(Arc::from(vm))),
+            Adoption::Gone(VmEnd::GuestPanic { message }) => Ok(Origin::Over(Some(Event::VmGone(
+                vistara_control::VmGone::GuestPanic(message),
+            )))),
+            Adoption::Gone(VmEnd::GuestOff) => Ok(Origin::Over(Some(Event::VmGone(
+                vistara_control::VmGone::GuestOff,
+            )))),
+            Adoption::Gone(VmEnd::Killed) => {
+                lost("its monitor ended while no node was running".to_owned())
+            }
+            Adoption::Gone(VmEnd::Crashed { message }) => lost(format!(
+                "its monitor died while no node was running: {message}"
+            )),
+        }
+    }
+
+    /// Ends what a crash between a launch and its record may have left.
+    async fn sweep(&self, id: &MachineId, dir: &Path) {
+        let vmms: Vec<Arc<dyn Vmm>> = {
+            let vmms = self
+                .mechanisms
+                .vmms
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            vmms.values().cloned().collect()
+        };
+        for vmm in vmms {
+            if let Err(error) = vmm.sweep(id, dir).await {
+                tracing::error!(machine = %id, error = chain(&error), "what a crash left could not be cleared away");
+            }
+        }
+    }
+}
+
+/// Gives each port that the user left open a free number. Another program may take it before the monitor does; the
+/// launch then says so.
+fn choose_ports(spec: &mut MachineSpec) -> Answer<()> {
+    for port in spec.ports.iter_mut().filter(|port| port.host_port == 0) {
+        let free = match port.protocol {
+            vistara_model::Protocol::Tcp => std::net::TcpListener::bind((port.host_address, 0))
+                .and_then(|socket| socket.local_addr()),
+            vistara_model::Protocol::Udp => std::net::UdpSocket::bind((port.host_address, 0))
+                .and_then(|socket| socket.local_addr()),
+        };
+        port.host_port = free
+            .map_err(|error| {
+                Fault::user(format!(
+                    "no port of {} can be bound: {error}",
+                    port.host_address
+                ))
+                .hint("publish on an address of this host, such as 127.0.0.1")
+            })?
+            .port();
+    }
+    Ok(())
+}
+
+fn take_lock(state_dir: &Path) -> Result<File, NodeError> {
+    let path = state_dir.join("lock");
+    let io = |source: std::io::Error| NodeError::Io {
+        operation: "open",
+        path: path.clone(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(io)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(NodeError::AlreadyServed(state_dir.to_owned())),
+        Err(error) => Err(io(error.into())),
+    }
+}
+
+/// The KVM probe's verdict, remembered for this boot of the host.
+async fn probe_kvm(state_dir: &Path, fresh: bool) -> KvmVerdict {
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct Remembered {
+        boot_id: String,
+        /// What the device was: other permissions or another device need another look.
+        device: String,
+        kvm: KvmVerdict,
+    }
+    let path = state_dir.join("kvm.json");
+    let work = move || {
+        use std::os::unix::fs::MetadataExt;
+        let boot_id = vistara_host::facts::boot_id().unwrap_or_default();
+        let device = std::fs::metadata("/dev/kvm").map_or_else(
+            |error| error.to_string(),
+            |meta| format!("{:o} {} {}", meta.mode(), meta.uid(), meta.gid()),
+        );
+        let known = std::fs::read(&path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<Remembered>(&bytes).ok());
+        if let Some(known) =
+            known.filter(|known| !fresh && known.boot_id == boot_id && known.device == device)
+        {
+            return known.kvm;
+        }
+        let kvm = match vistara_host::kvm::probe(vistara_host::kvm::PROBE_BOUND) {
+            vistara_host::kvm::Verdict::Works => KvmVerdict::Works,
+            vistara_host::kvm::Verdict::Absent(why) => KvmVerdict::Absent(why),
+            vistara_host::kvm::Verdict::Broken(why) => KvmVerdict::Broken(why),
+        };
+        let remembered = Remembered {
+            boot_id,
+            device,
+            kvm,
+        };
+        if let Ok(bytes) = serde_json::to_vec(&remembered)
+            && let Err(error) = std::fs::write(&path, bytes)
+        {
+            tracing::warn!(%error, "the verdict on KVM could not be kept; it will be probed again");
+        }
+        remembered.kvm
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(kvm) => kvm,
+        Err(error) => KvmVerdict::Broken(format!("the probe itself failed: {error}")),
+    }
+}

@@ -1,0 +1,42 @@
+//! What a node is told when it starts. Validated by the caller; nothing here re-reads flags or the environment.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use vistara_machine::Vmm;
+
+/// Where monitors come from.
+#[derive(Clone)]
+pub enum Vmms {
+    /// Those found on this host.
+    Detect,
+    /// This one only, as tests give it.
+    Given(Arc<dyn Vmm>),
+}
+
+/// What a node is told when it starts.
+#[derive(Clone)]
+pub struct NodeOptions {
+    /// Directory of everything it keeps. Made with mode 0700 where absent.
+    pub state_dir: PathBuf,
+    /// Unix socket it serves. Its directory is made with mode 0700 where absent.
+    pub socket: PathBuf,
+    /// Leave after this long without machines and requests; absent to stay.
+    pub idle_exit: Option<Duration>,
+    /// The program's version, told in every answer.
+    pub version: String,
+    /// Where monitors come from.
+    pub vmms: Vmms,
+    /// `qemu-system-x86_64`, where it is not on `PATH`.
+    pub qemu: Option<PathBuf>,
+    /// `virtiofsd`, where it is in no usual place.
+    pub virtiofsd: Option<PathBuf>,
+    /// How long a guest may take to answer after its start.
+    pub boot_bound: Duration,
+}
+
+impl NodeOptions {
+    /// How long a guest may take to boot unless the options say otherwise. Under emulation on a host with many more
+    /// machines than processors a boot takes many seconds; one that needs two minutes is stuck.
+    pub const BOOT_BOUND: Duration = Duration::from_secs(120);
+}

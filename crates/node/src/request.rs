@@ -1,0 +1,245 @@
+//! From what a client asked for to a validated [`MachineSpec`]. Every word is read here, once.
+
+use crate::fault::{Answer, Fault};
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+use vistara_api::RunRequest;
+use vistara_model::{Bytes, Cpus, ImageRef, MachineSpec, Network, PortMapping, TtySize};
+
+/// Memory of a machine whose user names none: enough for an interpreter, little enough for dozens on a laptop.
+const MEMORY_DEFAULT: Bytes = Bytes::mib(512);
+/// Writable layer of a machine whose user names none. Sparse: what is not written costs nothing.
+const DISK_DEFAULT: Bytes = Bytes::gib(10);
+/// Longest host name that Linux takes.
+const HOSTNAME_MAX: usize = 64;
+/// Most words, variables, volumes and ports of one machine each; far above any use, far below any harm.
+const LIST_MAX: usize = 4096;
+/// Longest time limit: a year.
+const TIMEOUT_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+fn parse<T: FromStr>(text: &str) -> Answer<T>
+where
+    T::Err: std::error::Error,
+{
+    text.parse()
+        .map_err(|error: T::Err| Fault::user(error.to_string()))
+}
+
+fn parse_all<T: FromStr>(list: &[String]) -> Answer<Vec<T>>
+where
+    T::Err: std::error::Error,
+{
+    if list.len() > LIST_MAX {
+        return Err(Fault::user(format!(
+            "a list in the request has more than {LIST_MAX} members"
+        )));
+    }
+    list.iter().map(|text| parse(text)).collect()
+}
+
+fn parse_or<T: FromStr>(text: Option<&String>, default: T) -> Answer<T>
+where
+    T::Err: std::error::Error,
+{
+    text.map_or(Ok(default), |text| parse(text))
+}
+
+/// Validates a request for an image that has been found under `image`.
+pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec> {
+    if let Some(hostname) = &request.hostname {
+        let good = !hostname.is_empty()
+            && hostname.len() <= HOSTNAME_MAX
+            && hostname
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+        if !good {
+            return Err(Fault::user(format!(
+                "{hostname:?} is not a host name: it takes 1 to {HOSTNAME_MAX} of a-z A-Z 0-9 . - _"
+            )));
+        }
+    }
+    let network = match request.network.as_deref() {
+        None | Some("user") => Network::User,
+        Some("none") => Network::None,
+        Some(other) => {
+            return Err(Fault::user(format!(
+                "{other:?} is not a network: write user or none"
+            )));
+        }
+    };
+    let ports: Vec<PortMapping> = parse_all(&request.ports)?;
+    if network == Network::None && !ports.is_empty() {
+        return Err(Fault::user(
+            "a machine without a network cannot publish ports; leave out one of the two",
+        ));
+    }
+    let volumes: Vec<vistara_model::VolumeMount> = parse_all(&request.volumes)?;
+    for volume in &volumes {
+        if !Path::new(&volume.host_path).is_dir() {
+            return Err(Fault::user(format!(
+                "{:?} is not a directory of this host",
+                volume.host_path
+            ))
+            .hint("only directories can be volumes; make it first, or mount the one above it"));
+        }
+    }
+    let timeout = request.timeout_ms.map(Duration::from_millis);
+    if timeout.is_some_and(|timeout| timeout.is_zero() || timeout > TIMEOUT_MAX) {
+        return Err(Fault::user(
+            "a time limit must be above zero and at most a year",
+        ));
+    }
+    let size = |tty: vistara_api::TerminalSize| TtySize {
+        rows: tty.rows,
+        columns: tty.columns,
+    };
+    Ok(MachineSpec {
+        image,
+        command: request.command.clone(),
+        entrypoint: request.entrypoint.clone(),
+        name: request.name.as_deref().map(parse).transpose()?,
+        cpus: parse_or(request.cpus.as_ref(), Cpus::ONE)?,
+        memory: parse_or(request.memory.as_ref(), MEMORY_DEFAULT)?,
+        disk: parse_or(request.disk.as_ref(), DISK_DEFAULT)?,
+        env: parse_all(&request.env)?,
+        user: request.user.clone(),
+        working_dir: request.working_dir.clone(),
+        hostname: request.hostname.clone(),
+        read_only: request.read_only,
+        volumes,
+        ports,
+        network,
+        tty: request.tty.map(size),
+        stdin: request.stdin,
+        auto_remove: request.auto_remove,
+        timeout,
+        hypervisor: parse_or(request.hypervisor.as_ref(), Default::default())?,
+        stop_signal: request.stop_signal.as_deref().map(parse).transpose()?,
+        kernel: request.kernel.clone(),
+        labels: request.labels.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(request: RunRequest) -> String {
+        spec(&request, "debian".parse().unwrap())
+            .unwrap_err()
+            .0
+            .message
+    }
+
+    #[test]
+    fn every_bad_word_is_refused_with_what_to_write_instead() {
+        let base = RunRequest::default;
+        for (request, hint) in [
+            (
+                RunRequest {
+                    memory: Some("lots".into()),
+                    ..base()
+                },
+                "512m",
+            ),
+            (
+                RunRequest {
+                    cpus: Some("0".into()),
+                    ..base()
+                },
+                "0.5",
+            ),
+            (
+                RunRequest {
+                    name: Some("a/b".into()),
+                    ..base()
+                },
+                "a-z",
+            ),
+            (
+                RunRequest {
+                    env: vec!["NOVALUE".into()],
+                    ..base()
+                },
+                "NAME=value",
+            ),
+            (
+                RunRequest {
+                    ports: vec!["80".into()],
+                    ..base()
+                },
+                "HOST:GUEST",
+            ),
+            (
+                RunRequest {
+                    volumes: vec!["x:/y".into()],
+                    ..base()
+                },
+                "HOSTDIR:GUESTDIR",
+            ),
+            (
+                RunRequest {
+                    volumes: vec!["/nonexistent-dir:/y".into()],
+                    ..base()
+                },
+                "not a directory",
+            ),
+            (
+                RunRequest {
+                    network: Some("host".into()),
+                    ..base()
+                },
+                "user or none",
+            ),
+            (
+                RunRequest {
+                    hypervisor: Some("xen".into()),
+                    ..base()
+                },
+                "auto, firecracker",
+            ),
+            (
+                RunRequest {
+                    hostname: Some("a b".into()),
+                    ..base()
+                },
+                "host name",
+            ),
+            (
+                RunRequest {
+                    stop_signal: Some("SIGFOO".into()),
+                    ..base()
+                },
+                "SIGTERM",
+            ),
+            (
+                RunRequest {
+                    timeout_ms: Some(0),
+                    ..base()
+                },
+                "above zero",
+            ),
+            (
+                RunRequest {
+                    network: Some("none".into()),
+                    ports: vec!["1:2".into()],
+                    ..base()
+                },
+                "publish",
+            ),
+        ] {
+            let message = refused(request);
+            assert!(message.contains(hint), "{message:?} does not say {hint:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_of_an_image_alone_has_dockers_defaults() {
+        let spec = spec(&RunRequest::default(), "debian".parse().unwrap()).unwrap();
+        assert_eq!(
+            (spec.cpus, spec.memory, spec.network),
+            (Cpus::ONE, MEMORY_DEFAULT, Network::User)
+        );
+    }
+}

@@ -1,0 +1,235 @@
+//! The node's interface: HTTP and JSON over a Unix socket, trusted by file permission.
+
+mod images;
+mod listener;
+mod machines;
+mod metrics;
+mod streams;
+mod system;
+
+use crate::fault::NodeError;
+use crate::machine::now_ns;
+use crate::node::Node;
+use crate::options::NodeOptions;
+use axum::extract::Request;
+use axum::http::HeaderValue;
+use axum::middleware::Next;
+use axum::response::Response;
+use listener::{Connections, CountingListener};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use vistara_api::SERVER_VERSION_HEADER;
+use vistara_control::{IdlePolicy, Presence};
+
+/// How often a node looks whether it may leave.
+const IDLE_CHECK: Duration = Duration::from_millis(500);
+/// How long open requests may take to end once the node was asked to leave.
+const LEAVE_BOUND: Duration = Duration::from_secs(2);
+
+/// What every request sees.
+#[derive(Clone)]
+pub(crate) struct App {
+    pub(crate) node: Arc<Node>,
+    pub(crate) leave: CancellationToken,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Vistara node",
+        version = "1",
+        description = "One node's machines, images and kernels. Served on a Unix socket; who may open it may do all of this."
+    ),
+    components(schemas(
+        vistara_api::LogEvent,
+        vistara_api::ImageEvent,
+        vistara_api::AttachRequest,
+        vistara_api::ExecRequest,
+        vistara_api::stream::ClientSignal,
+        vistara_api::stream::StreamEvent
+    ))
+)]
+struct Document;
+
+fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(system::version))
+        .routes(routes!(system::doctor))
+        .routes(routes!(system::shutdown))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(machines::create, machines::list))
+        .routes(routes!(machines::explain))
+        .routes(routes!(machines::inspect, machines::remove))
+        .routes(routes!(machines::stop))
+        .routes(routes!(machines::kill))
+        .routes(routes!(machines::wait))
+        .routes(routes!(machines::logs))
+        .routes(routes!(machines::console))
+        .routes(routes!(machines::stats))
+        .routes(routes!(machines::stat))
+        .routes(routes!(machines::archive_out, machines::archive_in))
+        .routes(routes!(streams::attach))
+        .routes(routes!(streams::exec))
+        .routes(routes!(images::list))
+        .routes(routes!(images::inspect, images::remove))
+        .routes(routes!(images::pull))
+        .routes(routes!(images::import))
+        .routes(routes!(images::tag))
+        .routes(routes!(images::prune))
+        .routes(routes!(system::kernels, system::add_kernel))
+        .routes(routes!(system::remove_kernel))
+        .routes(routes!(system::default_kernel))
+}
+
+/// The interface's OpenAPI document, as it is checked in.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    routes().into_openapi()
+}
+
+async fn stamp(request: Request, next: Next, version: HeaderValue) -> Response {
+    let mut response = next.run(request).await;
+    response
+        .headers_mut()
+        .insert(SERVER_VERSION_HEADER, version);
+    response
+}
+
+/// Serves until idle for too long, asked to leave, or told to by SIGTERM or SIGINT. Machines run on.
+///
+/// # Errors
+/// [`NodeError`] where it cannot begin; [`NodeError::AlreadyServed`] where another node is at work.
+pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
+    let socket = options.socket.clone();
+    let idle = IdlePolicy {
+        leave_after: options.idle_exit,
+    };
+    let version =
+        HeaderValue::from_str(&options.version).unwrap_or(HeaderValue::from_static("unknown"));
+    let node = Node::open(options).await?;
+    let listener = bind(&socket)?;
+    let connections = Connections::default();
+    let leave = CancellationToken::new();
+    let app = App {
+        node: Arc::clone(&node),
+        leave: leave.clone(),
+    };
+    let (router, document) = routes().split_for_parts();
+    let document = Arc::new(document);
+    let router = router
+        .route(
+            "/openapi.json",
+            axum::routing::get(move || {
+                let document = Arc::clone(&document);
+                async move { axum::Json(document.as_ref().clone()) }
+            }),
+        )
+        .fallback(|| async {
+            crate::fault::Fault::new(
+                vistara_api::ErrorKind::NotFound,
+                "there is nothing at this path",
+            )
+        })
+        .layer(axum::middleware::from_fn(move |request, next| {
+            stamp(request, next, version.clone())
+        }))
+        .with_state(app);
+    tracing::info!(socket = %socket.display(), "the node serves");
+    let served = axum::serve(CountingListener::new(listener, connections.clone()), router)
+        .with_graceful_shutdown(leave.clone().cancelled_owned())
+        .into_future();
+    tokio::pin!(served);
+    tokio::select! {
+        result = &mut served => report(result),
+        () = until_idle(idle, &node, &connections) => tracing::info!("nothing to do for a while: the node leaves"),
+        () = terminated() => tracing::info!("the node was told to leave"),
+        () = leave.cancelled() => tracing::info!("the node was asked to leave"),
+    }
+    // From here on nobody can connect: who tries starts the next node, which waits for the lock.
+    if let Err(error) = std::fs::remove_file(&socket) {
+        tracing::debug!(%error, "the socket was gone already");
+    }
+    leave.cancel();
+    // Streams to clients end with the process; their machines do not.
+    let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
+    Ok(())
+}
+
+fn report(result: std::io::Result<()>) {
+    if let Err(error) = result {
+        tracing::error!(%error, "serving failed");
+    }
+}
+
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) {
+        (Ok(mut terminate), Ok(mut interrupt)) => {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        }
+        // Without handlers the signals end the process at once, which the machines survive too.
+        _ => std::future::pending().await,
+    }
+}
+
+async fn until_idle(policy: IdlePolicy, node: &Node, connections: &Connections) {
+    let mut quiet_since = Instant::now();
+    loop {
+        tokio::time::sleep(IDLE_CHECK).await;
+        let presence = Presence {
+            machines_active: node.active(),
+            requests_open: connections.open(),
+            quiet_for: quiet_since.elapsed(),
+        };
+        if presence.machines_active > 0 || presence.requests_open > 0 || connections.take_any() {
+            quiet_since = Instant::now();
+        } else if policy.leaves(presence) {
+            return;
+        }
+    }
+}
+
+fn bind(socket: &Path) -> Result<UnixListener, NodeError> {
+    let io = |operation: &'static str, path: &Path| {
+        let path = path.to_owned();
+        move |source: std::io::Error| NodeError::Io {
+            operation,
+            path,
+            source,
+        }
+    };
+    if let Some(dir) = socket.parent() {
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .recursive(true)
+            .create(dir)
+            .map_err(io("make directory", dir))?;
+    }
+    // The lock is ours, so a socket that is still there belongs to nobody.
+    match std::fs::remove_file(socket) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io("remove", socket)(error)),
+    }
+    let listener = UnixListener::bind(socket).map_err(io("listen on", socket))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .map_err(io("protect", socket))?;
+    Ok(listener)
+}
+
+/// Nanoseconds since `ns`, for durations shown to people.
+pub(super) fn since(ns: u64) -> Duration {
+    Duration::from_nanos(now_ns().saturating_sub(ns))
+}

@@ -1,0 +1,165 @@
+//! From what the node keeps to what the interface shows.
+
+use crate::machine::{Record, Snapshot, Step};
+use jiff::Timestamp;
+use vistara_api::{Choice, Image, Kernel, Machine, MachineDetail, Need, Timing};
+use vistara_model::{NeedState, Network, VolumeMount};
+
+/// Nanoseconds since 1970 as RFC 3339.
+pub(crate) fn time(ns: u64) -> String {
+    Timestamp::from_nanosecond(i128::from(ns))
+        .unwrap_or(Timestamp::UNIX_EPOCH)
+        .to_string()
+}
+
+pub(crate) fn choice(choice: &vistara_control::Choice) -> Choice {
+    Choice {
+        hypervisor: choice.hypervisor.to_string(),
+        vmm: choice.backend.vmm.to_string(),
+        payload: choice.backend.payload.to_string(),
+        accelerator: choice.backend.accelerator.to_string(),
+        reasons: choice.reasons.clone(),
+    }
+}
+
+fn recorded_choice(record: &Record) -> Choice {
+    Choice {
+        hypervisor: record.hypervisor.to_string(),
+        vmm: record.backend.vmm.to_string(),
+        payload: record.backend.payload.to_string(),
+        accelerator: record.backend.accelerator.to_string(),
+        reasons: record.reasons.clone(),
+    }
+}
+
+pub(crate) fn machine(snapshot: &Snapshot) -> Machine {
+    let record = &snapshot.record;
+    Machine {
+        id: record.id.to_string(),
+        name: record.name.to_string(),
+        image: record.spec.image.familiar(),
+        image_id: record.image_id.to_string(),
+        command: record.argv.clone(),
+        state: record.state.to_string(),
+        generation: record.generation.0,
+        created_at: time(record.created_ns),
+        started_at: record.started_ns.map(time),
+        ended_at: record.ended_ns.map(time),
+        exit_code: (record.ended_ns.and(record.end.as_ref()))
+            .map(vistara_model::EndReason::exit_code),
+        message: match record.ended_ns {
+            Some(_) => record
+                .end
+                .as_ref()
+                .and_then(vistara_model::EndReason::message),
+            None => snapshot.trouble.clone(),
+        },
+        ports: record.spec.ports.iter().map(ToString::to_string).collect(),
+        choice: Some(recorded_choice(record)),
+        labels: record.spec.labels.clone(),
+    }
+}
+
+fn volume(volume: &VolumeMount) -> String {
+    let mode = if volume.read_only { ":ro" } else { "" };
+    format!("{}:{}{mode}", volume.host_path, volume.guest_path)
+}
+
+fn timing(step: &Step) -> Timing {
+    Timing {
+        step: step.step.clone(),
+        begin_ms: step.begin_us as f64 / 1000.0,
+        took_ms: step.took_us as f64 / 1000.0,
+    }
+}
+
+pub(crate) fn detail(snapshot: &Snapshot, dir: &std::path::Path) -> MachineDetail {
+    let record = &snapshot.record;
+    let spec = &record.spec;
+    let mut timings: Vec<Timing> = record.timings.iter().map(timing).collect();
+    timings.sort_by(|one, other| one.begin_ms.total_cmp(&other.begin_ms));
+    MachineDetail {
+        machine: machine(snapshot),
+        cpus: f64::from(spec.cpus.millis) / 1000.0,
+        memory_bytes: spec.memory.0,
+        disk_bytes: spec.disk.0,
+        env_names: record
+            .env
+            .iter()
+            .map(|variable| variable.name.clone())
+            .collect(),
+        user: record.user.clone(),
+        working_dir: record.working_dir.clone(),
+        hostname: record.hostname.clone(),
+        read_only: spec.read_only,
+        volumes: spec.volumes.iter().map(volume).collect(),
+        network: match spec.network {
+            Network::User => "user".to_owned(),
+            Network::None => "none".to_owned(),
+        },
+        tty: spec.tty.is_some(),
+        auto_remove: spec.auto_remove,
+        kernel: record.kernel.clone(),
+        vmm_pid: record.vm.as_ref().map(|vm| vm.pid),
+        fences: record
+            .vm
+            .as_ref()
+            .map(|vm| vm.fences.clone())
+            .unwrap_or_default(),
+        timings,
+        dir: dir.display().to_string(),
+    }
+}
+
+pub(crate) fn image(image: &vistara_image::Image, machines: u64) -> Image {
+    Image {
+        id: image.id.to_string(),
+        names: image
+            .names
+            .iter()
+            .map(vistara_model::ImageRef::familiar)
+            .collect(),
+        architecture: image.architecture.to_string(),
+        created: image.created.clone(),
+        size_bytes: image.size_bytes,
+        disk_bytes: image.disk_bytes,
+        entrypoint: image.config.entrypoint.clone(),
+        cmd: image.config.cmd.clone(),
+        env: image.config.env.clone(),
+        user: image.config.user.clone(),
+        working_dir: image.config.working_dir.clone(),
+        machines,
+    }
+}
+
+pub(crate) fn kernel(kernel: &vistara_machine::boot::Kernel) -> Kernel {
+    Kernel {
+        name: kernel.record.name.clone(),
+        payload: "linux".to_owned(),
+        version: kernel.record.release.clone(),
+        default: kernel.is_default,
+        size_bytes: kernel.record.vmlinux_bytes,
+    }
+}
+
+pub(crate) fn need(need: &vistara_model::Need) -> Need {
+    Need {
+        name: need.name.clone(),
+        state: match need.state {
+            NeedState::Works => "works",
+            NeedState::Absent => "absent",
+            NeedState::Broken => "broken",
+        }
+        .to_owned(),
+        detail: need.detail.clone(),
+        mend: need.mend.clone(),
+        required: need.required,
+    }
+}
+
+/// Whether machines can run on a host with these needs.
+pub(crate) fn ready(needs: &[vistara_model::Need]) -> bool {
+    needs
+        .iter()
+        .all(|need| !need.required || need.state == NeedState::Works)
+}
