@@ -65,6 +65,17 @@ impl Cgroups {
         format!("{version}: {}", self.controllers.join(", "))
     }
 
+    /// The cgroup `name`, where it exists: left by a process that died before it could note what it had created.
+    pub fn find(&self, name: &str) -> Option<Cgroup> {
+        let dirs: Vec<PathBuf> = self
+            .parents
+            .iter()
+            .map(|parent| parent.join(name))
+            .collect();
+        let plain = Path::new(name).file_name() == Some(name.as_ref());
+        (plain && dirs.iter().any(|dir| dir.is_dir())).then(|| Cgroup::from_dirs(dirs))
+    }
+
     /// Creates the cgroup `name` (letters, digits, `-`, `_`), with these limits as far as the controllers go.
     ///
     /// # Errors
@@ -332,6 +343,19 @@ impl Cgroup {
             .lines()
             .find_map(|line| line.strip_prefix("usage_usec "))?;
         Some(Duration::from_micros(line.trim().parse().ok()?))
+    }
+
+    /// How many processes of it the kernel killed because its memory limit was reached, where that is counted.
+    pub fn out_of_memory_kills(&self) -> Option<u64> {
+        let text = self.dirs.iter().find_map(|dir| {
+            fs::read_to_string(dir.join("memory.events"))
+                .or_else(|_| fs::read_to_string(dir.join("memory.oom_control")))
+                .ok()
+        })?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill "))?;
+        line.trim().parse().ok()
     }
 
     /// Processes in it now.

@@ -19,6 +19,11 @@ pub fn boot_id() -> io::Result<String> {
         .to_owned())
 }
 
+/// Whether this process acts as root.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
 /// Processors that this process may use, a CPU quota of our own cgroup included; at least 1.
 pub fn cpus() -> u32 {
     std::thread::available_parallelism()

@@ -143,6 +143,14 @@ pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     Ok(fallocate(file, flags, offset, len)?)
 }
 
+/// An empty file in memory that whoever holds a descriptor may open again.
+///
+/// # Errors
+/// The system's.
+pub fn memory_file() -> io::Result<File> {
+    Ok(memfd_create("file", MemfdFlags::CLOEXEC)?.into())
+}
+
 /// A box in memory for what a program prints: it takes the first `capacity` bytes, and writing more fails in the writer.
 /// So a program that never stops complaining fills neither disk nor memory.
 #[derive(Debug)]

@@ -272,7 +272,14 @@ impl Plan {
             rlimits: launch
                 .rlimits
                 .iter()
-                .map(|(limit, value)| (limit.resource(), *value))
+                .map(|(limit, value)| {
+                    // What is limited more tightly already stays so: it may not be raised without privilege.
+                    let already = rustix::process::getrlimit(limit.resource()).maximum;
+                    (
+                        limit.resource(),
+                        already.map_or(*value, |hard| hard.min(*value)),
+                    )
+                })
                 .collect(),
             namespaces,
             read_only,

@@ -3,6 +3,7 @@
 //! A socket's own path may have 107 bytes only, which a data directory deep in a home exceeds soon. The directory is
 //! therefore opened first and named through `/proc/self/fd`.
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -31,13 +32,17 @@ pub fn listen_in(dir: &Path, name: &str) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Connects to the socket `dir/name`.
+/// Connects to the socket `dir/name`, without ever waiting: the stream is in non-blocking mode, and where too many wait to
+/// be accepted the answer is `WouldBlock`.
 ///
 /// # Errors
 /// The system's.
 pub fn connect_in(dir: &Path, name: &str) -> io::Result<UnixStream> {
     let (_handle, path) = in_dir(dir, name)?;
-    UnixStream::connect(path)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 #[cfg(test)]

@@ -1,17 +1,54 @@
 //! QEMU's `microvm` machine behind the [`Vmm`] contract, with KVM or with QEMU's own translation (TCG).
 //!
 //! Only this module names QEMU. It does not choose an accelerator and does not probe KVM: it is told the verdict.
+//!
+//! A machine is one QEMU process in a session, a cgroup and namespaces of its own, with nothing but the descriptors it was
+//! given: disks, kernel and sockets are opened here, so that its user needs no right to any file. Its two sockets (agent's
+//! channel, machine protocol) lie in the machine's directory and are listened on by QEMU itself: any later process that may
+//! enter the directory can take the machine over.
 
-use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmRecord, Vmm, VmmError};
+mod command;
+mod console;
+mod qmp;
+mod start;
+mod state;
+mod virtiofsd;
+mod vm;
+
+use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmEnd, VmRecord, Vmm, VmmError};
+use qmp::{Qmp, RunState};
+use state::BackendRecord;
 use std::path::{Path, PathBuf};
-use vistara_model::KvmVerdict;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+use virtiofsd::Virtiofsd;
+use vistara_host::cgroup::{Cgroup, Cgroups};
+use vistara_host::files::OutputBox;
+use vistara_host::process::{ProcessHandle, ProcessIdentity};
+use vistara_host::{facts, sockets};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, VmmKind};
+use vm::{CLEANUP_LIMIT, Parts, QemuVm};
+
+/// What QEMU takes beyond the guest's memory, at most, as far as we have seen; [`crate::Fence::memory_max`] must leave room
+/// for it. Under TCG that is mostly translated code.
+pub const OVERHEAD_MAX: Bytes = Bytes::mib(384);
+
+/// The oldest QEMU whose options we know.
+const VERSION_MIN: (u32, u32) = (7, 0);
+
+/// How long a question to the program may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Most virtual CPUs: what `microvm` takes under every accelerator without further devices.
+const VCPUS_MAX: u32 = 64;
 
 /// What [`QemuVmm::detect`] is told.
 #[derive(Debug, Clone)]
 pub struct QemuOptions {
     /// `qemu-system-x86_64`; looked for in `PATH` where absent.
     pub program: Option<PathBuf>,
-    /// `virtiofsd`; looked for in `/usr/lib/qemu`, `/usr/libexec` and `PATH` where absent.
+    /// `virtiofsd`; looked for in `PATH`, `/usr/libexec` and `/usr/lib/qemu` where absent.
     pub virtiofsd: Option<PathBuf>,
     /// The KVM probe's verdict: KVM is offered only if it works.
     pub kvm: KvmVerdict,
@@ -20,19 +57,164 @@ pub struct QemuOptions {
 /// QEMU on this host.
 pub struct QemuVmm {
     capabilities: Capabilities,
+    tools: Arc<Tools>,
+}
+
+/// What a launch uses of the host.
+struct Tools {
+    program: PathBuf,
+    virtiofsd: Option<Virtiofsd>,
+    cgroups: Result<Cgroups, String>,
+    tsc_khz: Option<u32>,
+    boot_id: String,
 }
 
 impl QemuVmm {
-    /// Finds QEMU and asks its version, and what else it needs; takes some 50 ms, and never more than 5 s.
+    /// Finds QEMU and what else it needs, and asks their versions; takes some 100 ms, and never more than 15 s.
     ///
     /// # Errors
     /// [`VmmError::Absent`] where there is no QEMU, [`VmmError::Unsupported`] where it is too old.
     pub async fn detect(options: QemuOptions) -> Result<QemuVmm, VmmError> {
-        let _ = options;
-        Err(VmmError::Absent {
+        let absent = || VmmError::Absent {
             what: "qemu-system-x86_64".to_owned(),
-            mend: "apt-get install qemu-system-x86".to_owned(),
+            mend: "install it with: apt-get install qemu-system-x86".to_owned(),
+        };
+        let program = match options.program {
+            Some(path) => path,
+            None => find_program("qemu-system-x86_64").ok_or_else(absent)?,
+        };
+        let version = version(&program).await?.ok_or_else(absent)?;
+        if version_number(&version).is_none_or(|found| found < VERSION_MIN) {
+            return Err(VmmError::Unsupported {
+                kind: VmmKind::Qemu,
+                reason: format!(
+                    "version {version} is older than {}.{}",
+                    VERSION_MIN.0, VERSION_MIN.1
+                ),
+            });
+        }
+        let virtiofsd = Virtiofsd::find(options.virtiofsd.as_deref(), is_root()).await;
+        let looked =
+            tokio::task::spawn_blocking(|| (Cgroups::detect(), facts::tsc_khz(), facts::boot_id()));
+        let (cgroups, tsc_khz, boot_id) = looked.await.map_err(|error| VmmError::Launch {
+            step: "looking at the host",
+            message: error.to_string(),
+        })?;
+        let boot_id = boot_id.map_err(io_error(
+            "reading",
+            Path::new("/proc/sys/kernel/random/boot_id"),
+        ))?;
+        if let Err(reason) = &cgroups {
+            tracing::warn!(%reason, "machines get no cgroups; resource limits of processes take their place");
+        }
+        let mut accelerators = Vec::new();
+        if options.kvm == KvmVerdict::Works {
+            accelerators.push(Accelerator::Kvm);
+        }
+        accelerators.push(Accelerator::Tcg);
+        Ok(QemuVmm {
+            capabilities: Capabilities {
+                kind: VmmKind::Qemu,
+                version,
+                accelerators,
+                shares: virtiofsd.as_ref().map(drop).map_err(String::clone),
+                user_network: true,
+                pause: true,
+                vcpus_max: VCPUS_MAX,
+            },
+            tools: Arc::new(Tools {
+                program,
+                virtiofsd: virtiofsd.ok(),
+                cgroups,
+                tsc_khz,
+                boot_id,
+            }),
         })
+    }
+
+    /// Refuses what this backend cannot do, before anything is started.
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        let unsupported = |reason: String| VmmError::Unsupported {
+            kind: VmmKind::Qemu,
+            reason,
+        };
+        if !self.capabilities.accelerators.contains(&plan.accelerator) {
+            return Err(unsupported(format!(
+                "the accelerator {} does not work on this host",
+                plan.accelerator
+            )));
+        }
+        if plan.vcpus == 0 || plan.vcpus > VCPUS_MAX {
+            return Err(unsupported(format!(
+                "{} vCPUs: it takes 1 to {VCPUS_MAX}",
+                plan.vcpus
+            )));
+        }
+        if !plan.shares.is_empty() {
+            self.capabilities.shares.clone().map_err(unsupported)?;
+        }
+        for share in &plan.shares {
+            if share.tag.is_empty() || share.tag.len() > virtiofsd::TAG_LEN_MAX {
+                return Err(unsupported(format!(
+                    "the share tag {:?}: it takes 1 to {} bytes",
+                    share.tag,
+                    virtiofsd::TAG_LEN_MAX
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_root() -> bool {
+    vistara_host::facts::is_root()
+}
+
+/// A program of this name in `PATH`.
+fn find_program(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_absolute() && path.is_file())
+}
+
+/// What the program says of its version; `None` where it is not there.
+async fn version(program: &Path) -> Result<Option<String>, VmmError> {
+    let mut command = tokio::process::Command::new(program);
+    command
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let failed = |message: String| VmmError::Launch {
+        step: "asking QEMU for its version",
+        message,
+    };
+    let output = match tokio::time::timeout(ANSWER_LIMIT, command.output()).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Ok(Err(error)) => return Err(failed(format!("{}: {error}", program.display()))),
+        Err(_) => return Err(failed(format!("{} does not answer", program.display()))),
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let words = text.lines().next().unwrap_or_default();
+    match words.split_once("version ") {
+        Some((_, version)) => Ok(Some(version.trim().chars().take(80).collect())),
+        None => Err(failed(format!("{} is not QEMU", program.display()))),
+    }
+}
+
+/// Major and minor number of a version such as `7.2.22 (Debian …)`.
+fn version_number(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split(['.', ' ']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl Fn(std::io::Error) -> VmmError {
+    let path = path.to_owned();
+    move |source| VmmError::Io {
+        operation,
+        path: path.clone(),
+        source,
     }
 }
 
@@ -42,11 +224,183 @@ impl Vmm for QemuVmm {
         &self.capabilities
     }
 
-    async fn launch(&self, _plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {
-        Err(VmmError::Ended)
+    async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {
+        self.check(plan)?;
+        // In a task of its own: a caller that goes away in the middle must not leave a machine that nobody knows.
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let (tools, plan) = (self.tools.clone(), plan.clone());
+        tokio::spawn(async move {
+            let result = start::start(&tools, &plan).await;
+            if let Err(Ok(vm)) = sender.send(result)
+                && let Err(error) = vm.kill().await
+            {
+                tracing::error!(%error, id = %plan.id, "a machine that nobody waits for cannot be ended");
+            }
+        });
+        let vm = receiver.await.unwrap_or_else(|_| {
+            Err(VmmError::Launch {
+                step: "starting QEMU",
+                message: "the runtime is shutting down".to_owned(),
+            })
+        })?;
+        Ok(Box::new(vm))
     }
 
-    async fn adopt(&self, _dir: &Path, _record: &VmRecord) -> Result<Adoption, VmmError> {
-        Err(VmmError::Ended)
+    async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError> {
+        let backend: BackendRecord =
+            serde_json::from_value(record.backend.clone()).unwrap_or_default();
+        let identity = ProcessIdentity {
+            pid: record.pid,
+            start_ticks: record.pid_start_ticks,
+            boot_id: record.boot_id.clone(),
+        };
+        let process = ProcessHandle::adopt(&identity).map_err(io_error(
+            "looking for",
+            Path::new(&format!("/proc/{}", record.pid)),
+        ))?;
+        let Some(process) = process else {
+            return Ok(Adoption::Gone(self.gone(dir, record, &backend).await));
+        };
+        let connected = match sockets::connect_in(dir, state::QMP_SOCKET) {
+            Ok(stream) => handshake(stream).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let (qmp, status) = match connected {
+            Ok(connected) => connected,
+            // It may have gone meanwhile, or be a child of ours that is dead and not yet waited for.
+            Err(message) => {
+                match tokio::time::timeout(Duration::from_millis(100), process.wait()).await {
+                    Ok(Ok(_)) => return Ok(Adoption::Gone(self.gone(dir, record, &backend).await)),
+                    _ => {
+                        return Err(VmmError::Control {
+                            operation: "taking the machine over",
+                            message,
+                        });
+                    }
+                }
+            }
+        };
+        let parts = Parts {
+            dir: dir.to_owned(),
+            record: record.clone(),
+            helpers: adopt_helpers(&backend, &record.boot_id),
+            backend,
+            // Its standard error; readable where we are its user or root.
+            output: OutputBox::reopen(Path::new(&format!("/proc/{}/fd/2", record.pid))).ok(),
+            process,
+        };
+        let held = status == RunState::Paused;
+        Ok(Adoption::Running(Box::new(QemuVm::new(parts, qmp, held))))
+    }
+
+    async fn sweep(&self, id: &MachineId, dir: &Path) -> Result<(), VmmError> {
+        if let Some(record) = state::read_launch(dir)
+            && record.boot_id == self.tools.boot_id
+        {
+            let backend: BackendRecord =
+                serde_json::from_value(record.backend.clone()).unwrap_or_default();
+            let identity = ProcessIdentity {
+                pid: record.pid,
+                start_ticks: record.pid_start_ticks,
+                boot_id: record.boot_id.clone(),
+            };
+            let at = PathBuf::from(format!("/proc/{}", record.pid));
+            let found = ProcessHandle::adopt(&identity).map_err(io_error("looking for", &at))?;
+            if let Some(process) = found {
+                process.kill().map_err(io_error("killing", &at))?;
+                let gone = tokio::time::timeout(CLEANUP_LIMIT, process.wait()).await;
+                gone.map_err(|_| io_error("killing", &at)(std::io::ErrorKind::TimedOut.into()))?
+                    .map_err(io_error("watching", &at))?;
+            }
+            vm::clean_up(&adopt_helpers(&backend, &record.boot_id), None).await;
+        }
+        let left = self
+            .tools
+            .cgroups
+            .as_ref()
+            .ok()
+            .and_then(|groups| groups.find(id.as_ref()));
+        if let Some(cgroup) = left {
+            let at = cgroup.dirs().first().cloned().unwrap_or_default();
+            cgroup
+                .destroy(CLEANUP_LIMIT)
+                .await
+                .map_err(io_error("removing the cgroup", &at))?;
+        }
+        state::remove_live_files(dir);
+        Ok(())
+    }
+}
+
+impl QemuVmm {
+    /// Cleans up after a machine that is gone, and tells how it went as far as that is known.
+    async fn gone(&self, dir: &Path, record: &VmRecord, backend: &BackendRecord) -> VmEnd {
+        let end = state::read_end(dir);
+        if record.boot_id != self.tools.boot_id {
+            state::remove_live_files(dir);
+            return end.unwrap_or(VmEnd::Crashed {
+                message: "the host was restarted".to_owned(),
+            });
+        }
+        let cgroup = Cgroup::from_dirs(backend.cgroup.clone());
+        let over_limit = cgroup.out_of_memory_kills().is_some_and(|kills| kills > 0);
+        vm::clean_up(&adopt_helpers(backend, &record.boot_id), Some(&cgroup)).await;
+        state::remove_live_files(dir);
+        end.unwrap_or_else(|| VmEnd::Crashed {
+            message: if over_limit {
+                "QEMU was killed because the machine exceeded its memory limit on the host"
+                    .to_owned()
+            } else {
+                "QEMU was gone when the node came back; nobody saw how it ended".to_owned()
+            },
+        })
+    }
+}
+
+fn adopt_helpers(backend: &BackendRecord, boot_id: &str) -> Vec<ProcessHandle> {
+    let found = backend.helper_identities(boot_id);
+    found
+        .iter()
+        .filter_map(|identity| ProcessHandle::adopt(identity).ok().flatten())
+        .collect()
+}
+
+/// Greets a running QEMU and asks its state, within the limit of a question.
+async fn handshake(stream: std::os::unix::net::UnixStream) -> Result<(Qmp, RunState), String> {
+    let stream = tokio::net::UnixStream::from_std(stream).map_err(|error| error.to_string())?;
+    let greeted = async {
+        let qmp = Qmp::handshake(stream)
+            .await
+            .map_err(|error| error.to_string())?;
+        let status = qmp.status().await.map_err(|error| error.to_string())?;
+        Ok((qmp, status))
+    };
+    tokio::time::timeout(qmp::REPLY_LIMIT, greeted)
+        .await
+        .map_err(|_| format!("QEMU did not answer within {:?}", qmp::REPLY_LIMIT))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_qemu_prints_them() {
+        assert_eq!(version_number("7.2.22 (Debian 1:7.2+dfsg-7)"), Some((7, 2)));
+        assert_eq!(version_number("10.0.0"), Some((10, 0)));
+        assert_eq!(version_number("none"), None);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_absent_with_the_command_that_mends_it() {
+        let options = QemuOptions {
+            program: Some("/no/such/qemu".into()),
+            virtiofsd: None,
+            kvm: KvmVerdict::Works,
+        };
+        match QemuVmm::detect(options).await {
+            Err(VmmError::Absent { mend, .. }) => assert!(mend.contains("apt-get"), "{mend}"),
+            other => panic!("{:?}", other.err()),
+        }
     }
 }

@@ -1,0 +1,400 @@
+//! One running QEMU, its supervisor, and its end.
+//!
+//! ```text
+//! running ◄──► paused        (pause, resume; a full host disk pauses too, and we resume when there is room)
+//!    │            │
+//!    ▼            ▼
+//! guest over: QEMU waits, we read its console, note the end, and say quit
+//!    │
+//!    ▼
+//! process gone (also by kill, or by itself): helpers, cgroup and sockets are removed, the end is told
+//! ```
+//! The supervisor is a task of this handle and goes with it; the machine does not. An end is decided once, by whoever is
+//! first ([`Inner::decide`]), and noted on disk before QEMU is told to go.
+
+use super::console::ConsoleTail;
+use super::qmp::{Qmp, QmpError, RunState};
+use super::state::{self, BackendRecord};
+use super::{command, io_error};
+use crate::{ChannelStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use vistara_host::cgroup::Cgroup;
+use vistara_host::files::OutputBox;
+use vistara_host::process::{ProcessEnd, ProcessHandle};
+use vistara_host::{facts, sockets};
+
+/// How long QEMU may take to go after it was told to, before it is killed.
+const QUIT_LIMIT: Duration = Duration::from_secs(5);
+/// How long each of the things that go with a machine may take to go.
+pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a kill may take in all: the kernel frees a guest of some GiB in well under a second.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
+/// How often a full disk is looked at; only while it is full.
+const FULL_DISK_POLL: Duration = Duration::from_secs(1);
+/// Room on the host from which a guest that waits for it goes on.
+const ROOM_MIN: u64 = 16 << 20;
+/// How much of what QEMU printed is told when it fails.
+pub(super) const OUTPUT_TOLD: usize = 2_000;
+
+/// Parts of a running machine.
+pub(super) struct Parts {
+    pub(super) dir: PathBuf,
+    pub(super) record: VmRecord,
+    pub(super) backend: BackendRecord,
+    pub(super) process: ProcessHandle,
+    pub(super) helpers: Vec<ProcessHandle>,
+    pub(super) output: Option<OutputBox>,
+}
+
+/// A machine in QEMU.
+pub(super) struct QemuVm {
+    inner: Arc<Inner>,
+    supervisor: JoinHandle<()>,
+}
+
+impl Drop for QemuVm {
+    fn drop(&mut self) {
+        self.supervisor.abort();
+    }
+}
+
+struct Inner {
+    parts: Parts,
+    qmp: Qmp,
+    console: tokio::sync::Mutex<ConsoleTail>,
+    /// The owner wants the guest held, so that nobody else lets it go on.
+    held: AtomicBool,
+    trouble: Mutex<Option<String>>,
+    decided: Mutex<Option<VmEnd>>,
+    end: watch::Sender<Option<VmEnd>>,
+}
+
+/// The value behind a lock that a panicking thread may have left: every value here is whole at any time.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl QemuVm {
+    /// Takes a running machine with its connected QMP, and supervises it.
+    pub(super) fn new(parts: Parts, qmp: Qmp, held: bool) -> QemuVm {
+        let console = ConsoleTail::new(state::read_console(&parts.dir));
+        let inner = Arc::new(Inner {
+            parts,
+            qmp,
+            console: tokio::sync::Mutex::new(console),
+            held: AtomicBool::new(held),
+            trouble: Mutex::new(None),
+            decided: Mutex::new(None),
+            end: watch::Sender::new(None),
+        });
+        let supervisor = tokio::spawn(supervise(inner.clone()));
+        QemuVm { inner, supervisor }
+    }
+
+    fn ended(&self) -> bool {
+        self.inner.end.borrow().is_some()
+    }
+
+    fn control(&self, operation: &'static str) -> impl Fn(QmpError) -> VmmError + '_ {
+        move |error| match error {
+            QmpError::Closed => VmmError::Ended,
+            error if locked(&self.inner.decided).is_some() => {
+                tracing::debug!(%error, operation, "asked of a machine at its end");
+                VmmError::Ended
+            }
+            error => VmmError::Control {
+                operation,
+                message: error.to_string(),
+            },
+        }
+    }
+
+    async fn told(&self) -> VmEnd {
+        let mut end = self.inner.end.subscribe();
+        loop {
+            if let Some(end) = end.borrow_and_update().clone() {
+                return end;
+            }
+            if end.changed().await.is_err() {
+                // The sender lives in `self`.
+                return VmEnd::Crashed {
+                    message: "its supervisor is gone".to_owned(),
+                };
+            }
+        }
+    }
+}
+
+async fn supervise(inner: Arc<Inner>) {
+    let guest_is_over = tokio::select! {
+        end = inner.parts.process.wait() => {
+            inner.process_is_over(end);
+            false
+        }
+        () = inner.watch_guest() => true,
+    };
+    if guest_is_over {
+        if let Err(error) = inner.qmp.quit().await {
+            tracing::warn!(%error, pid = inner.parts.record.pid, "QEMU would not quit");
+        }
+        let gone = tokio::time::timeout(QUIT_LIMIT, inner.parts.process.wait()).await;
+        if gone.is_err() {
+            if let Err(error) = inner.parts.process.kill() {
+                tracing::error!(%error, pid = inner.parts.record.pid, "QEMU cannot be killed");
+            }
+            if let Err(error) = inner.parts.process.wait().await {
+                tracing::error!(%error, pid = inner.parts.record.pid, "QEMU cannot be watched");
+            }
+        }
+    }
+    let cgroup = (!inner.parts.backend.cgroup.is_empty())
+        .then(|| Cgroup::from_dirs(inner.parts.backend.cgroup.clone()));
+    clean_up(&inner.parts.helpers, cgroup.as_ref()).await;
+    state::remove_live_files(&inner.parts.dir);
+    let end = locked(&inner.decided).clone();
+    inner.end.send_replace(end);
+}
+
+/// Ends what goes with a machine: helper processes, then its cgroup. Failures are logged: there is nobody to mend them.
+pub(super) async fn clean_up(helpers: &[ProcessHandle], cgroup: Option<&Cgroup>) {
+    for helper in helpers {
+        let pid = helper.identity().pid;
+        if let Err(error) = helper.kill() {
+            tracing::warn!(%error, pid, "a helper of a machine cannot be killed");
+            continue;
+        }
+        if tokio::time::timeout(CLEANUP_LIMIT, helper.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(pid, "a helper of a machine does not go");
+        }
+    }
+    if let Some(cgroup) = cgroup
+        && let Err(error) = cgroup.destroy(CLEANUP_LIMIT).await
+    {
+        tracing::warn!(%error, dirs = ?cgroup.dirs(), "a machine's cgroup stays");
+    }
+}
+
+impl Inner {
+    /// The machine's end, unless it has one already. Noted on disk at once.
+    fn decide(&self, end: VmEnd) {
+        let mut decided = locked(&self.decided);
+        if decided.is_none() {
+            state::write_end(&self.parts.dir, &end);
+            *decided = Some(end);
+        }
+    }
+
+    fn process_is_over(&self, end: std::io::Result<ProcessEnd>) {
+        let how = match end {
+            Ok(ProcessEnd::Exited(code)) => format!("QEMU ended by itself with exit code {code}"),
+            Ok(ProcessEnd::Signaled(signal)) => format!("QEMU was ended by signal {signal}"),
+            Ok(ProcessEnd::Unknown) => "QEMU is gone, nobody knows how".to_owned(),
+            Err(error) => format!("QEMU cannot be watched: {error}"),
+        };
+        let over_limit = Cgroup::from_dirs(self.parts.backend.cgroup.clone())
+            .out_of_memory_kills()
+            .is_some_and(|kills| kills > 0);
+        let reason = if over_limit {
+            " because the machine exceeded its memory limit on the host"
+        } else {
+            ""
+        };
+        let printed = self
+            .parts
+            .output
+            .as_ref()
+            .map(|output| output.tail(OUTPUT_TOLD))
+            .filter(|text| !text.is_empty())
+            .map_or(String::new(), |text| format!(": {text}"));
+        self.decide(VmEnd::Crashed {
+            message: format!("{how}{reason}{printed}"),
+        });
+    }
+
+    /// Follows the guest until it is over; its end is decided then, and QEMU still waits. Pends for ever where QEMU does not
+    /// speak any more: its process is watched by others.
+    async fn watch_guest(&self) {
+        loop {
+            let waits_for_room = locked(&self.trouble).is_some();
+            if waits_for_room {
+                tokio::select! {
+                    () = self.qmp.changed() => {}
+                    () = tokio::time::sleep(FULL_DISK_POLL) => self.go_on_if_there_is_room().await,
+                }
+            } else {
+                self.qmp.changed().await;
+            }
+            match self.qmp.status().await {
+                Ok(RunState::Running | RunState::Paused) => *locked(&self.trouble) = None,
+                Ok(RunState::IoError) => self.tell_of_io_error().await,
+                Ok(RunState::Ended) => {
+                    self.pull_console().await;
+                    let end = match self.console.lock().await.panic_message() {
+                        Some(message) => VmEnd::GuestPanic { message },
+                        None => VmEnd::GuestOff,
+                    };
+                    return self.decide(end);
+                }
+                Ok(RunState::InternalError) => {
+                    self.pull_console().await;
+                    return self.decide(VmEnd::Crashed {
+                        message:
+                            "the accelerator could not go on with the guest (KVM internal error)"
+                                .to_owned(),
+                    });
+                }
+                Err(error) => {
+                    if self.qmp.is_closed() {
+                        tracing::debug!(%error, "QEMU speaks no more");
+                        std::future::pending::<()>().await;
+                    }
+                    tracing::warn!(%error, pid = self.parts.record.pid, "QEMU does not tell its state");
+                }
+            }
+        }
+    }
+
+    async fn tell_of_io_error(&self) {
+        let full = self.qmp.disk_is_full().await.unwrap_or(true);
+        let text = if full {
+            "the host's disk is full; the machine waits and goes on by itself once there is room"
+        } else {
+            "the host's disk failed; the machine waits until it is resumed"
+        };
+        let mut trouble = locked(&self.trouble);
+        if trouble.is_none() {
+            tracing::warn!(pid = self.parts.record.pid, "a machine is held: {text}");
+        }
+        *trouble = Some(text.to_owned());
+    }
+
+    async fn go_on_if_there_is_room(&self) {
+        if self.held.load(Ordering::Relaxed) {
+            return;
+        }
+        let disks = self.parts.backend.writable_disks.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let room = |disk: &PathBuf| facts::disk_free(disk).is_ok_and(|free| free >= ROOM_MIN);
+            disks.iter().all(room)
+        });
+        if looked.await.unwrap_or(false)
+            && let Err(error) = self.qmp.cont().await
+        {
+            tracing::warn!(%error, pid = self.parts.record.pid, "a held machine does not go on");
+        }
+    }
+
+    /// Takes new console output from QEMU, and keeps it: QEMU has it no longer then.
+    async fn pull_console(&self) {
+        let mut console = self.console.lock().await;
+        match self
+            .qmp
+            .read_ring(command::CONSOLE, command::CONSOLE_RING)
+            .await
+        {
+            Ok(new) if new.is_empty() => {}
+            Ok(new) => {
+                console.push(&new);
+                state::write_console(&self.parts.dir, console.bytes());
+            }
+            Err(error) => tracing::debug!(%error, "the console cannot be read"),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Vm for QemuVm {
+    fn record(&self) -> &VmRecord {
+        &self.inner.parts.record
+    }
+
+    async fn open_channel(&self) -> Result<ChannelStream, VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        let dir = &self.inner.parts.dir;
+        let stream =
+            sockets::connect_in(dir, state::CHANNEL_SOCKET).and_then(ChannelStream::from_std);
+        match stream {
+            Ok(stream) => Ok(stream),
+            // Its socket goes with the machine.
+            Err(_) if locked(&self.inner.decided).is_some() => Err(VmmError::Ended),
+            Err(source) => Err(io_error("connecting to", &dir.join(state::CHANNEL_SOCKET))(
+                source,
+            )),
+        }
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        self.inner.held.store(true, Ordering::Relaxed);
+        self.inner.qmp.stop().await.map_err(self.control("pause"))
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        self.inner.held.store(false, Ordering::Relaxed);
+        self.inner.qmp.cont().await.map_err(self.control("resume"))
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        if self.ended() {
+            return Ok(());
+        }
+        let process = PathBuf::from(format!("/proc/{}", self.inner.parts.record.pid));
+        self.inner.decide(VmEnd::Killed);
+        self.inner
+            .parts
+            .process
+            .kill()
+            .map_err(io_error("killing", &process))?;
+        match tokio::time::timeout(KILL_LIMIT, self.told()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(io_error("killing", &process)(
+                std::io::ErrorKind::TimedOut.into(),
+            )),
+        }
+    }
+
+    async fn wait(&self) -> VmEnd {
+        self.told().await
+    }
+
+    async fn console(&self, limit: usize) -> Vec<u8> {
+        if !self.ended() {
+            self.inner.pull_console().await;
+        }
+        self.inner.console.lock().await.last(limit)
+    }
+
+    fn usage(&self) -> VmUsage {
+        if self.ended() || self.inner.parts.process.known_end().is_some() {
+            return VmUsage::default();
+        }
+        facts::process_usage(self.inner.parts.record.pid).map_or(VmUsage::default(), |usage| {
+            VmUsage {
+                resident_bytes: usage.resident_bytes,
+                cpu_time: usage.cpu_time,
+            }
+        })
+    }
+
+    fn trouble(&self) -> Option<String> {
+        if self.ended() {
+            return None;
+        }
+        locked(&self.inner.trouble).clone()
+    }
+}
