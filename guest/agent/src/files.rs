@@ -3,7 +3,7 @@
 //! Tar streams are packed and unpacked by threads of their own, connected to the loop by pipes. Unpacking stays below
 //! the directory that the host names, whatever the stream says; everything is below the guest's own root anyway.
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -185,6 +185,8 @@ pub(crate) fn unpack(path: &Path, options: &UnpackOptions, from: impl Read) -> i
         if is_dir {
             // Made now, so that what is inside finds it; its attributes come later.
             directories.push(entry);
+        } else if let Some(kind) = special(entry.header().entry_type()) {
+            make_special(&path, &target, kind, entry.header(), options)?;
         } else if !entry.unpack_in(&path)? {
             return Err(outside(&target));
         }
@@ -198,6 +200,58 @@ pub(crate) fn unpack(path: &Path, options: &UnpackOptions, from: impl Read) -> i
     }
     // Padding after the end of the archive.
     io::copy(&mut from, &mut io::sink()).map(drop)
+}
+
+/// The kind of a file that is neither data nor link nor directory.
+fn special(kind: tar::EntryType) -> Option<FileType> {
+    match kind {
+        tar::EntryType::Fifo => Some(FileType::Fifo),
+        tar::EntryType::Char => Some(FileType::CharacterDevice),
+        tar::EntryType::Block => Some(FileType::BlockDevice),
+        _ => None,
+    }
+}
+
+/// Makes a pipe or a device below `top`.
+fn make_special(
+    top: &Path,
+    target: &Path,
+    kind: FileType,
+    header: &tar::Header,
+    options: &UnpackOptions,
+) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(outside(target));
+    };
+    if target
+        .components()
+        .any(|part| part == std::path::Component::ParentDir)
+    {
+        return Err(outside(target));
+    }
+    fs::create_dir_all(parent)?;
+    let parent = fs::canonicalize(parent)?;
+    if !parent.starts_with(top) {
+        return Err(outside(target));
+    }
+    let target = parent.join(name);
+    match fs::remove_file(&target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let number = |found: Option<u32>| found.unwrap_or(0);
+    let device = rustix::fs::makedev(
+        number(header.device_major()?),
+        number(header.device_minor()?),
+    );
+    let mode = Mode::from_raw_mode(header.mode()? & 0o7777);
+    rustix::fs::mknodat(rustix::fs::CWD, &target, kind, mode, device)?;
+    if options.keep_owners {
+        let id = |found: u64| u32::try_from(found).ok();
+        std::os::unix::fs::lchown(&target, id(header.uid()?), id(header.gid()?))?;
+    }
+    // The mask of this process may have taken bits away.
+    Ok(rustix::fs::chmod(&target, mode)?)
 }
 
 fn outside(path: &Path) -> io::Error {

@@ -138,8 +138,8 @@ impl Server {
             for process in self.processes.values_mut() {
                 process.drain(now, &mut scratch);
             }
-            self.step_ending(now);
             self.fill();
+            self.step_ending(now);
             self.flush(now);
             if matches!(self.ending, Ending::Done) || self.link.is_over() {
                 break Ok(());
@@ -189,7 +189,7 @@ impl Server {
             add(fd, PollFlags::IN, Ready::Children);
         }
         add(self.workers.bell(), PollFlags::IN, Ready::Workers);
-        let mut wake_at = [self.link.look_at(), self.ending.wake_at()]
+        let mut wake_at = [self.link.look_at(), self.ending.wake_at(now)]
             .into_iter()
             .flatten()
             .min();

@@ -10,7 +10,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use vistara_guest_protocol::{ProcessSpec, Rlimit, SpawnFailed, TtySize};
@@ -155,13 +154,6 @@ pub(crate) fn spawn(spec: &ProcessSpec, around: &Surroundings) -> Result<Started
             ));
         }
     };
-    let has_nul = |text: &String| text.contains('\0');
-    if spec.argv.iter().any(has_nul) || spec.env.iter().any(|(k, v)| has_nul(k) || has_nul(v)) {
-        return Err(failed(
-            125,
-            "arguments and environment cannot hold a zero byte",
-        ));
-    }
     let identity = users::resolve(&spec.user)?;
     let cwd = if spec.cwd.is_empty() {
         "/"
@@ -183,19 +175,19 @@ pub(crate) fn spawn(spec: &ProcessSpec, around: &Surroundings) -> Result<Started
     }
     .map_err(|error| failed(125, format!("the streams of the process: {error}")))?;
     let [child_in, child_out, child_err] = streams.child;
+    let Some(image) = sys::Image::new(&program, &spec.argv, &env) else {
+        return Err(failed(
+            125,
+            "arguments and environment cannot hold a zero byte",
+        ));
+    };
     let mut command = Command::new(&program);
+    command.current_dir(cwd).stdin(Stdio::from(child_in));
     command
-        .arg0(name)
-        .args(&spec.argv[1..])
-        .env_clear()
-        .envs(env)
-        .current_dir(cwd);
-    command
-        .stdin(Stdio::from(child_in))
         .stdout(Stdio::from(child_out))
         .stderr(Stdio::from(child_err));
     let change_user = (around.init || !spec.user.is_empty()).then_some(identity);
-    prepare(&mut command, around, change_user, spec.tty.is_some());
+    prepare(&mut command, image, around, change_user, spec.tty.is_some());
     match command.spawn() {
         Ok(child) => Ok(Started {
             pid: Pid::from_child(&child),
@@ -209,7 +201,13 @@ pub(crate) fn spawn(spec: &ProcessSpec, around: &Surroundings) -> Result<Started
 }
 
 /// What the child does between fork and exec: system calls only.
-fn prepare(command: &mut Command, around: &Surroundings, identity: Option<Identity>, tty: bool) {
+fn prepare(
+    command: &mut Command,
+    image: sys::Image,
+    around: &Surroundings,
+    identity: Option<Identity>,
+    tty: bool,
+) {
     let rlimits = around.rlimits.clone();
     let init = around.init;
     let who = identity.map(|id| {
@@ -224,7 +222,7 @@ fn prepare(command: &mut Command, around: &Surroundings, identity: Option<Identi
             groups,
         )
     });
-    sys::before_exec(command, move || {
+    sys::execute(command, image, move || {
         rustix::process::setsid()?;
         if tty {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
@@ -274,12 +272,18 @@ fn environment(
     around: &Surroundings,
     identity: &Identity,
 ) -> Vec<(String, String)> {
-    let mut env: Vec<(String, String)> = spec
+    let mut env: Vec<(String, String)> = Vec::with_capacity(spec.env.len() + 4);
+    for (key, value) in spec
         .env
         .iter()
         .filter(|(key, _)| !key.is_empty() && !key.contains('='))
-        .cloned()
-        .collect();
+    {
+        // The last of a name counts, and stands alone: programs disagree about which of two they see.
+        match env.iter_mut().find(|(have, _)| have == key) {
+            Some((_, have)) => have.clone_from(value),
+            None => env.push((key.clone(), value.clone())),
+        }
+    }
     let mut default = |key: &str, value: &str| {
         if !env.iter().any(|(have, _)| have == key) {
             env.push((key.to_owned(), value.to_owned()));

@@ -1,9 +1,12 @@
 //! The calls to the kernel that have no safe wrapper. All of this crate's unsafe code is here.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -43,17 +46,83 @@ pub(crate) fn child_signals() -> io::Result<OwnedFd> {
     }
 }
 
-/// Runs `prepare` in the child, between fork and exec.
+/// A program, its arguments and its environment, laid out as the kernel wants them.
+pub(crate) struct Image {
+    program: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+impl Image {
+    /// Nothing where a text holds a zero byte.
+    pub(crate) fn new(
+        program: &Path,
+        arguments: &[String],
+        environment: &[(String, String)],
+    ) -> Option<Self> {
+        let texts = |texts: &mut dyn Iterator<Item = String>| {
+            texts
+                .map(|text| CString::new(text).ok())
+                .collect::<Option<Vec<_>>>()
+        };
+        Some(Self {
+            program: CString::new(program.as_os_str().as_bytes()).ok()?,
+            arguments: texts(&mut arguments.iter().cloned())?,
+            environment: texts(
+                &mut environment
+                    .iter()
+                    .map(|(key, value)| format!("{key}={value}")),
+            )?,
+        })
+    }
+}
+
+/// Pointers to texts, with a null pointer at the end.
+struct Pointers(Vec<*const libc::c_char>);
+
+// SAFETY: the pointers are only read, and what they point to is owned by the closure that owns them and never changed.
+unsafe impl Send for Pointers {}
+// SAFETY: as above.
+unsafe impl Sync for Pointers {}
+
+impl Pointers {
+    fn to(texts: &[CString]) -> Self {
+        let pointers = texts.iter().map(|text| text.as_ptr());
+        Self(pointers.chain([std::ptr::null()]).collect())
+    }
+}
+
+/// Runs `prepare` in the child and then executes `image`. Not the standard library's own way of executing, which gives
+/// a file that is no program to a shell.
 ///
 /// `prepare` may only do what is safe after a fork in a program with threads: system calls on values that it has
 /// already, no allocation and no lock.
-pub(crate) fn before_exec(
+pub(crate) fn execute(
     command: &mut Command,
-    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+    image: Image,
+    mut prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
 ) {
-    // SAFETY: the one caller keeps to the rule above: its closure makes system calls only.
+    let (arguments, environment) = (
+        Pointers::to(&image.arguments),
+        Pointers::to(&image.environment),
+    );
+    let closure = move || {
+        let (image, arguments, environment) = (&image, &arguments, &environment);
+        prepare()?;
+        // SAFETY: all three point to texts and arrays, ended by zero and by null, that this closure owns.
+        unsafe {
+            libc::execve(
+                image.program.as_ptr(),
+                arguments.0.as_ptr(),
+                environment.0.as_ptr(),
+            )
+        };
+        Err(io::Error::last_os_error())
+    };
+    // SAFETY: the closure makes system calls only, as the one caller's `prepare` does; an error made from a number
+    // allocates nothing.
     unsafe {
-        command.pre_exec(prepare);
+        command.pre_exec(closure);
     }
 }
 

@@ -13,6 +13,8 @@
 mod agent;
 mod error;
 mod process;
+mod session;
+mod state;
 mod transfer;
 
 pub use agent::{Agent, ConnectOptions, connect};

@@ -8,6 +8,9 @@ use vistara_guest_protocol::{ProcessId, ToHost};
 /// How long killed programs and a host that has not acknowledged their output may take.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether they have settled.
+const SETTLE_LOOK: Duration = Duration::from_millis(5);
+
 /// How long a host may take to hear that the guest is off.
 const LINGER: Duration = Duration::from_millis(500);
 
@@ -31,10 +34,11 @@ pub(super) enum Ending {
 
 impl Ending {
     /// When to look again though nothing happens.
-    pub(super) fn wake_at(self) -> Option<Instant> {
+    pub(super) fn wake_at(self, now: Instant) -> Option<Instant> {
         match self {
             Self::No | Self::Done => None,
-            Self::Asked(until) | Self::Killed(until) | Self::Told(until) => Some(until),
+            Self::Asked(until) | Self::Told(until) => Some(until),
+            Self::Killed(until) => Some(until.min(now + SETTLE_LOOK)),
         }
     }
 }
