@@ -1,1 +1,183 @@
-fn main() {}
+//! The `vistara` program: the command line, and the node's daemon (`vistara node`).
+//!
+//! The command line speaks to a node over its socket and through the public interface alone; where no node runs, it
+//! starts one in the background ([`connect`]). Data goes to standard output, everything else to standard error.
+
+mod arguments;
+mod bench_command;
+mod connect;
+mod copy;
+mod doctor_command;
+mod environment;
+mod exec_command;
+mod failure;
+mod image_commands;
+mod kernel_commands;
+mod logs_command;
+mod machine_commands;
+mod node_command;
+mod output;
+mod places;
+mod progress;
+mod run_command;
+mod run_options;
+mod session;
+mod stats_command;
+mod text;
+
+use arguments::{Command, CommandLine};
+use clap::{CommandFactory, Parser};
+use failure::Failure;
+use places::{Facts, Places};
+use std::process::ExitCode;
+use vistara_api::Client;
+
+fn main() -> ExitCode {
+    let line = match CommandLine::try_parse() {
+        Ok(line) => line,
+        Err(error) => {
+            // As docker: where the exit code is a program's, our own faults keep away from its codes.
+            let passes_codes = error.use_stderr() && passes_exit_codes(std::env::args());
+            let _ = error.print();
+            return ExitCode::from(match (error.use_stderr(), passes_codes) {
+                (false, _) => 0,
+                (true, true) => failure::OWN_FAULT,
+                (true, false) => 2,
+            });
+        }
+    };
+    let own_code = match &line.command {
+        Command::Run(_) | Command::Exec(_) | Command::Attach(_) => failure::OWN_FAULT,
+        _ => 1,
+    };
+    let result = execute(line);
+    session::terminal::restore();
+    ExitCode::from(match result {
+        Ok(code) => code,
+        Err(failure) => {
+            failure.print();
+            failure.code.unwrap_or(own_code)
+        }
+    })
+}
+
+/// Whether the first word that is a command is one whose exit code is a program's.
+fn passes_exit_codes(arguments: impl Iterator<Item = String>) -> bool {
+    let mut arguments = arguments.skip(1);
+    while let Some(word) = arguments.next() {
+        match word.as_str() {
+            "--socket" | "--state-dir" => {
+                let _ = arguments.next();
+            }
+            option if option.starts_with('-') => {}
+            command => return matches!(command, "run" | "exec" | "attach"),
+        }
+    }
+    false
+}
+
+fn execute(line: CommandLine) -> Result<u8, Failure> {
+    if let Command::Completion(options) = &line.command {
+        let mut script = Vec::new();
+        clap_complete::generate(
+            options.shell,
+            &mut CommandLine::command(),
+            "vistara",
+            &mut script,
+        );
+        output::print(&String::from_utf8_lossy(&script))?;
+        return Ok(0);
+    }
+    let places = Places::resolve(&Facts::gather(line.place.socket, line.place.state_dir))?;
+    if let Command::Node(arguments) = &line.command
+        && arguments.command.is_none()
+    {
+        return node_command::become_node(arguments, places);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::because("cannot start", error))?;
+    let result = runtime.block_on(command(line.command, &places));
+    // A thread may wait in a read of the terminal for ever; it ends with the process.
+    runtime.shutdown_background();
+    result
+}
+
+async fn command(command: Command, places: &Places) -> Result<u8, Failure> {
+    let begin = std::time::Instant::now();
+    match &command {
+        Command::Version(options) => return version(options.json, places).await,
+        Command::Node(arguments) => {
+            return match &arguments.command {
+                Some(command) => node_command::manage(command, places).await,
+                None => Err(Failure::new("the node runs outside the command line")),
+            };
+        }
+        _ => {}
+    }
+    let client = connect::or_start(places).await?;
+    let result = with_node(command, &client, begin.elapsed()).await;
+    connect::warn_of_other_version(&client);
+    result
+}
+
+async fn with_node(
+    command: Command,
+    client: &Client,
+    connect_time: std::time::Duration,
+) -> Result<u8, Failure> {
+    match command {
+        Command::Run(options) => run_command::run(client, &options, connect_time).await,
+        Command::Explain(options) => run_command::explain(client, &options).await,
+        Command::Ps(options) => machine_commands::ps(client, &options).await,
+        Command::Logs(options) => logs_command::logs(client, &options).await,
+        Command::Attach(options) => exec_command::attach(client, &options).await,
+        Command::Exec(options) => exec_command::exec(client, &options).await,
+        Command::Cp(options) => copy::cp(client, &options).await,
+        Command::Stop(options) => machine_commands::stop(client, &options).await,
+        Command::Kill(options) => machine_commands::kill(client, &options).await,
+        Command::Rm(options) => machine_commands::rm(client, &options).await,
+        Command::Inspect(options) => machine_commands::inspect(client, &options).await,
+        Command::Stats(options) => stats_command::stats(client, &options).await,
+        Command::Wait(options) => machine_commands::wait(client, &options).await,
+        Command::Images(options) => image_commands::images(client, options).await,
+        Command::Pull(options) => image_commands::pull(client, &options).await,
+        Command::Rmi(options) => image_commands::remove(client, &options).await,
+        Command::Tag(options) => image_commands::tag(client, &options).await,
+        Command::Import(options) => image_commands::import(client, &options).await,
+        Command::Kernel(options) => kernel_commands::kernel(client, &options.command).await,
+        Command::Doctor(options) => doctor_command::doctor(client, &options).await,
+        Command::Bench(options) => bench_command::bench(client, &options.command).await,
+        Command::Completion(_) | Command::Version(_) | Command::Node(_) => Ok(0),
+    }
+}
+
+/// `vistara version`: starts no node for it.
+async fn version(json: bool, places: &Places) -> Result<u8, Failure> {
+    let own = env!("CARGO_PKG_VERSION");
+    let node = match connect::running(places).await? {
+        Some(client) => Some(client.version().await?),
+        None => None,
+    };
+    if json {
+        output::print_json(&serde_json::json!({
+            "version": own,
+            "api": vistara_api::API_VERSION,
+            "node": node,
+        }))?;
+    } else {
+        let node = match node {
+            Some(node) => format!(
+                "{} (interface {}, pid {})",
+                node.version, node.api, node.pid
+            ),
+            None => "not running".to_owned(),
+        };
+        output::print(&format!(
+            "vistara {own} (interface {})\nnode    {node}\n",
+            vistara_api::API_VERSION
+        ))?;
+    }
+    Ok(0)
+}

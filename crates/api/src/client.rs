@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use tokio::io::AsyncRead;
 use tokio::net::UnixStream;
 use tokio_tungstenite::WebSocketStream;
@@ -75,6 +76,7 @@ impl ClientError {
 #[derive(Debug, Clone)]
 pub struct Client {
     socket: PathBuf,
+    server_version: Arc<OnceLock<String>>,
 }
 
 /// Percent-encodes one path segment or query value.
@@ -99,7 +101,13 @@ impl Client {
     pub fn new(socket: impl Into<PathBuf>) -> Client {
         Client {
             socket: socket.into(),
+            server_version: Arc::default(),
         }
+    }
+
+    /// The version of the program that serves the node, once it has answered anything.
+    pub fn server_version(&self) -> Option<&str> {
+        self.server_version.get().map(String::as_str)
     }
 
     /// The socket.
@@ -124,6 +132,12 @@ impl Client {
             .send_request(request)
             .await
             .map_err(|error| ClientError::broken("sending the request", error))?;
+        if let Some(version) = response.headers().get(crate::SERVER_VERSION_HEADER)
+            && let Ok(version) = version.to_str()
+        {
+            // Later answers come from the same program or from one that replaced it; the first is what the user is told.
+            let _ = self.server_version.set(version.to_owned());
+        }
         if response.status().is_success() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
         }

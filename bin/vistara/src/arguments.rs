@@ -1,0 +1,558 @@
+//! The command line as typed: every command and option. Nothing is decided here; `run`'s own options are in
+//! [`crate::run_options`].
+
+use crate::run_options::RunOptions;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Vistara runs programs from container images in virtual machines of their own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vistara",
+    version,
+    max_term_width = 100,
+    propagate_version = false
+)]
+pub(crate) struct CommandLine {
+    #[command(flatten)]
+    pub(crate) place: Place,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that every command has.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Place {
+    /// Socket of the node
+    #[arg(long, global = true, value_name = "PATH", env = crate::environment::SOCKET, help_heading = "Global options", hide_env_values = true)]
+    pub(crate) socket: Option<PathBuf>,
+    /// State directory of the node
+    #[arg(long, global = true, value_name = "DIR", env = crate::environment::STATE_DIR, help_heading = "Global options", hide_env_values = true)]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a program in a new machine
+    Run(Box<RunOptions>),
+    /// List machines
+    #[command(visible_alias = "list")]
+    Ps(PsOptions),
+    /// Show what a machine printed
+    Logs(LogsOptions),
+    /// Attach to a running machine's program
+    Attach(AttachOptions),
+    /// Run another program in a running machine
+    Exec(ExecOptions),
+    /// Copy files between a machine and this host
+    Cp(CpOptions),
+    /// Stop machines: ask their programs to end, and after a while insist
+    Stop(StopOptions),
+    /// Kill machines, or send their programs a signal
+    Kill(KillOptions),
+    /// Remove ended machines
+    Rm(RmOptions),
+    /// Show everything known of machines or images, as JSON
+    Inspect(InspectOptions),
+    /// Show what machines use
+    Stats(StatsOptions),
+    /// Wait until machines end, and print their exit codes
+    Wait(WaitOptions),
+    /// Manage images (alone: list them)
+    #[command(visible_alias = "image")]
+    Images(ImagesOptions),
+    /// Fetch an image from a registry
+    #[command(hide = true)]
+    Pull(PullOptions),
+    /// Remove images
+    #[command(hide = true)]
+    Rmi(RemoveImageOptions),
+    /// Give an image another name
+    #[command(hide = true)]
+    Tag(TagOptions),
+    /// Take in an image archive
+    #[command(hide = true)]
+    Import(ImportOptions),
+    /// Manage guest kernels
+    Kernel(KernelOptions),
+    /// Say what this host has and lacks for running machines
+    Doctor(DoctorOptions),
+    /// Say which hypervisor a program would get, and why, without running it
+    Explain(Box<RunOptions>),
+    /// Print a completion script for a shell
+    Completion(CompletionOptions),
+    /// Print the versions of this program and of the node
+    Version(VersionOptions),
+    /// Run the node in the foreground, or manage a running one
+    Node(NodeArguments),
+    /// Measure this host
+    Bench(BenchOptions),
+}
+
+/// `ps`.
+#[derive(Debug, Args)]
+pub(crate) struct PsOptions {
+    /// Ended machines, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Ids only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// A JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only machines that match: name=…, state=…, image=…, id=…, label=NAME[=value]
+    #[arg(short, long = "filter", value_name = "KEY=VALUE")]
+    pub(crate) filters: Vec<String>,
+    /// Whole ids and commands
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+}
+
+/// `logs`.
+#[derive(Debug, Args)]
+pub(crate) struct LogsOptions {
+    /// Go on as the machine prints more
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only what was printed since: a time (2026-01-31T12:00:00Z) or an age (10m, 2h)
+    #[arg(long, value_name = "TIME")]
+    pub(crate) since: Option<String>,
+    /// Only so many lines from the end
+    #[arg(short = 'n', long, value_name = "N", value_parser = tail)]
+    pub(crate) tail: Option<Tail>,
+    /// The time before each line
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// One JSON object a line instead of the bytes
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The guest's console instead: its kernel's and its boot's messages
+    #[arg(long, conflicts_with_all = ["follow", "since", "tail", "timestamps", "json"])]
+    pub(crate) console: bool,
+    /// Machine, by id, name or beginning of its id
+    pub(crate) machine: String,
+}
+
+/// `--tail`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tail {
+    /// Everything.
+    All,
+    /// So many lines.
+    Lines(u64),
+}
+
+fn tail(text: &str) -> Result<Tail, String> {
+    if text == "all" {
+        return Ok(Tail::All);
+    }
+    text.parse()
+        .map(Tail::Lines)
+        .map_err(|_| "write a number of lines, or all".to_owned())
+}
+
+/// `attach`.
+#[derive(Debug, Args)]
+pub(crate) struct AttachOptions {
+    /// Do not send standard input
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// What was printed before, too
+    #[arg(long)]
+    pub(crate) from_start: bool,
+    /// Machine, by id, name or beginning of its id
+    pub(crate) machine: String,
+}
+
+/// `exec`.
+#[derive(Debug, Args)]
+#[command(override_usage = "vistara exec [OPTIONS] MACHINE [--] COMMAND [ARGUMENT]...")]
+pub(crate) struct ExecOptions {
+    /// Send standard input even from a terminal
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the program a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Start it and leave it
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub(crate) detach: bool,
+    /// Environment variable; NAME alone takes the caller's value
+    #[arg(short, long, value_name = "NAME[=value]")]
+    pub(crate) env: Vec<String>,
+    /// Environment variables from a file, one a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// User in the guest: name or uid, with :group or :gid
+    #[arg(short, long)]
+    pub(crate) user: Option<String>,
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// Machine and command line; everything after the machine is the command's
+    #[arg(value_name = "MACHINE COMMAND", required = true, num_args = 1.., trailing_var_arg = true)]
+    pub(crate) words: Vec<String>,
+}
+
+/// `cp`.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "vistara cp [OPTIONS] MACHINE:PATH DEST|-\n       vistara cp [OPTIONS] SRC|- MACHINE:PATH"
+)]
+pub(crate) struct CpOptions {
+    /// Follow a symbolic link at SRC
+    #[arg(short = 'L', long)]
+    pub(crate) follow_link: bool,
+    /// Keep user and group ids
+    #[arg(short, long)]
+    pub(crate) archive: bool,
+    /// No progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// What to copy: MACHINE:PATH, a path here, or - for a tar stream on standard input
+    #[arg(value_name = "SRC", allow_hyphen_values = false)]
+    pub(crate) source: String,
+    /// Where to: MACHINE:PATH, a path here, or - for a tar stream on standard output
+    #[arg(value_name = "DEST")]
+    pub(crate) destination: String,
+}
+
+/// `stop`.
+#[derive(Debug, Args)]
+pub(crate) struct StopOptions {
+    /// How long programs have to end by themselves: seconds, or 500ms, 1m (default 10 s)
+    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = duration)]
+    pub(crate) time: Option<Duration>,
+    /// Signal to ask with (default: the image's, else TERM)
+    #[arg(short, long)]
+    pub(crate) signal: Option<String>,
+    /// Machines
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `kill`.
+#[derive(Debug, Args)]
+pub(crate) struct KillOptions {
+    /// Signal, by name or number
+    #[arg(short, long, default_value = "KILL")]
+    pub(crate) signal: String,
+    /// Machines
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `rm`.
+#[derive(Debug, Args)]
+pub(crate) struct RmOptions {
+    /// Running ones, too: kill them first; and do not mind those that are not there
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Machines
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectOptions {
+    /// What the names mean; a machine before an image where not given
+    #[arg(long = "type", value_name = "TYPE")]
+    pub(crate) kind: Option<InspectKind>,
+    /// Machines or images
+    #[arg(required = true, value_name = "MACHINE|IMAGE")]
+    pub(crate) names: Vec<String>,
+}
+
+/// `inspect --type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum InspectKind {
+    /// A machine.
+    Machine,
+    /// An image.
+    Image,
+}
+
+/// `stats`.
+#[derive(Debug, Args)]
+pub(crate) struct StatsOptions {
+    /// One measurement, over a second
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+    /// A JSON array; without --no-stream one array a second, each on its line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Machines; all that run where none is given
+    #[arg(value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `wait`.
+#[derive(Debug, Args)]
+pub(crate) struct WaitOptions {
+    /// A JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Machines
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `images`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct ImagesOptions {
+    #[command(subcommand)]
+    pub(crate) command: Option<ImagesCommand>,
+    #[command(flatten)]
+    pub(crate) list: ListImagesOptions,
+}
+
+/// `images …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImagesCommand {
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls(ListImagesOptions),
+    /// Fetch an image from a registry
+    Pull(PullOptions),
+    /// Take in an image: an OCI layout, a `docker save` archive or a root file system
+    #[command(alias = "load")]
+    Import(ImportOptions),
+    /// Remove images
+    Rm(RemoveImageOptions),
+    /// Remove images that no machine uses
+    Prune(PruneOptions),
+    /// Give an image another name
+    Tag(TagOptions),
+    /// Show everything known of images, as JSON
+    Inspect(InspectImageOptions),
+}
+
+/// `images ls`.
+#[derive(Debug, Args)]
+pub(crate) struct ListImagesOptions {
+    /// Ids only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// A JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Whole ids
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+}
+
+/// `images pull`.
+#[derive(Debug, Args)]
+pub(crate) struct PullOptions {
+    /// Speak plain HTTP to the registry, or accept its certificate unseen
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Print the image's id and nothing else
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Image: [REGISTRY/]NAME[:TAG][@DIGEST]
+    pub(crate) image: String,
+}
+
+/// `images import`.
+#[derive(Debug, Args)]
+pub(crate) struct ImportOptions {
+    /// Name for the image
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Print the image's id and nothing else
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// An archive (plain or compressed), a directory (OCI layout or root file system), or - for standard input
+    #[arg(value_name = "FILE|DIR|-")]
+    pub(crate) source: String,
+    /// Name for the image (as --name)
+    #[arg(value_name = "NAME", hide = true, conflicts_with = "name")]
+    pub(crate) reference: Option<String>,
+}
+
+/// `images rm`.
+#[derive(Debug, Args)]
+pub(crate) struct RemoveImageOptions {
+    /// Even where ended machines use it; and do not mind those that are not there
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Images
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(crate) images: Vec<String>,
+}
+
+/// `images prune`.
+#[derive(Debug, Args)]
+pub(crate) struct PruneOptions {
+    /// Also those with a name
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Accepted for scripts; nothing is asked anyway
+    #[arg(short, long, hide = true)]
+    pub(crate) force: bool,
+    /// The answer as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `images tag`.
+#[derive(Debug, Args)]
+pub(crate) struct TagOptions {
+    /// Image
+    pub(crate) image: String,
+    /// Its other name
+    pub(crate) name: String,
+}
+
+/// `images inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectImageOptions {
+    /// Images
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(crate) images: Vec<String>,
+}
+
+/// `kernel`.
+#[derive(Debug, Args)]
+pub(crate) struct KernelOptions {
+    #[command(subcommand)]
+    pub(crate) command: KernelCommand,
+}
+
+/// `kernel …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelCommand {
+    /// List guest kernels
+    #[command(visible_alias = "list")]
+    Ls {
+        /// A JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a guest kernel
+    Add {
+        /// Name (default: the kernel's version)
+        #[arg(long)]
+        name: Option<String>,
+        /// Directory of its modules, where it needs any and is not a .deb
+        #[arg(long, value_name = "DIR")]
+        modules: Option<PathBuf>,
+        /// Make it the default
+        #[arg(long)]
+        default: bool,
+        /// debian (fetched with apt), or a file: a .deb, a bzImage or a vmlinux
+        source: String,
+    },
+    /// Remove guest kernels
+    Rm {
+        /// Kernels
+        #[arg(required = true, value_name = "KERNEL")]
+        names: Vec<String>,
+    },
+    /// Make a guest kernel the default
+    Default {
+        /// Kernel
+        name: String,
+    },
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorOptions {
+    /// The report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Probe again instead of using what is remembered
+    #[arg(long)]
+    pub(crate) fresh: bool,
+}
+
+/// `completion`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionOptions {
+    /// Shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// `version`.
+#[derive(Debug, Args)]
+pub(crate) struct VersionOptions {
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `node`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct NodeArguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<NodeSubcommand>,
+    /// Leave once nothing has run and nobody has asked for so long; stay where not given
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) idle_exit: Option<Duration>,
+    /// Leave the terminal's session first (the CLI starts nodes so)
+    #[arg(long, hide = true)]
+    pub(crate) background: bool,
+}
+
+/// `node …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeSubcommand {
+    /// Ask the running node to leave; machines go on
+    Stop,
+    /// Say whether a node runs, and which
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchOptions {
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+/// `bench …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Run the measurements
+    Run {
+        /// The results as JSON
+        #[arg(long)]
+        json: bool,
+        /// How often each is repeated
+        #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10)]
+        count: u32,
+    },
+}
+
+/// A duration as options take it: a bare number is seconds, else `500ms`, `30s`, `5m`, `1h30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let error = || "write a time such as 30s, 5m, 1h30m, or a number of seconds".to_owned();
+    let seconds = text.parse::<f64>().ok();
+    if let Some(seconds) = seconds {
+        return Duration::try_from_secs_f64(seconds).map_err(|_| error());
+    }
+    let span: jiff::SignedDuration = text.parse().map_err(|_| error())?;
+    Duration::try_from(span).map_err(|_| error())
+}
+
+#[cfg(test)]
+#[path = "arguments_tests.rs"]
+mod tests;

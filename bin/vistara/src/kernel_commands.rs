@@ -1,0 +1,90 @@
+//! `vistara kernel …`: guest kernels.
+
+use crate::arguments::KernelCommand;
+use crate::failure::Failure;
+use crate::image_commands::Failures;
+use crate::output::{print, print_json};
+use crate::text::{table, visible};
+use std::path::Path;
+use vistara_api::{AddKernelRequest, Client, Kernel};
+use vistara_model::Bytes;
+
+/// `vistara kernel`.
+pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u8, Failure> {
+    match command {
+        KernelCommand::Ls { json } => list(&client.kernels().await?, *json),
+        KernelCommand::Add {
+            name,
+            modules,
+            default,
+            source,
+        } => {
+            // The node has another working directory.
+            let source = if source == "debian" {
+                source.clone()
+            } else {
+                absolute(Path::new(source))?
+            };
+            let modules_dir = modules.as_deref().map(absolute).transpose()?;
+            let request = AddKernelRequest {
+                source,
+                name: name.clone(),
+                modules_dir,
+                default: *default,
+            };
+            let kernel = client
+                .add_kernel(&request)
+                .await
+                .map_err(Failure::at("cannot add the kernel"))?;
+            print(&format!("{}\n", visible(&kernel.name, false)))?;
+            Ok(0)
+        }
+        KernelCommand::Rm { names } => {
+            let mut failures = Failures::default();
+            for name in names {
+                match client.remove_kernel(name).await {
+                    Ok(()) => print(&format!("{name}\n"))?,
+                    Err(error) => failures.add(name, error.into()),
+                }
+            }
+            failures.code()
+        }
+        KernelCommand::Default { name } => {
+            let kernel = client.default_kernel(name).await?;
+            print(&format!("{}\n", visible(&kernel.name, false)))?;
+            Ok(0)
+        }
+    }
+}
+
+fn list(kernels: &[Kernel], json: bool) -> Result<u8, Failure> {
+    if json {
+        print_json(kernels)?;
+        return Ok(0);
+    }
+    let rows: Vec<Vec<String>> = kernels
+        .iter()
+        .map(|kernel| {
+            vec![
+                kernel.name.clone(),
+                kernel.payload.clone(),
+                kernel.version.clone(),
+                Bytes(kernel.size_bytes).to_string(),
+                if kernel.default { "yes" } else { "" }.to_owned(),
+            ]
+        })
+        .collect();
+    print(&table(
+        &["NAME", "PAYLOAD", "VERSION", "SIZE", "DEFAULT"],
+        &rows,
+    ))?;
+    Ok(0)
+}
+
+fn absolute(path: &Path) -> Result<String, Failure> {
+    let what = || format!("cannot use {}", path.display());
+    let path = std::fs::canonicalize(path).map_err(|error| Failure::because(what(), error))?;
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Failure::because(what(), "its path is not UTF-8"))
+}

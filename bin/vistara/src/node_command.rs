@@ -1,0 +1,124 @@
+//! `vistara node`: the daemon itself, and asking a running one to leave.
+
+use crate::arguments::{NodeArguments, NodeSubcommand};
+use crate::connect;
+use crate::failure::Failure;
+use crate::output::{print, print_json};
+use crate::places::Places;
+use std::time::Duration;
+
+/// What the daemon needs to know.
+#[derive(Debug)]
+pub(crate) struct NodeOptions {
+    /// Where its socket and state are; both directories exist.
+    pub(crate) places: Places,
+    /// How long it stays without work; for ever where absent.
+    pub(crate) idle_exit: Option<Duration>,
+}
+
+/// Runs the daemon until it is asked to leave. Called outside any runtime; leaving because another node holds the lock
+/// is no failure.
+fn run_node(options: NodeOptions) -> Result<(), Failure> {
+    let NodeOptions { places, idle_exit } = options;
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env(crate::environment::LOG)
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(format!("cannot start the node's threads: {error}")))?;
+    let options = vistara_node::NodeOptions {
+        state_dir: places.state_dir,
+        socket: places.socket,
+        idle_exit,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        vmms: vistara_node::Vmms::Detect,
+        qemu: crate::environment::path(crate::environment::QEMU),
+        virtiofsd: crate::environment::path(crate::environment::VIRTIOFSD),
+        boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
+    };
+    match runtime.block_on(vistara_node::run(options)) {
+        Ok(()) => Ok(()),
+        Err(vistara_node::NodeError::AlreadyServed(_)) => Ok(()),
+        Err(error) => Err(Failure::new(format!(
+            "the node cannot start: {:#}",
+            anyhow::Error::from(error)
+        ))),
+    }
+}
+
+/// `vistara node` without a subcommand: becomes the daemon.
+pub(crate) fn become_node(arguments: &NodeArguments, places: Places) -> Result<u8, Failure> {
+    if arguments.background {
+        // Out of the terminal's session: neither its signals nor its end concern a node. It fails only for the leader of
+        // a process group, which is out already.
+        let _ = rustix::process::setsid();
+    }
+    places.prepare()?;
+    run_node(NodeOptions {
+        places,
+        idle_exit: arguments.idle_exit,
+    })?;
+    Ok(0)
+}
+
+/// `vistara node stop` and `vistara node status`.
+pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<u8, Failure> {
+    let client = connect::running(places).await?;
+    match (command, client) {
+        (NodeSubcommand::Stop, None) => {
+            crate::failure::eprint_line("no node runs");
+            Ok(0)
+        }
+        (NodeSubcommand::Stop, Some(client)) => {
+            client
+                .shutdown()
+                .await
+                .map_err(Failure::at("cannot stop the node"))?;
+            // It has left when nobody answers any more; a command typed next must not meet it on its way out.
+            for _ in 0..STOP_TRIES_MAX {
+                if connect::running(places).await?.is_none() {
+                    return Ok(0);
+                }
+                tokio::time::sleep(STOP_RETRY_EVERY).await;
+            }
+            Err(Failure::new(
+                "the node was asked to leave and still answers after 10 s",
+            ))
+        }
+        (NodeSubcommand::Status { json: false }, None) => {
+            print("no node runs; the next command that needs one starts it\n")?;
+            Ok(1)
+        }
+        (NodeSubcommand::Status { json: true }, None) => {
+            print_json(&serde_json::Value::Null)?;
+            Ok(1)
+        }
+        (NodeSubcommand::Status { json }, Some(client)) => {
+            let version = client.version().await?;
+            if *json {
+                print_json(&version)?;
+            } else {
+                print(&format!(
+                    "version   {}\npid       {}\nstarted   {}\nsocket    {}\nstate     {}\nmachines  {}\n",
+                    version.version,
+                    version.pid,
+                    version.started_at,
+                    places.socket.display(),
+                    version.state_dir,
+                    version.machines_active
+                ))?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+/// How often to look whether a node has left, and how many times: 10 s in all, as long as a stop may take.
+const STOP_RETRY_EVERY: Duration = Duration::from_millis(10);
+const STOP_TRIES_MAX: u32 = 1000;
