@@ -5,6 +5,7 @@
 
 use crate::compress::{Hashing, Unpacked, refusal_in};
 use crate::merge::{Content, Tree};
+use crate::squashfs::set_root;
 use crate::tar::{Fields, TarError, TarReader, TarWriter};
 use crate::{ImageError, Limits, Progress, ProgressSink, Refusal};
 use std::collections::HashMap;
@@ -163,9 +164,8 @@ pub(crate) fn write(
         .args(["-comp", "lz4", "-b", "128K", "-mkfs-time", "0"])
         .args(["-no-progress", "-quiet", "-exit-on-error"])
         .args(["-root-mode", &format!("{:o}", root.mode)])
-        .args(["-root-uid", &root.uid.to_string()])
-        .args(["-root-gid", &root.gid.to_string()])
-        .args(["-root-time", &root.mtime.to_string()])
+        // The root's inode is mended afterwards: see `squashfs`.
+        .arg("-noI")
         .args(["-mem", &format!("{}M", limits.disk_memory.to_mib_ceil())]);
     if limits.disk_processors > 0 {
         command.args(["-processors", &limits.disk_processors.to_string()]);
@@ -202,7 +202,13 @@ pub(crate) fn write(
         .map_err(|error| ImageError::io("wait for", Path::new(TOOL), error))?;
     let message = messages.join().unwrap_or_default();
     if status.success() {
-        return streamed;
+        streamed?;
+        return File::options()
+            .read(true)
+            .write(true)
+            .open(out)
+            .and_then(|file| set_root(&file, root.uid, root.gid, root.mtime))
+            .map_err(|error| ImageError::io("finish", out, error));
     }
     if message.contains("No space left") {
         return Err(ImageError::NoSpace {

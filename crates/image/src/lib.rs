@@ -21,6 +21,7 @@ pub mod merge;
 mod progress;
 mod pull;
 mod registry;
+mod squashfs;
 mod store;
 pub mod tar;
 
