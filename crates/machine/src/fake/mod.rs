@@ -1,52 +1,30 @@
 //! A monitor without virtual machines, for tests: the same contract, kept by threads of this process.
 //!
 //! A machine is one thread that runs the guest the test gives ([`FakeVmm::new`]). It outlives the [`Vm`] handle and the
-//! [`FakeVmm`] itself, so that a test can play a node's restart: another `FakeVmm` in the same process adopts it.
+//! [`FakeVmm`] itself, so that a test can play a node's restart: another `FakeVmm` in the same process adopts it by its
+//! record and directory. What it cannot play: a pause holds nothing still, and no limit is kept.
 
-use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmRecord, Vmm, VmmError};
-use std::os::unix::net::UnixStream;
+mod machine;
+
+use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmEnd, VmRecord, Vmm, VmmError};
+use machine::{FakeVm, Machine};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use vistara_model::{Accelerator, MachineId, VmmKind};
+
+pub use machine::FakeGuest;
 
 /// What runs as the guest. Called on a thread of its own; its return is the machine's end. Once the machine is killed
 /// [`FakeGuest::next_channel`] gives `None` and open channels are at their end: the thread should then return.
 pub type GuestMain = Arc<dyn Fn(&FakeGuest) -> FakeEnd + Send + Sync>;
-
-/// A guest's view of its fake machine.
-pub struct FakeGuest {
-    plan: LaunchPlan,
-}
-
-impl FakeGuest {
-    /// What the machine was launched with.
-    pub fn plan(&self) -> &LaunchPlan {
-        &self.plan
-    }
-
-    /// Waits for the host to open the channel and gives the guest's end, in blocking mode; `None` once the machine is
-    /// gone. The host has at most one channel open at a time.
-    pub fn next_channel(&self) -> Option<UnixStream> {
-        None
-    }
-
-    /// Writes to the console.
-    pub fn console(&self, text: &str) {
-        let _ = text;
-    }
-
-    /// Whether the machine has been killed.
-    pub fn is_killed(&self) -> bool {
-        false
-    }
-}
 
 /// How a fake guest ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FakeEnd {
     /// It switches itself off.
     Off,
-    /// Its kernel panics with this line.
+    /// Its kernel panics with this reason.
     Panic(String),
     /// Its monitor dies with this message.
     MonitorCrash(String),
@@ -59,43 +37,77 @@ pub struct Faults {
     pub launch_failure: Option<String>,
     /// The guest starts this long after the launch.
     pub boot_delay: Option<Duration>,
-    /// The machine ends like this as soon as it has started.
+    /// The machine ends like this as soon as it has started, before its guest.
     pub end_at_once: Option<FakeEnd>,
-    /// What [`Vm::trouble`] tells.
+    /// What [`Vm::trouble`] tells, in machines that run and in those to come.
     pub trouble: Option<String>,
 }
 
 /// A monitor of fake machines.
 pub struct FakeVmm {
     capabilities: Capabilities,
+    guest: GuestMain,
+    faults: Arc<Mutex<Faults>>,
 }
 
 impl FakeVmm {
     /// A monitor whose machines all run this guest.
     pub fn new(guest: GuestMain) -> FakeVmm {
-        let _ = guest;
         FakeVmm {
             capabilities: Capabilities {
-                kind: vistara_model::VmmKind::Fake,
+                kind: VmmKind::Fake,
                 version: "1".to_owned(),
-                accelerators: vec![vistara_model::Accelerator::Tcg],
+                accelerators: vec![Accelerator::Tcg],
                 shares: Ok(()),
                 user_network: true,
                 pause: true,
                 vcpus_max: 64,
             },
+            guest,
+            faults: Arc::default(),
         }
     }
 
-    /// Sets what goes wrong from now on; [`Faults::trouble`] also in machines that run.
+    /// Sets what goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
-        let _ = faults;
+        *machine::locked(&self.faults) = faults;
     }
 
     /// Replaces what [`FakeVmm::capabilities`] answers, for tests of refusals.
     pub fn with_capabilities(mut self, capabilities: Capabilities) -> FakeVmm {
         self.capabilities = capabilities;
         self
+    }
+
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        let unsupported = |reason: String| VmmError::Unsupported {
+            kind: VmmKind::Fake,
+            reason,
+        };
+        if !self.capabilities.accelerators.contains(&plan.accelerator) {
+            return Err(unsupported(format!("no accelerator {}", plan.accelerator)));
+        }
+        if plan.vcpus == 0 || plan.vcpus > self.capabilities.vcpus_max {
+            return Err(unsupported(format!("{} vCPUs", plan.vcpus)));
+        }
+        if !plan.shares.is_empty() {
+            self.capabilities.shares.clone().map_err(unsupported)?;
+        }
+        if plan.nic.is_some() && !self.capabilities.user_network {
+            return Err(unsupported("no user-mode network".to_owned()));
+        }
+        for disk in &plan.disks {
+            std::fs::File::options()
+                .read(true)
+                .write(!disk.read_only)
+                .open(&disk.path)
+                .map_err(|source| VmmError::Io {
+                    operation: "opening the disk",
+                    path: disk.path.clone(),
+                    source,
+                })?;
+        }
+        Ok(())
     }
 }
 
@@ -105,11 +117,34 @@ impl Vmm for FakeVmm {
         &self.capabilities
     }
 
-    async fn launch(&self, _plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {
-        Err(VmmError::Ended)
+    async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {
+        self.check(plan)?;
+        if let Some(message) = machine::locked(&self.faults).launch_failure.clone() {
+            return Err(VmmError::Launch {
+                step: "starting the machine",
+                message,
+            });
+        }
+        let machine = Machine::start(plan, self.guest.clone(), self.faults.clone())?;
+        Ok(Box::new(FakeVm::new(machine)))
     }
 
-    async fn adopt(&self, _dir: &Path, _record: &VmRecord) -> Result<Adoption, VmmError> {
-        Err(VmmError::Ended)
+    async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError> {
+        match Machine::find(dir).filter(|machine| machine.record() == record) {
+            Some(machine) => match machine.end() {
+                None => Ok(Adoption::Running(Box::new(FakeVm::new(machine)))),
+                Some(end) => Ok(Adoption::Gone(end)),
+            },
+            None => Ok(Adoption::Gone(VmEnd::Crashed {
+                message: "no such machine in this process".to_owned(),
+            })),
+        }
+    }
+
+    async fn sweep(&self, _id: &MachineId, dir: &Path) -> Result<(), VmmError> {
+        if let Some(machine) = Machine::find(dir) {
+            machine.finish(VmEnd::Killed);
+        }
+        Ok(())
     }
 }

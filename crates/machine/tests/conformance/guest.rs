@@ -1,0 +1,147 @@
+//! A tiny Linux guest for the suite: busybox, a script as init, and the few modules it needs.
+//!
+//! Kernel: `VISTARA_TEST_KERNELS` names a kernel store (its default kernel is used), or `VISTARA_TEST_VMLINUX` an
+//! uncompressed kernel and `VISTARA_TEST_MODULES` a directory with its modules. Without these the tests are skipped.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use vistara_machine::LinuxBoot;
+use vistara_machine::boot::KernelStore;
+
+/// Modules in the order in which they load; those beyond the channel's are loaded by the guest's `load`.
+const MODULES: [&str; 11] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_mmio",
+    "virtio_console",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_blk",
+    "virtio-rng",
+    "fuse",
+    "virtiofs",
+];
+
+const INIT: &str = r#"#!/bin/busybox sh
+B=/bin/busybox
+$B mount -t devtmpfs dev /dev; $B mount -t proc proc /proc; $B mount -t sysfs sys /sys
+$B --install -s /bin; export PATH=/bin
+echo "guest begins" > /dev/ttyS0
+for m in virtio_ring virtio virtio_mmio virtio_console; do insmod /m/$m.ko 2>/dev/null; done
+until P=$(ls /dev/vport*p1 2>/dev/null); do usleep 2000; done
+until command exec 3<>$P; do usleep 2000; done 2>/dev/null
+while :; do
+  while read -r line <&3; do case "$line" in
+    off) poweroff -f;;
+    reboot) reboot -f;;
+    panic) echo c > /proc/sysrq-trigger;;
+    load) for m in failover net_failover virtio_net virtio_blk virtio-rng fuse virtiofs; do insmod /m/$m.ko 2>/dev/null; done
+      echo loaded >&3;;
+    "sh "*) eval "${line#sh }" >&3 2>&1; echo "done $?" >&3;;
+    *) echo "$line" >&3;;
+  esac; done
+  usleep 5000
+done
+"#;
+
+/// What is booted, or why it cannot be.
+pub(crate) fn boot(dir: &Path) -> Result<LinuxBoot, String> {
+    let (kernel, modules) = kernel()?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .find_map(|path| std::fs::read(path).ok())
+        .ok_or("no busybox (apt-get install busybox-static)")?;
+    let mut archive = Archive(Vec::new());
+    for name in ["bin", "dev", "proc", "sys", "m", "mnt", "tmp"] {
+        archive.entry(name, 0o040_755, b"");
+    }
+    archive.entry("init", 0o100_755, INIT.as_bytes());
+    archive.entry("bin/busybox", 0o100_755, &busybox);
+    for name in MODULES {
+        // What a kernel has built in has no file.
+        if let Some(path) = find(&modules, &format!("{name}.ko")) {
+            let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+            archive.entry(&format!("m/{name}.ko"), 0o100_644, &bytes);
+        }
+    }
+    archive.entry("TRAILER!!!", 0, b"");
+    let initramfs = dir.join("initramfs");
+    std::fs::File::create(&initramfs)
+        .and_then(|mut file| file.write_all(&archive.0))
+        .map_err(|error| error.to_string())?;
+    Ok(LinuxBoot {
+        kernel,
+        initramfs,
+        cmdline: "quiet panic=-1 reboot=t cryptomgr.notests noreplace-smp".to_owned(),
+    })
+}
+
+fn kernel() -> Result<(PathBuf, PathBuf), String> {
+    if let Some(store) = std::env::var_os("VISTARA_TEST_KERNELS") {
+        let store = KernelStore::open(Path::new(&store)).map_err(|error| error.to_string())?;
+        let kernel = store
+            .default_kernel()
+            .map_err(|error| error.to_string())?
+            .ok_or("the kernel store is empty")?;
+        return Ok((kernel.vmlinux(), kernel.modules()));
+    }
+    match (
+        std::env::var_os("VISTARA_TEST_VMLINUX"),
+        std::env::var_os("VISTARA_TEST_MODULES"),
+    ) {
+        (Some(kernel), Some(modules)) => Ok((kernel.into(), modules.into())),
+        _ => Err(
+            "no kernel: set VISTARA_TEST_KERNELS, or VISTARA_TEST_VMLINUX and VISTARA_TEST_MODULES"
+                .to_owned(),
+        ),
+    }
+}
+
+fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    for entry in std::fs::read_dir(dir).ok()?.flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            if let Some(found) = find(&path, name) {
+                return Some(found);
+            }
+        } else if entry.file_name() == name {
+            return Some(path);
+        }
+    }
+    None
+}
+
+/// A cpio archive in the kernel's format ("newc").
+struct Archive(Vec<u8>);
+
+impl Archive {
+    fn entry(&mut self, name: &str, mode: u32, data: &[u8]) {
+        // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
+        let fields = [
+            0,
+            mode as usize,
+            0,
+            0,
+            1,
+            0,
+            data.len(),
+            0,
+            0,
+            0,
+            0,
+            name.len() + 1,
+            0,
+        ];
+        let fields: String = fields.iter().map(|field| format!("{field:08x}")).collect();
+        self.0
+            .extend_from_slice(format!("070701{fields}{name}\0").as_bytes());
+        self.pad();
+        self.0.extend_from_slice(data);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+    }
+}

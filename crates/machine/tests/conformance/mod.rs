@@ -1,0 +1,428 @@
+//! The conformance suite: every line of the `Vmm` contract as a named test, the same for every backend.
+//!
+//! A backend gives a [`Subject`] and calls [`conformance!`]. Its guest speaks lines on the channel: it answers `off`,
+//! `reboot` and `panic` by doing so, and every other line by repeating it; it writes [`GREETING`] to the console first.
+#![allow(dead_code)]
+
+pub(crate) mod guest;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use vistara_machine::{
+    Adoption, ChannelStream, Disk, LaunchPlan, Vm, VmEnd, VmUsage, Vmm, VmmError,
+};
+
+/// What the guest writes to its console when it begins.
+pub(crate) const GREETING: &str = "guest begins";
+
+/// How long anything may take before the test fails: a boot under translation on a loaded machine takes seconds.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// A backend under test.
+#[async_trait::async_trait]
+pub(crate) trait Subject: Send + Sync {
+    /// A new handle on the backend, as a new process would make one; `None` where it cannot run here (said on stdout).
+    async fn vmm(&self) -> Option<Arc<dyn Vmm>>;
+    /// A plan whose guest is the suite's.
+    fn plan(&self, dir: &Path) -> LaunchPlan;
+    /// What is left of a machine outside its directory: processes, cgroups, mounts.
+    fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send>;
+}
+
+/// Panics where it takes too long.
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} took more than {LIMIT:?}"))
+}
+
+/// A channel that speaks lines.
+pub(crate) struct Lines(pub(crate) BufReader<ChannelStream>);
+
+impl Lines {
+    pub(crate) async fn open(vm: &dyn Vm) -> Lines {
+        let stream = soon("opening the channel", vm.open_channel()).await;
+        Lines(BufReader::new(stream.unwrap()))
+    }
+
+    pub(crate) async fn say(&mut self, line: &str) {
+        let text = format!("{line}\n");
+        soon("writing", self.0.write_all(text.as_bytes()))
+            .await
+            .unwrap();
+    }
+
+    pub(crate) async fn hear(&mut self) -> String {
+        let mut line = String::new();
+        soon("reading", self.0.read_line(&mut line)).await.unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// Says a word and hears it back.
+    pub(crate) async fn echo(&mut self, word: &str) {
+        self.say(word).await;
+        assert_eq!(self.hear().await, word);
+    }
+}
+
+pub(crate) async fn launch(vmm: &dyn Vmm, plan: &LaunchPlan) -> Box<dyn Vm> {
+    soon("launching", vmm.launch(plan)).await.unwrap()
+}
+
+pub(crate) async fn adopted(vmm: &dyn Vmm, plan: &LaunchPlan, vm: &dyn Vm) -> Adoption {
+    soon("adopting", vmm.adopt(&plan.dir, vm.record()))
+        .await
+        .unwrap()
+}
+
+fn running(adoption: Adoption) -> Box<dyn Vm> {
+    match adoption {
+        Adoption::Running(vm) => vm,
+        Adoption::Gone(end) => panic!("gone: {end:?}"),
+    }
+}
+
+fn gone(adoption: Adoption) -> VmEnd {
+    match adoption {
+        Adoption::Gone(end) => end,
+        Adoption::Running(_) => panic!("still running"),
+    }
+}
+
+fn files_in(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = names
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+pub(crate) async fn launch_gives_a_running_machine_whose_guest_answers(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    assert_eq!(vm.record().kind, vmm.capabilities().kind);
+    // Said before the guest can have opened its end: it waits there.
+    Lines::open(&*vm).await.echo("hello").await;
+    assert_ne!(vm.usage(), VmUsage::default());
+    assert_eq!(vm.trouble(), None);
+    vm.kill().await.unwrap();
+}
+
+pub(crate) async fn a_launch_that_fails_leaves_nothing(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.disks.push(Disk {
+        path: dir.path().join("no-such-disk"),
+        read_only: true,
+    });
+    assert!(soon("launching", vmm.launch(&plan)).await.is_err());
+    assert_eq!(files_in(dir.path()), [] as [&str; 0]);
+    // And nothing stands in the way of another try.
+    plan.disks.clear();
+    launch(&*vmm, &plan).await.kill().await.unwrap();
+}
+
+pub(crate) async fn a_plan_beyond_the_capabilities_is_refused_before_anything_starts(
+    subject: &dyn Subject,
+) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.vcpus = vmm.capabilities().vcpus_max + 1;
+    let refused = soon("launching", vmm.launch(&plan)).await.err().unwrap();
+    assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
+    assert_eq!(files_in(dir.path()), [] as [&str; 0]);
+}
+
+pub(crate) async fn a_machine_outlives_its_handle_and_is_adopted(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let plan = subject.plan(dir.path());
+    let vm = launch(&*vmm, &plan).await;
+    Lines::open(&*vm).await.echo("one").await;
+    // The record goes through the node's file and back.
+    let record = serde_json::to_string(vm.record()).unwrap();
+    let record = serde_json::from_str(&record).unwrap();
+    drop((vm, vmm));
+    let vmm = subject.vmm().await.unwrap();
+    let vm = running(
+        soon("adopting", vmm.adopt(dir.path(), &record))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(*vm.record(), record);
+    Lines::open(&*vm).await.echo("two").await;
+    vm.kill().await.unwrap();
+    assert_eq!(vm.wait().await, VmEnd::Killed);
+}
+
+pub(crate) async fn the_channel_is_closed_and_opened_again_without_harm(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    for round in 0..5 {
+        Lines::open(&*vm)
+            .await
+            .echo(&format!("round {round}"))
+            .await;
+    }
+    vm.kill().await.unwrap();
+}
+
+pub(crate) async fn wait_gives_every_caller_the_same_answer(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    let (one, two, ()) = tokio::join!(vm.wait(), vm.wait(), lines.say("off"));
+    assert_eq!((one, two), (VmEnd::GuestOff, VmEnd::GuestOff));
+    assert_eq!(vm.wait().await, VmEnd::GuestOff);
+    // A kill after the end changes nothing.
+    vm.kill().await.unwrap();
+    assert_eq!(vm.wait().await, VmEnd::GuestOff);
+}
+
+pub(crate) async fn a_guest_that_reboots_has_switched_itself_off(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    lines.say("reboot").await;
+    assert_eq!(soon("ending", vm.wait()).await, VmEnd::GuestOff);
+}
+
+pub(crate) async fn a_kernels_panic_is_told_with_its_words(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    lines.say("panic").await;
+    match soon("ending", vm.wait()).await {
+        VmEnd::GuestPanic { message } => {
+            assert!(
+                message.starts_with("Kernel panic - not syncing"),
+                "{message}"
+            );
+            assert!(message.len() <= 2000);
+        }
+        other => panic!("{other:?}"),
+    }
+    let console = String::from_utf8_lossy(&vm.console(1 << 20).await).into_owned();
+    assert!(console.contains("Kernel panic"), "{console}");
+}
+
+pub(crate) async fn kill_returns_when_all_is_gone_and_may_be_repeated(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let plan = subject.plan(dir.path());
+    let vm = launch(&*vmm, &plan).await;
+    let leftovers = subject.leftovers(&*vm);
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(leftovers(), [] as [&str; 0]);
+    soon("killing again", vm.kill()).await.unwrap();
+    assert_eq!(vm.wait().await, VmEnd::Killed);
+    assert_eq!(vm.usage(), VmUsage::default());
+    assert_eq!(vm.trouble(), None);
+    for refused in [
+        vm.pause().await,
+        vm.resume().await,
+        vm.open_channel().await.map(drop),
+    ] {
+        assert!(matches!(refused, Err(VmmError::Ended)), "{refused:?}");
+    }
+    assert_eq!(gone(adopted(&*vmm, &plan, &*vm).await), VmEnd::Killed);
+}
+
+pub(crate) async fn an_end_that_nobody_saw_is_told_to_the_one_who_adopts(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let plan = subject.plan(dir.path());
+    let vm = launch(&*vmm, &plan).await;
+    let record = vm.record().clone();
+    let leftovers = subject.leftovers(&*vm);
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    drop(vm);
+    lines.say("panic").await;
+    // The channel ends or falls silent when the guest is gone; then somebody looks again.
+    let mut rest = Vec::new();
+    let silence = tokio::io::AsyncReadExt::read_to_end(&mut lines.0, &mut rest);
+    let _ = tokio::time::timeout(Duration::from_secs(3), silence).await;
+    let vmm = subject.vmm().await.unwrap();
+    let end = match soon("adopting", vmm.adopt(dir.path(), &record))
+        .await
+        .unwrap()
+    {
+        Adoption::Running(vm) => soon("ending", vm.wait()).await,
+        Adoption::Gone(end) => end,
+    };
+    assert!(matches!(end, VmEnd::GuestPanic { .. }), "{end:?}");
+    assert_eq!(leftovers(), [] as [&str; 0]);
+}
+
+pub(crate) async fn pause_and_resume_may_be_repeated_and_the_guest_goes_on(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    if !vmm.capabilities().pause {
+        return println!("SKIP: this backend cannot pause");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    for _ in 0..2 {
+        soon("pausing", vm.pause()).await.unwrap();
+    }
+    for _ in 0..2 {
+        soon("resuming", vm.resume()).await.unwrap();
+    }
+    lines.echo("still up").await;
+    // A paused machine can be killed too.
+    vm.pause().await.unwrap();
+    soon("killing", vm.kill()).await.unwrap();
+}
+
+pub(crate) async fn the_console_gives_its_end_and_no_more_than_asked(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let plan = subject.plan(dir.path());
+    let vm = launch(&*vmm, &plan).await;
+    Lines::open(&*vm).await.echo("up").await;
+    let seen = |text: Vec<u8>| String::from_utf8_lossy(&text).contains(GREETING);
+    assert!(seen(vm.console(1 << 20).await));
+    assert!(
+        seen(vm.console(1 << 20).await),
+        "reading does not take it away"
+    );
+    assert_eq!(vm.console(3).await.len(), 3);
+    assert_eq!(vm.console(0).await.len(), 0);
+    let record = vm.record().clone();
+    drop(vm);
+    let vmm = subject.vmm().await.unwrap();
+    let vm = running(
+        soon("adopting", vmm.adopt(&plan.dir, &record))
+            .await
+            .unwrap(),
+    );
+    assert!(seen(vm.console(1 << 20).await), "nor does a new process");
+    vm.kill().await.unwrap();
+}
+
+pub(crate) async fn a_launch_whose_record_was_lost_is_swept_away(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let plan = subject.plan(dir.path());
+    let vm = launch(&*vmm, &plan).await;
+    let (record, leftovers) = (vm.record().clone(), subject.leftovers(&*vm));
+    drop(vm);
+    let vmm = subject.vmm().await.unwrap();
+    soon("sweeping", vmm.sweep(&plan.id, dir.path()))
+        .await
+        .unwrap();
+    soon("sweeping", vmm.sweep(&plan.id, dir.path()))
+        .await
+        .unwrap();
+    assert_eq!(leftovers(), [] as [&str; 0]);
+    gone(
+        soon("adopting", vmm.adopt(dir.path(), &record))
+            .await
+            .unwrap(),
+    );
+}
+
+pub(crate) async fn thirty_machines_come_and_go_and_nothing_is_left(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let mut leftovers = Vec::new();
+    let mut dirs = Vec::new();
+    let mut took = Vec::new();
+    for _ in 0..10 {
+        let mut three = Vec::new();
+        for _ in 0..3 {
+            let dir = tempfile::tempdir().unwrap();
+            let begin = std::time::Instant::now();
+            let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+            took.push(begin.elapsed());
+            leftovers.push(subject.leftovers(&*vm));
+            dirs.push(dir);
+            three.push(vm);
+        }
+        for vm in three {
+            soon("killing", vm.kill()).await.unwrap();
+        }
+    }
+    took.sort();
+    println!("launch call: median {:?}, longest {:?}", took[15], took[29]);
+    let left: Vec<String> = leftovers.iter().flat_map(|leftovers| leftovers()).collect();
+    assert_eq!(left, [] as [&str; 0]);
+    for dir in dirs {
+        let files = files_in(dir.path());
+        assert!(
+            !files.iter().any(|name| name.ends_with(".sock")),
+            "{files:?}"
+        );
+    }
+}
+
+/// The suite's tests for one subject: `conformance!(subject_expression)`.
+#[macro_export]
+macro_rules! conformance {
+    ($subject:expr) => {
+        $crate::conformance!(@tests $subject;
+            launch_gives_a_running_machine_whose_guest_answers
+            a_launch_that_fails_leaves_nothing
+            a_plan_beyond_the_capabilities_is_refused_before_anything_starts
+            a_machine_outlives_its_handle_and_is_adopted
+            the_channel_is_closed_and_opened_again_without_harm
+            wait_gives_every_caller_the_same_answer
+            a_guest_that_reboots_has_switched_itself_off
+            a_kernels_panic_is_told_with_its_words
+            kill_returns_when_all_is_gone_and_may_be_repeated
+            an_end_that_nobody_saw_is_told_to_the_one_who_adopts
+            pause_and_resume_may_be_repeated_and_the_guest_goes_on
+            the_console_gives_its_end_and_no_more_than_asked
+            a_launch_whose_record_was_lost_is_swept_away
+            thirty_machines_come_and_go_and_nothing_is_left
+        );
+    };
+    (@tests $subject:expr; $($name:ident)*) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            conformance::$name(&$subject).await;
+        })*
+    };
+}

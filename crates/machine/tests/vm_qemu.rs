@@ -1,0 +1,457 @@
+//! Real machines in QEMU: the conformance suite, and what only a real monitor can show (fences, disks, ports, shares).
+//!
+//! Skipped, with the reason on stdout, where there is no QEMU or no kernel (see `conformance/guest.rs`).
+
+mod conformance;
+
+use conformance::{LIMIT, Lines, Subject, guest, launch, soon};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use vistara_host::facts;
+use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
+use vistara_machine::{
+    Disk, Fence, GuestShare, LaunchPlan, Nic, Vm, VmEnd, VmRecord, Vmm, VmmError,
+};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
+
+/// The user as which machines run when the tests do as root.
+const USER: (u32, u32) = (61_001, 61_002);
+
+struct Qemu;
+
+#[async_trait::async_trait]
+impl Subject for Qemu {
+    async fn vmm(&self) -> Option<Arc<dyn Vmm>> {
+        let dir = tempfile::tempdir().unwrap();
+        if let Err(reason) = guest::boot(dir.path()) {
+            println!("SKIP: {reason}");
+            return None;
+        }
+        let options = QemuOptions {
+            program: None,
+            virtiofsd: None,
+            kvm: KvmVerdict::Absent("not asked for".to_owned()),
+        };
+        match QemuVmm::detect(options).await {
+            Ok(vmm) => Some(Arc::new(vmm)),
+            Err(error) => {
+                println!("SKIP: {error}");
+                None
+            }
+        }
+    }
+
+    fn plan(&self, dir: &Path) -> LaunchPlan {
+        // Beside the machine's directory, which must hold what the backend puts there only.
+        let boot = dir.with_extension("boot");
+        std::fs::create_dir_all(&boot).unwrap();
+        LaunchPlan {
+            id: new_id(),
+            dir: dir.to_owned(),
+            accelerator: Accelerator::Tcg,
+            vcpus: 1,
+            memory: Bytes::mib(256),
+            boot: guest::boot(&boot).unwrap(),
+            disks: vec![],
+            nic: None,
+            shares: vec![],
+            fence: Fence {
+                uid_gid: facts::is_root().then_some(USER),
+                memory_max: Bytes(Bytes::mib(256).0 + OVERHEAD_MAX.0),
+                pids_max: 64,
+                cpu_millis: None,
+            },
+        }
+    }
+
+    fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send> {
+        let record = vm.record().clone();
+        Box::new(move || left_of(&record))
+    }
+}
+
+fn new_id() -> MachineId {
+    let mut bytes = [0; 16];
+    std::io::Read::read_exact(
+        &mut std::fs::File::open("/dev/urandom").unwrap(),
+        &mut bytes,
+    )
+    .unwrap();
+    MachineId::from_random(bytes)
+}
+
+fn left_of(record: &VmRecord) -> Vec<String> {
+    let mut left = Vec::new();
+    let mut process = |pid: u32, start: u64| {
+        if facts::start_ticks(pid) == Some(start) {
+            left.push(format!("process {pid}"));
+        }
+    };
+    process(record.pid, record.pid_start_ticks);
+    for helper in record.backend["helpers"].as_array().unwrap() {
+        let number = |index: usize| helper[index].as_u64().unwrap();
+        process(number(0) as u32, number(1));
+    }
+    for dir in record.backend["cgroup"].as_array().unwrap() {
+        let dir = dir.as_str().unwrap();
+        if Path::new(dir).exists() {
+            left.push(dir.to_owned());
+        }
+    }
+    left
+}
+
+conformance!(Qemu);
+
+/// A running machine with its lines, from a plan that the test has changed.
+struct Running {
+    vm: Box<dyn Vm>,
+    lines: Lines,
+    _dir: tempfile::TempDir,
+}
+
+async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
+    let vmm = Qemu.vmm().await?;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Qemu.plan(dir.path());
+    change(&mut plan);
+    let vm = launch(&*vmm, &plan).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    Some(Running {
+        vm,
+        lines,
+        _dir: dir,
+    })
+}
+
+impl Running {
+    /// What a command prints in the guest.
+    async fn sh(&mut self, command: &str) -> String {
+        self.lines.say(&format!("sh {command}")).await;
+        let mut printed = String::new();
+        loop {
+            let line = self.lines.hear().await;
+            if line.starts_with("done ") {
+                return printed.trim_end().to_owned();
+            }
+            printed.push_str(&line);
+            printed.push('\n');
+        }
+    }
+
+    async fn load_drivers(&mut self) {
+        self.lines.say("load").await;
+        assert_eq!(self.lines.hear().await, "loaded");
+    }
+
+    async fn end(self) {
+        let left = Qemu.leftovers(&*self.vm);
+        soon("killing", self.vm.kill()).await.unwrap();
+        assert_eq!(left(), [] as [&str; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_monitor_runs_fenced() {
+    let Some(mut machine) = run(|_| {}).await else {
+        return;
+    };
+    println!("fences: {:?}", machine.vm.record().fences);
+    let pid = machine.vm.record().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace()
+            .skip(1)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(field("NoNewPrivs:"), ["1"]);
+    assert_eq!(field("Seccomp:"), ["2"]);
+    assert_eq!(field("CapEff:"), ["0000000000000000"]);
+    if facts::is_root() {
+        assert_eq!(field("Uid:"), ["61001"; 4]);
+        assert_eq!(field("Gid:"), ["61002"; 4]);
+        assert_eq!(field("CapBnd:"), ["0000000000000000"]);
+        assert_eq!(field("Groups:"), [] as [&str; 0]);
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        for fd in fds.flatten() {
+            let target = std::fs::read_link(fd.path())
+                .unwrap()
+                .to_string_lossy()
+                .into_owned();
+            let expected = [
+                "/dev/null",
+                "/memfd:output",
+                "socket:",
+                "pipe:",
+                "anon_inode:",
+            ];
+            let boot = target.contains("vmlinux")
+                || target.contains("initramfs")
+                || target.contains("urandom");
+            assert!(
+                boot || expected.iter().any(|start| target.starts_with(start)),
+                "{target}"
+            );
+        }
+    } else {
+        println!("SKIP: user, group and descriptors are checked as root only");
+    }
+    let version = machine.sh("cat /proc/version").await;
+    assert!(version.contains("Linux version"), "{version}");
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
+    let Some(mut machine) = run(|_| {}).await else {
+        return;
+    };
+    machine.vm.pause().await.unwrap();
+    machine.lines.say("later").await;
+    let mut byte = [0];
+    let heard =
+        tokio::time::timeout(Duration::from_millis(500), machine.lines.0.read(&mut byte)).await;
+    assert!(heard.is_err(), "{heard:?}");
+    machine.vm.resume().await.unwrap();
+    assert_eq!(machine.lines.hear().await, "later");
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_is_killed_from_outside_has_crashed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    let left = Qemu.leftovers(&*machine.vm);
+    let pid = machine.vm.record().pid;
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-9", &pid.to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
+    match soon("ending", machine.vm.wait()).await {
+        VmEnd::Crashed { message } => assert!(message.contains("signal 9"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(left(), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_processors_are_two_in_the_guest() {
+    let Some(mut machine) = run(|plan| plan.vcpus = 2).await else {
+        return;
+    };
+    assert_eq!(machine.sh("nproc").await, "2");
+    let clock = machine
+        .sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
+        .await;
+    assert_eq!(clock, "tsc");
+    machine.end().await;
+}
+
+fn disk(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    let file = std::fs::File::create(&path).unwrap();
+    std::io::Write::write_all(&mut &file, text.as_bytes()).unwrap();
+    file.set_len(1 << 20).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disks_come_in_their_order_and_a_read_only_one_cannot_be_written() {
+    let files = tempfile::tempdir().unwrap();
+    let first = disk(files.path(), "first", "FIRST");
+    let second = disk(files.path(), "second", "SECOND");
+    let disks = vec![
+        Disk {
+            path: first.clone(),
+            read_only: true,
+        },
+        Disk {
+            path: second.clone(),
+            read_only: false,
+        },
+    ];
+    let Some(mut machine) = run(|plan| plan.disks = disks).await else {
+        return;
+    };
+    machine.load_drivers().await;
+    assert_eq!(
+        machine.sh("dd if=/dev/vda bs=5 count=1 2>/dev/null").await,
+        "FIRST"
+    );
+    assert_eq!(
+        machine.sh("dd if=/dev/vdb bs=6 count=1 2>/dev/null").await,
+        "SECOND"
+    );
+    assert_eq!(
+        machine.sh("cat /sys/block/vda/ro /sys/block/vdb/ro").await,
+        "0\n0".replacen('0', "1", 1)
+    );
+    machine
+        .sh("echo written | dd of=/dev/vdb conv=notrunc,fsync 2>/dev/null")
+        .await;
+    machine
+        .sh("echo written | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null")
+        .await;
+    machine.end().await;
+    assert!(std::fs::read(&second).unwrap().starts_with(b"written"));
+    assert!(std::fs::read(&first).unwrap().starts_with(b"FIRST"));
+}
+
+fn port(host_port: u16, guest_port: u16) -> PortMapping {
+    PortMapping {
+        host_address: std::net::Ipv4Addr::LOCALHOST,
+        host_port,
+        guest_port,
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn nic(port: PortMapping) -> Nic {
+    Nic {
+        ports: vec![port],
+        mac: [0x52, 0x54, 0, 0, 0, 7],
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_published_port_leads_into_the_guest_and_a_taken_one_is_named() {
+    let Some(vmm) = Qemu.vmm().await else { return };
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = held.local_addr().unwrap().port();
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Qemu.plan(dir.path());
+    plan.nic = Some(nic(port(number, 7)));
+    match soon("launching", vmm.launch(&plan)).await {
+        Err(VmmError::PortTaken(taken)) => assert_eq!(taken, port(number, 7)),
+        other => panic!("{:?}", other.err()),
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    drop(held);
+    let Some(mut machine) = run(|plan| plan.nic = Some(nic(port(number, 7)))).await else {
+        return;
+    };
+    machine.load_drivers().await;
+    machine
+        .sh("ifconfig eth0 10.0.2.15 up; nc -l -p 7 -e cat & usleep 100000")
+        .await;
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", number))
+        .await
+        .unwrap();
+    stream.write_all(b"ping").await.unwrap();
+    let mut answer = [0; 4];
+    soon("an answer by the network", stream.read_exact(&mut answer))
+        .await
+        .unwrap();
+    assert_eq!(&answer, b"ping");
+    assert_eq!(
+        machine.sh("cat /sys/class/net/eth0/address").await,
+        "52:54:00:00:00:07"
+    );
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shared_directory_is_seen_and_a_read_only_one_cannot_be_changed() {
+    let Some(vmm) = Qemu.vmm().await else { return };
+    if let Err(reason) = &vmm.capabilities().shares {
+        return println!("SKIP: no shares: {reason}");
+    }
+    let (open, closed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for dir in [&open, &closed] {
+        std::fs::write(dir.path().join("here"), "from the host").unwrap();
+    }
+    let share = |tag: &str, dir: &tempfile::TempDir, read_only| GuestShare {
+        tag: tag.to_owned(),
+        path: dir.path().to_owned(),
+        read_only,
+    };
+    let shares = vec![share("open", &open, false), share("closed", &closed, true)];
+    let Some(mut machine) = run(|plan| plan.shares = shares).await else {
+        return;
+    };
+    machine.load_drivers().await;
+    machine
+        .sh("mkdir /a /b; mount -t virtiofs open /a; mount -t virtiofs closed /b")
+        .await;
+    assert_eq!(machine.sh("cat /a/here").await, "from the host");
+    assert_eq!(machine.sh("cat /b/here").await, "from the host");
+    machine
+        .sh("echo changed > /a/new; echo changed > /b/here; rm /b/here; echo new > /b/new")
+        .await;
+    assert_eq!(
+        std::fs::read_to_string(open.path().join("new")).unwrap(),
+        "changed\n"
+    );
+    assert_eq!(
+        std::fs::read_to_string(closed.path().join("here")).unwrap(),
+        "from the host"
+    );
+    assert!(!closed.path().join("new").exists());
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_host_disk_holds_the_guest_until_there_is_room() {
+    if !facts::is_root() {
+        return println!("SKIP: a small file system of its own takes root");
+    }
+    let small = tempfile::tempdir().unwrap();
+    let mount = |args: &[&str]| {
+        std::process::Command::new(args[0])
+            .args(&args[1..])
+            .status()
+            .unwrap()
+            .success()
+    };
+    let at = small.path().to_str().unwrap().to_owned();
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "small", &at]) {
+        return println!("SKIP: a tmpfs cannot be mounted here");
+    }
+    let path = small.path().join("disk");
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(20 << 20)
+        .unwrap();
+    std::fs::write(small.path().join("ballast"), vec![1; 18 << 20]).unwrap();
+    let tested = async {
+        let Some(mut machine) = run(|plan| {
+            plan.disks = vec![Disk {
+                path,
+                read_only: false,
+            }]
+        })
+        .await
+        else {
+            return;
+        };
+        machine.load_drivers().await;
+        machine
+            .lines
+            .say("sh dd if=/dev/zero of=/dev/vda bs=1M count=12 conv=fsync 2>/dev/null")
+            .await;
+        let told = async {
+            while machine.vm.trouble().is_none() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        soon("telling of the full disk", told).await;
+        println!("trouble: {:?}", machine.vm.trouble());
+        std::fs::remove_file(small.path().join("ballast")).unwrap();
+        assert_eq!(machine.lines.hear().await, "done 0");
+        assert_eq!(machine.vm.trouble(), None);
+        machine.end().await;
+    };
+    let done = tokio::time::timeout(2 * LIMIT, tested).await;
+    assert!(mount(&["umount", &at]));
+    done.unwrap();
+}
