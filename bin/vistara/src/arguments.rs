@@ -12,7 +12,7 @@ use std::time::Duration;
     name = "vistara",
     version,
     max_term_width = 100,
-    propagate_version = false
+    after_long_help = crate::environment::help()
 )]
 pub(crate) struct CommandLine {
     #[command(flatten)]

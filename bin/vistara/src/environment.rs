@@ -69,6 +69,18 @@ pub(crate) const VARIABLES: &[Variable] = &[
     },
 ];
 
+/// The variables as `--help` shows them.
+pub(crate) fn help() -> String {
+    let mut text = "Environment:".to_owned();
+    for variable in VARIABLES {
+        text.push_str(&format!(
+            "\n  {}\n          {}",
+            variable.name, variable.meaning
+        ));
+    }
+    text
+}
+
 /// A variable of [`VARIABLES`] that holds a path; an empty one counts as not set.
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
     std::env::var_os(name)

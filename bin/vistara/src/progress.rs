@@ -49,6 +49,7 @@ enum View {
     Quiet,
     Plain {
         lines_left: u32,
+        last: String,
         done: HashMap<String, bool>,
     },
     Bars {
@@ -74,6 +75,7 @@ impl View {
         } else {
             View::Plain {
                 lines_left: LINES_MAX,
+                last: String::new(),
                 done: HashMap::new(),
             }
         }
@@ -83,7 +85,14 @@ impl View {
         let name = visible(name, false);
         match self {
             View::Quiet => {}
-            View::Plain { lines_left, .. } => say(lines_left, &name),
+            View::Plain {
+                lines_left, last, ..
+            } => {
+                if *last != name {
+                    say(lines_left, &name);
+                    *last = name;
+                }
+            }
             View::Bars { step, .. } => step.set_message(name),
         }
     }
@@ -92,7 +101,9 @@ impl View {
         let id = visible(short_id(digest), false);
         match self {
             View::Quiet => {}
-            View::Plain { lines_left, done } => {
+            View::Plain {
+                lines_left, done, ..
+            } => {
                 let over = done_bytes >= total_bytes;
                 if done.len() as u32 <= LINES_MAX
                     && !done.get(digest).copied().unwrap_or(false)

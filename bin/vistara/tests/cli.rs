@@ -348,7 +348,7 @@ fn trees_go_in_as_roots_under_their_new_name() {
         scene.fake.seen.lock().unwrap().said,
         [
             "into /",
-            "new/ 0 0",
+            "new 0 0",
             "new/a 3 0",
             "into /some/dir",
             "a 3 0",
