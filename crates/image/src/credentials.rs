@@ -71,7 +71,7 @@ pub(crate) async fn find(
                 stderr.trim().chars().take(300).collect::<String>()
             )),
             Err(CredentialRetrievalError::HelperCommunicationError) => {
-                Err("its credential helper is not in the PATH".to_owned())
+                Err("its credential helper cannot be run; it must be in the PATH".to_owned())
             }
             Err(error) => Err(error.to_string()),
         }

@@ -1,5 +1,9 @@
 //! What the tests make images from: tars byte by byte, OCI layouts, and a look at what a store holds.
-#![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "a module of several test binaries, each of which uses a part of it"
+)]
 
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
