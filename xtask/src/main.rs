@@ -1,1 +1,56 @@
-fn main() {}
+//! The repository's own chores: `cargo xtask <chore>`. Nothing here is part of the product.
+
+mod demo_image;
+mod layers;
+mod lint;
+mod tests;
+
+use anyhow::{Context as _, Result, bail};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask <chore>
+
+  layers                  check that crates depend on each other as layers.toml says
+  lint                    formatting, clippy, layers, licences
+  test                    lint, all tests, the real-machine tests; ends with one line of counts
+  unit                    the tests that need neither root nor a virtual machine
+  demo-image [--out DIR]  an image of Debian with python3, as an OCI archive; prints its path";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["layers"] => layers::check(&root()?),
+        ["lint"] => lint::run(&root()?)?.finish(),
+        ["unit"] => tests::run(&root()?, &[tests::Tier::Default])?.finish(),
+        ["test"] => {
+            let mut tally = lint::run(&root()?)?;
+            tally.add(tests::run(
+                &root()?,
+                &[tests::Tier::Default, tests::Tier::Vm],
+            )?);
+            tally.finish()
+        }
+        ["demo-image"] => demo_image::make(&root()?.join("target/demo")),
+        ["demo-image", "--out", dir] => demo_image::make(dir.as_ref()),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+/// The repository's root: the directory above this package's.
+fn root() -> Result<PathBuf> {
+    let package = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let root = package.parent().context("xtask has no parent directory")?;
+    Ok(root.to_owned())
+}

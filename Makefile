@@ -1,0 +1,39 @@
+# make run     a program in a virtual machine, from nothing: what it needs is installed, built and made on the way
+# make test    every check and every test; ends with one line of counts
+# make lint    formatting, clippy, layers, licences
+# make setup   what is missing on a Debian host, installed with apt
+# make clean   build results (a node's state stays: it is yours)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.PHONY: run test lint setup clean
+
+VISTARA := target/release/vistara
+IMAGE := vistara-demo/python3
+PROGRAM := import os, platform; print(f"hello from {platform.release()}, {os.cpu_count()} cpu, pid {os.getpid()}")
+
+run: setup
+	started=$$(date +%s)
+	cargo build --release --quiet --package vistara
+	$(VISTARA) kernel ls --json | grep -q '"name"' || { echo "fetching a guest kernel"; $(VISTARA) kernel add debian; }
+	if ! $(VISTARA) images ls --json | grep -q '$(IMAGE)'; then
+		archive=$$(cargo xtask demo-image)
+		$(VISTARA) images import "$$archive" --name $(IMAGE)
+	fi
+	echo "$$ vistara run --timings --explain $(IMAGE) -- python3 -c '…'"
+	$(VISTARA) run --timings --explain $(IMAGE) -- python3 -c '$(PROGRAM)'
+	echo "took $$(( $$(date +%s) - started )) s in all; the next time takes seconds"
+
+test: setup
+	cargo xtask test
+
+lint: setup
+	cargo xtask lint
+
+setup:
+	scripts/setup
+
+clean:
+	cargo clean

@@ -1,0 +1,300 @@
+//! Running the tests and counting them honestly: passed, failed, and skipped with the reason.
+//!
+//! A test that cannot run on this host prints `SKIP: <reason>` and returns; it is counted as skipped, not as passed.
+//! With cargo-nextest the counts come from its JUnit report, without it from what `cargo test` prints.
+
+use crate::lint::{cargo, has_subcommand};
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::Stdio;
+
+/// Test binaries of this name start real virtual machines.
+const VM_PREFIX: &str = "vm_";
+const SKIP: &str = "SKIP:";
+
+/// A set of tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tier {
+    /// Those that need neither root nor a virtual machine.
+    Default,
+    /// Those with real machines.
+    Vm,
+}
+
+impl Tier {
+    /// Its profile in `.config/nextest.toml`.
+    fn profile(self) -> &'static str {
+        match self {
+            Tier::Default => "default",
+            Tier::Vm => "vm",
+        }
+    }
+}
+
+/// What came of checks and tests.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+}
+
+impl Tally {
+    pub(crate) fn skip(&mut self, reason: String) {
+        self.skipped.push(reason);
+    }
+
+    pub(crate) fn check(&mut self, name: &str, passed: bool) {
+        if passed {
+            self.passed += 1;
+        } else {
+            self.failed.push(name.to_owned());
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed);
+        self.skipped.extend(other.skipped);
+    }
+
+    /// Prints what was skipped and failed, and last the counts.
+    pub(crate) fn finish(self) -> Result<()> {
+        for reason in &self.skipped {
+            println!("SKIPPED {reason}");
+        }
+        for name in &self.failed {
+            println!("FAILED {name}");
+        }
+        println!(
+            "{} passed, {} failed, {} skipped",
+            self.passed,
+            self.failed.len(),
+            self.skipped.len()
+        );
+        if self.failed.is_empty() {
+            Ok(())
+        } else {
+            bail!("not everything passed")
+        }
+    }
+}
+
+/// Runs these tiers, each whatever became of the one before.
+pub(crate) fn run(root: &Path, tiers: &[Tier]) -> Result<Tally> {
+    let nextest = has_subcommand("nextest");
+    if !nextest {
+        eprintln!(
+            "== cargo nextest is not installed (cargo install --locked cargo-nextest): using cargo test"
+        );
+    }
+    let mut tally = Tally::default();
+    for tier in tiers {
+        eprintln!("== tests: {}", tier.profile());
+        tally.add(if nextest {
+            with_nextest(root, *tier)?
+        } else {
+            with_cargo_test(root, *tier)?
+        });
+    }
+    Ok(tally)
+}
+
+fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
+    let report = root
+        .join("target/nextest")
+        .join(tier.profile())
+        .join("junit.xml");
+    // A report of an earlier run must not be taken for this one's; there may be none.
+    let _ = std::fs::remove_file(&report);
+    let arguments = [
+        "nextest",
+        "run",
+        "--workspace",
+        "--no-fail-fast",
+        "--profile",
+        tier.profile(),
+    ];
+    let mut command = cargo(root, &arguments);
+    command.arg("--no-tests=pass");
+    let status = command.status().context("run cargo nextest")?;
+    let Ok(text) = std::fs::read_to_string(&report) else {
+        if status.success() {
+            return Ok(Tally::default());
+        }
+        bail!("cargo nextest failed before it ran any test");
+    };
+    let tally = read_junit(&text);
+    if !status.success() && tally.failed.is_empty() {
+        bail!("cargo nextest failed, and its report does not say why");
+    }
+    Ok(tally)
+}
+
+/// Counts a JUnit report. It is made by nextest, so only what that writes is understood.
+fn read_junit(text: &str) -> Tally {
+    let mut tally = Tally::default();
+    for case in text.split("<testcase ").skip(1) {
+        let (head, rest) = case.split_once('>').unwrap_or((case, ""));
+        let body = if head.ends_with('/') {
+            ""
+        } else {
+            rest.split("</testcase>").next().unwrap_or("")
+        };
+        let attribute = |name: &str| {
+            let (_, value) = head.split_once(&format!("{name}=\""))?;
+            Some(unescape(value.split('"').next()?))
+        };
+        let name = format!(
+            "{} {}",
+            attribute("classname").unwrap_or_default(),
+            attribute("name").unwrap_or_default()
+        );
+        let skipped = body.lines().find_map(|line| {
+            // The first line of the output follows its tag directly.
+            let line = line.rsplit('>').next().unwrap_or(line);
+            Some(unescape(line.trim().strip_prefix(SKIP)?.trim()))
+        });
+        if body.contains("<failure") || body.contains("<error") {
+            tally.failed.push(name);
+        } else if let Some(reason) = skipped {
+            tally.skipped.push(format!("{name}: {reason}"));
+        } else {
+            tally.passed += 1;
+        }
+    }
+    tally
+}
+
+fn unescape(text: &str) -> String {
+    text.replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&quot;", "\"")
+        .replace("&apos;", "'")
+        .replace("&#39;", "'")
+        .replace("&amp;", "&")
+}
+
+#[derive(Debug, Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+#[derive(Debug, Deserialize)]
+struct Package {
+    targets: Vec<Target>,
+}
+#[derive(Debug, Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+fn with_cargo_test(root: &Path, tier: Tier) -> Result<Tally> {
+    let output = cargo(root, &["metadata", "--no-deps", "--format-version", "1"])
+        .output()
+        .context("run cargo metadata")?;
+    let metadata: Metadata = serde_json::from_slice(&output.stdout).context("cargo metadata")?;
+    let targets = metadata
+        .packages
+        .iter()
+        .flat_map(|package| &package.targets);
+    let mut names: Vec<&str> = targets
+        .filter(|target| target.kind.iter().any(|kind| kind == "test"))
+        .map(|target| target.name.as_str())
+        .filter(|name| name.starts_with(VM_PREFIX) == (tier == Tier::Vm))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    if names.is_empty() && tier == Tier::Vm {
+        return Ok(Tally::default());
+    }
+    let mut arguments = vec!["test", "--workspace", "--no-fail-fast"];
+    if tier == Tier::Default {
+        arguments.extend(["--lib", "--bins"]);
+    }
+    for name in &names {
+        arguments.extend(["--test", name]);
+    }
+    arguments.extend(["--", "--show-output"]);
+    if tier == Tier::Vm {
+        arguments.push("--test-threads=2");
+    }
+    let mut child = cargo(root, &arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("run cargo test")?;
+    let stdout = child.stdout.take().context("cargo test has no output")?;
+    let mut lines = Vec::new();
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("read what cargo test prints")?;
+        println!("{line}");
+        lines.push(line);
+    }
+    let status = child.wait().context("wait for cargo test")?;
+    let tally = read_cargo_test(&lines);
+    if !status.success() && tally.failed.is_empty() {
+        bail!("cargo test failed before it ran all tests");
+    }
+    Ok(tally)
+}
+
+/// Counts `test <name> ... ok|FAILED` lines; a `SKIP:` line in a test's shown output turns a pass into a skip.
+fn read_cargo_test(lines: &[String]) -> Tally {
+    let mut tally = Tally::default();
+    let mut shown = String::new();
+    for line in lines {
+        if let Some(name) = line.strip_prefix("---- ") {
+            shown = name
+                .trim_end_matches(" ----")
+                .trim_end_matches(" stdout")
+                .to_owned();
+        } else if let Some(reason) = line.strip_prefix(SKIP) {
+            tally.skipped.push(format!("{shown}: {}", reason.trim()));
+        } else if let Some(test) = line.strip_prefix("test ") {
+            if test.ends_with(" ... ok") {
+                tally.passed += 1;
+            } else if let Some(name) = test.strip_suffix(" ... FAILED") {
+                tally.failed.push(name.to_owned());
+            }
+        }
+    }
+    tally.passed = tally.passed.saturating_sub(tally.skipped.len());
+    tally
+}
+
+#[cfg(test)]
+mod reading {
+    use super::*;
+
+    #[test]
+    fn a_junit_report_is_counted_with_its_skips_and_failures() {
+        let report = r#"<?xml version="1.0"?>
+<testsuites name="nextest-run" tests="3" failures="1">
+  <testsuite name="a">
+    <testcase name="one" classname="a" time="0.1"/>
+    <testcase name="two" classname="a" time="0.1">
+      <system-out>SKIP: no &lt;kvm&gt; here
+more</system-out>
+    </testcase>
+    <testcase name="three" classname="a::vm_x" time="0.1">
+      <failure type="test failure">SKIP: never</failure>
+    </testcase>
+  </testsuite>
+</testsuites>"#;
+        let tally = read_junit(report);
+        assert_eq!(tally.passed, 1);
+        assert_eq!(tally.skipped, ["a two: no <kvm> here"]);
+        assert_eq!(tally.failed, ["a::vm_x three"]);
+    }
+
+    #[test]
+    fn what_cargo_test_prints_is_counted_in_the_same_way() {
+        let text = "running 3 tests\ntest one ... ok\ntest two ... ok\ntest three ... FAILED\n\nsuccesses:\n\n---- two stdout ----\nSKIP: no kvm\n";
+        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        let tally = read_cargo_test(&lines);
+        assert_eq!((tally.passed, tally.failed.len()), (1, 1));
+        assert_eq!(tally.skipped, ["two: no kvm"]);
+    }
+}
