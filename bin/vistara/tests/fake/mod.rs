@@ -341,11 +341,22 @@ async fn play(fake: &Fake, id: &str, command: &[String], socket: &mut WebSocket)
         "until-signal" => {
             output(socket, 1, b"ready\n").await;
             loop {
-                signals.changed().await.unwrap();
-                let signal = signals.borrow_and_update().clone();
-                if signal == word(1) {
-                    code = 42;
-                    break;
+                tokio::select! {
+                    changed = signals.changed() => {
+                        changed.unwrap();
+                        let signal = signals.borrow_and_update().clone();
+                        if signal == word(1) {
+                            code = 42;
+                            break;
+                        }
+                    }
+                    said = socket.recv() => match said {
+                        Some(Ok(Message::Text(text))) => {
+                            fake.seen.lock().unwrap().said.push(text.to_string());
+                        }
+                        Some(Ok(_)) => {}
+                        _ => return,
+                    },
                 }
             }
         }
