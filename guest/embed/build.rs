@@ -49,7 +49,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let architecture = env::var("CARGO_CFG_TARGET_ARCH")?;
     let target = format!("{architecture}-unknown-linux-gnu");
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    let program = compile(&root, &target, &out.join("agent-target"))?;
+    // OUT_DIR is TARGET/PROFILE/build/PACKAGE/out: all builds of this workspace share the agent's.
+    let shared = out
+        .ancestors()
+        .nth(4)
+        .ok_or("OUT_DIR is not where cargo puts it")?
+        .join("guest-agent");
+    let program = compile(&root, &target, &shared)?;
     let bytes = fs::read(&program)?;
     check_static(&bytes)?;
     fs::write(out.join("agent"), &bytes)?;

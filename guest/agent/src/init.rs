@@ -194,6 +194,11 @@ impl Machine {
         if network::has_device() {
             self.modules.load("net");
         }
+    }
+
+    /// Does what no program waits for, once the main program runs. The kernel's random generator has been seeded by
+    /// then, by the CPU and by the host.
+    pub(crate) fn settle(&mut self) {
         self.modules.load("rng");
         self.modules.load("balloon");
     }

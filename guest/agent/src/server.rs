@@ -40,6 +40,9 @@ const OUT_MAX: usize = 1024 * 1024;
 /// Size of one read.
 const SCRATCH: usize = 64 * 1024;
 
+/// How long nothing must have happened before work is done that nobody waits for.
+const IDLE: Duration = Duration::from_millis(50);
+
 /// Most reads from the host before the programs have their turn.
 const READS_PER_TURN: usize = 8;
 
@@ -61,6 +64,8 @@ pub(crate) struct Server {
     timings: Vec<Mark>,
     oom_kills: u64,
     ending: Ending,
+    /// Whether something may be done for which nobody waits, once.
+    settle: bool,
     turn: u32,
 }
 
@@ -123,6 +128,7 @@ impl Server {
             timings,
             oom_kills: 0,
             ending: Ending::No,
+            settle: false,
             turn: 0,
         })
     }
@@ -145,6 +151,7 @@ impl Server {
                 break Ok(());
             }
             match self.wait(now) {
+                Ok(ready) if ready.is_empty() => self.idle(),
                 Ok(ready) => self.serve_ready(&ready, &mut scratch),
                 Err(error) => break Err(error),
             }
@@ -166,6 +173,15 @@ impl Server {
                 stage,
                 at_us: crate::init::since_boot_us(),
             });
+        }
+    }
+
+    /// Nothing has happened for a while: what nobody waits for is done now.
+    fn idle(&mut self) {
+        if std::mem::take(&mut self.settle)
+            && let Some(machine) = &mut self.machine
+        {
+            machine.settle();
         }
     }
 
@@ -215,6 +231,9 @@ impl Server {
             if let Some(fd) = transfer.out.readable() {
                 add(fd, PollFlags::IN, Ready::TransferOut(id));
             }
+        }
+        if self.settle {
+            wake_at = Some(now + IDLE);
         }
         let timeout =
             wake_at.map(|at| at.saturating_duration_since(now) + Duration::from_micros(500));

@@ -217,6 +217,12 @@ impl Decoder {
         self.start = 0;
     }
 
+    /// Bytes held because they may be the beginning of a frame.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.buffer.len() - self.start
+    }
+
     /// Bytes that belonged to no frame so far.
     #[must_use]
     pub fn skipped(&self) -> u64 {

@@ -6,9 +6,13 @@
 //!
 //! Left to others: who sends what when (the agent and the client), and what the words do to a machine (the agent).
 
+pub mod config;
 pub mod frame;
 pub mod message;
+#[cfg(test)]
+mod tests;
 
+pub use config::*;
 pub use frame::{Decoder, Frame, FrameKind, Sequence, encode_data, encode_frame};
 pub use message::*;
 
@@ -36,3 +40,21 @@ pub const PORT_NAME: &str = "vistara.agent";
 
 /// Bytes of zeros which end every frame that an earlier host may have left half written: more than any frame has.
 pub const FLUSH_LEN: usize = PAYLOAD_MAX + frame::HEADER_LEN;
+
+/// Takes any bytes as both ends would, for a fuzzer: as a stream of frames whose payloads are messages, and as a message.
+/// Whatever they are, this returns.
+pub fn fuzz(bytes: &[u8]) {
+    let mut decoder = Decoder::new();
+    for part in bytes.chunks(97) {
+        decoder.push(part);
+        while let Some(frame) = decoder.next_frame() {
+            // Only that these return matters.
+            let _ = frame.data();
+            let _ = decode_message::<ToGuest>(&frame.payload);
+            let _ = decode_message::<ToHost>(&frame.payload);
+        }
+    }
+    let _ = decode_message::<Hello>(bytes);
+    let _ = decode_message::<ToGuest>(bytes);
+    let _ = decode_message::<ToHost>(bytes);
+}

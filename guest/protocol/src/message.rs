@@ -2,10 +2,9 @@
 //!
 //! Requests that expect one answer carry a `request` number of the host's choosing, which the answer repeats.
 
-use crate::PAYLOAD_MAX;
+use crate::{GuestConfig, PAYLOAD_MAX};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;
-use std::net::IpAddr;
 
 /// A process in the guest, numbered by the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -200,75 +199,6 @@ pub struct Configured {
     pub timings: Vec<Mark>,
     /// What did not work and was not worth failing for.
     pub warnings: Vec<String>,
-}
-
-/// Everything a guest learns from its host before it runs anything.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct GuestConfig {
-    /// Host name, at most 64 bytes.
-    pub hostname: String,
-    /// The time, in nanoseconds since 1970; 0 leaves the guest's clock alone.
-    pub wall_clock_ns: u64,
-    /// Random bytes for the guest's generator, at most 512; a fork of a template must have its own.
-    pub entropy: Vec<u8>,
-    /// Whether the root file system is read-only for the guest's programs.
-    pub root_read_only: bool,
-    /// The network interface, where there is one.
-    pub network: Option<NetworkConfig>,
-    /// Host directories to mount, in this order.
-    pub volumes: Vec<VolumeMount>,
-    /// More lines for `/etc/hosts`.
-    pub hosts: Vec<HostEntry>,
-    /// Resource limits of every process.
-    pub rlimits: Vec<Rlimit>,
-}
-
-/// The guest's network interface.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetworkConfig {
-    /// Hardware address to take on; absent to keep the device's own.
-    pub mac: Option<[u8; 6]>,
-    /// Addresses, each with the length of its network's prefix.
-    pub addresses: Vec<(IpAddr, u8)>,
-    /// Default gateways.
-    pub gateways: Vec<IpAddr>,
-    /// Name servers for `/etc/resolv.conf`.
-    pub dns: Vec<IpAddr>,
-    /// Search domains for `/etc/resolv.conf`.
-    pub search: Vec<String>,
-    /// Most bytes of a packet; absent for the device's own.
-    pub mtu: Option<u32>,
-}
-
-/// A host directory and where it appears.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VolumeMount {
-    /// The share's tag.
-    pub tag: String,
-    /// Absolute path in the guest; made where it is missing.
-    pub path: String,
-    /// Whether the guest may not write.
-    pub read_only: bool,
-}
-
-/// A line of `/etc/hosts`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostEntry {
-    /// Address.
-    pub address: IpAddr,
-    /// Names.
-    pub names: Vec<String>,
-}
-
-/// A resource limit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rlimit {
-    /// In lower case and without prefix: `nofile`, `nproc`, `core`, …
-    pub name: String,
-    /// Soft limit; absent for none.
-    pub soft: Option<u64>,
-    /// Hard limit; absent for none.
-    pub hard: Option<u64>,
 }
 
 /// What a path leads to.

@@ -47,6 +47,7 @@ impl Server {
                     Err(failed) => ToHost::SpawnFailed { id, failed },
                 };
                 self.say(&answer);
+                self.settle = true;
             }
             ToGuest::Resume { request, id, from } => {
                 let Some(process) = self.processes.get_mut(&id.0) else {
