@@ -33,19 +33,13 @@ fn anonymous() -> PullOptions {
     }
 }
 
-fn noise(seed: u32, bytes: u32) -> Vec<u8> {
-    (0..bytes)
-        .map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) >> 11) as u8)
-        .collect()
-}
-
 fn sample() -> Made {
     image(&[
         gzipped(&Tar::new().dir("etc").file("etc/hello", b"world").end()),
         plain(
             Tar::new()
                 .dir("srv")
-                .file("srv/big", &noise(1, 2 << 20))
+                .file("srv/big", &support::noise(1, 2 << 20))
                 .end(),
         ),
     ])

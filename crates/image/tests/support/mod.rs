@@ -248,6 +248,19 @@ pub fn write_layout(directory: &Path, blobs: &BTreeMap<String, Vec<u8>>, index: 
     layout
 }
 
+/// Bytes that do not compress, the same for the same seed (xorshift).
+pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..bytes)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect()
+}
+
 /// Bounds small enough to be reached by a test.
 pub fn small() -> Limits {
     Limits {
