@@ -50,6 +50,7 @@ pub(crate) async fn exec(client: &Client, options: &ExecOptions) -> Result<u8, F
         raw,
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
+        detail: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;
     if let End::Exited {
@@ -99,6 +100,7 @@ pub(crate) async fn attach(client: &Client, options: &AttachOptions) -> Result<u
         raw,
         resize: detail.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
+        detail: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;
     match &report.end {

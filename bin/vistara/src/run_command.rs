@@ -239,8 +239,9 @@ async fn foreground(
         raw,
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: options.quiet,
+        detail: options.rm && (options.timings || options.json),
     };
-    let report = session::follow(client, streams, plan, &mut signals, early).await?;
+    let mut report = session::follow(client, streams, plan, &mut signals, early).await?;
     let ended_at = Instant::now();
     after(options, &machine, &report);
     let clocks = Clocks {
@@ -249,7 +250,7 @@ async fn foreground(
         accepted_at,
         ended_at,
     };
-    summarize(client, options, &machine, &report, &clocks).await;
+    summarize(client, options, &machine, &mut report, &clocks).await;
     report.exit_code(&machine.name)
 }
 
@@ -311,14 +312,17 @@ async fn summarize(
     client: &Client,
     options: &RunOptions,
     machine: &Machine,
-    report: &Report,
+    report: &mut Report,
     clocks: &Clocks,
 ) {
     if !options.timings && !options.json {
         return;
     }
-    // With --rm it is gone; then the steps inside the node are not known any more.
-    let detail = client.machine(&machine.id).await.ok();
+    // With --rm it is gone by now, or soon: what was known at its start has the steps that led there.
+    let detail = match report.detail.take() {
+        Some(detail) => detail.await.ok().flatten(),
+        None => client.machine(&machine.id).await.ok(),
+    };
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     let since = |at: Instant| ms(at.saturating_duration_since(clocks.asked_at));
     let mut steps = vec![

@@ -20,9 +20,10 @@ use signals::{Answer, Came, Signals};
 use std::time::{Duration, Instant};
 use terminal::notice;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use vistara_api::client::{StreamItem, Streams};
 use vistara_api::stream::{ClientSignal, StreamEvent};
-use vistara_api::{Client, ErrorBody, KillRequest, Machine, StopRequest};
+use vistara_api::{Client, ErrorBody, KillRequest, Machine, MachineDetail, StopRequest};
 use writer::{Piece, Writer};
 
 /// How long a program has to end by itself once its user insists (second ctrl-c), or once nobody reads its output.
@@ -56,6 +57,8 @@ pub(crate) struct Plan {
     pub(crate) resize: bool,
     /// No notices.
     pub(crate) quiet: bool,
+    /// Ask for everything known of the machine when it starts: afterwards it may be gone.
+    pub(crate) detail: bool,
 }
 
 /// How a session ended.
@@ -91,6 +94,8 @@ pub(crate) struct Report {
     pub(crate) first_output_at: Option<Instant>,
     /// The machine as it was at the start.
     pub(crate) machine: Option<Machine>,
+    /// Everything known of it at the start, where that was asked for.
+    pub(crate) detail: Option<JoinHandle<Option<MachineDetail>>>,
 }
 
 impl Report {
@@ -160,6 +165,7 @@ pub(crate) async fn follow(
             started_at: None,
             first_output_at: None,
             machine: None,
+            detail: None,
         },
     };
     // Without input its channel stays open and silent: an end of input would be a ctrl-d on a program's terminal.
@@ -213,6 +219,12 @@ impl Session {
             return Ok(());
         }
         self.report.started_at = Some(Instant::now());
+        if self.plan.detail {
+            let (client, machine) = (self.client.clone(), self.plan.machine.clone());
+            self.report.detail = Some(tokio::spawn(
+                async move { client.machine(&machine).await.ok() },
+            ));
+        }
         if self.plan.raw {
             self.raw = Some(
                 terminal::Raw::enter()

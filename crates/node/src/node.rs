@@ -28,6 +28,10 @@ use vistara_model::{
 /// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
 const MACHINES_MAX: usize = 100_000;
 
+/// How long a node that is on its way out is waited for, and how often it is looked for. It leaves within 2 s.
+const LOCK_BOUND: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// The mechanisms that make machines, shared by all tasks.
 #[derive(Clone)]
 pub(crate) struct Mechanisms {
@@ -111,7 +115,7 @@ impl Node {
     /// Makes the state directory ready and takes over what an earlier node left.
     pub(crate) async fn open(options: NodeOptions) -> Result<Arc<Node>, NodeError> {
         make_private_dir(&options.state_dir)?;
-        let lock = take_lock(&options.state_dir)?;
+        let lock = take_lock(&options).await?;
         let state = options.state_dir.clone();
         for name in [
             "machines",
@@ -595,24 +599,23 @@ fn choose_ports(spec: &mut MachineSpec) -> Answer<()> {
     Ok(())
 }
 
-fn take_lock(state_dir: &Path) -> Result<File, NodeError> {
-    let path = state_dir.join("lock");
-    let io = |source: std::io::Error| NodeError::Io {
-        operation: "open",
-        path: path.clone(),
-        source,
-    };
-    let file = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(io)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(NodeError::AlreadyServed(state_dir.to_owned())),
-        Err(error) => Err(io(error.into())),
+/// Takes the state directory's lock. A node that is on its way out (its socket answers no more) is waited for.
+async fn take_lock(options: &NodeOptions) -> Result<File, NodeError> {
+    let path = options.state_dir.join("lock");
+    let io = |source: std::io::Error| NodeError::Io { operation: "open", path: path.clone(), source };
+    let file = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+    let deadline = Instant::now() + LOCK_BOUND;
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(io(error.into())),
+        }
+        let answers = tokio::net::UnixStream::connect(&options.socket).await.is_ok();
+        if answers || Instant::now() >= deadline {
+            return Err(NodeError::AlreadyServed(options.state_dir.clone()));
+        }
+        tokio::time::sleep(LOCK_PAUSE).await;
     }
 }
 

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use vistara_guest_protocol::GuestConfig;
 
@@ -58,6 +59,7 @@ pub(super) fn mount_kernel_file_systems() -> io::Result<()> {
 /// the layer's directory where it is on a disk.
 pub(super) fn enter(device: &str, overlay: &str) -> io::Result<Option<OwnedFd>> {
     appear(device)?;
+    let device = &disk_with(device, is_squashfs);
     mount_at(
         device,
         LOWER,
@@ -68,6 +70,7 @@ pub(super) fn enter(device: &str, overlay: &str) -> io::Result<Option<OwnedFd>> 
     let on_disk = overlay != "tmpfs";
     if on_disk {
         appear(overlay)?;
+        let overlay = &disk_with(overlay, is_ext4);
         mount_at(overlay, WRITABLE, "ext4", MountFlags::NOATIME, c"")?;
     } else {
         mount_at(
@@ -98,6 +101,36 @@ pub(super) fn enter(device: &str, overlay: &str) -> io::Result<Option<OwnedFd>> 
     rustix::process::chroot(".")?;
     rustix::process::chdir("/")?;
     Ok(layer)
+}
+
+/// Whether the file system's mark stands at this place of a disk.
+fn has_mark(device: &str, place: u64, mark: &[u8]) -> bool {
+    let mut found = vec![0; mark.len()];
+    fs::File::open(device)
+        .and_then(|disk| disk.read_exact_at(&mut found, place))
+        .is_ok_and(|()| found == mark)
+}
+
+fn is_squashfs(device: &str) -> bool {
+    has_mark(device, 0, b"hsqs")
+}
+
+fn is_ext4(device: &str) -> bool {
+    has_mark(device, 0x438, &[0x53, 0xef])
+}
+
+/// The disk that was named, if it holds the right file system, else the first one that does: kernels number virtio disks
+/// in the order in which they are probed, which drivers, monitors and their load order change.
+fn disk_with(named: &str, right: fn(&str) -> bool) -> String {
+    if right(named) {
+        return named.to_owned();
+    }
+    let others = (b'a'..=b'z').map(|letter| format!("/dev/vd{}", char::from(letter)));
+    let found = others
+        .filter(|device| Path::new(device).exists())
+        .find(|device| right(device));
+    // Where there is none, mounting the named one says what is wrong with it.
+    found.unwrap_or_else(|| named.to_owned())
 }
 
 fn appear(device: &str) -> io::Result<()> {
