@@ -2,6 +2,9 @@
 //!
 //! Skipped, with the reason on stdout, where there is no QEMU or no kernel (see `conformance/guest.rs`).
 
+// A test fails by panicking, its helpers included.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod conformance;
 
 use conformance::{LIMIT, Lines, Subject, guest, launch, soon};
@@ -32,7 +35,10 @@ impl Subject for Qemu {
         let options = QemuOptions {
             program: None,
             virtiofsd: None,
-            kvm: KvmVerdict::Absent("not asked for".to_owned()),
+            kvm: match accelerator() {
+                Accelerator::Kvm => KvmVerdict::Works,
+                Accelerator::Tcg => KvmVerdict::Absent("not asked for".to_owned()),
+            },
         };
         match QemuVmm::detect(options).await {
             Ok(vmm) => Some(Arc::new(vmm)),
@@ -50,7 +56,7 @@ impl Subject for Qemu {
         LaunchPlan {
             id: new_id(),
             dir: dir.to_owned(),
-            accelerator: Accelerator::Tcg,
+            accelerator: accelerator(),
             vcpus: 1,
             memory: Bytes::mib(256),
             boot: guest::boot(&boot).unwrap(),
@@ -69,6 +75,14 @@ impl Subject for Qemu {
     fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send> {
         let record = vm.record().clone();
         Box::new(move || left_of(&record))
+    }
+}
+
+/// Translation, which is everywhere, unless `VISTARA_TEST_ACCELERATOR=kvm` asks for the other.
+fn accelerator() -> Accelerator {
+    match std::env::var("VISTARA_TEST_ACCELERATOR").as_deref() {
+        Ok("kvm") => Accelerator::Kvm,
+        _ => Accelerator::Tcg,
     }
 }
 
@@ -447,6 +461,7 @@ async fn a_full_host_disk_holds_the_guest_until_there_is_room() {
         soon("telling of the full disk", told).await;
         println!("trouble: {:?}", machine.vm.trouble());
         std::fs::remove_file(small.path().join("ballast")).unwrap();
+        assert_eq!(machine.lines.hear().await, "");
         assert_eq!(machine.lines.hear().await, "done 0");
         assert_eq!(machine.vm.trouble(), None);
         machine.end().await;

@@ -123,8 +123,8 @@ pub(super) fn arguments(
             format!("vhost-user-fs-device,queue-size=1024,chardev=share{index},tag={tag}"),
         );
     }
-    // The guest finds virtio-mmio devices in the reverse of the order in which they are given.
-    for (index, fd) in handles.disks.iter().enumerate().rev() {
+    // The guest finds them in the order in which they are given (seen with ACPI on; a test of real machines watches it).
+    for (index, fd) in handles.disks.iter().enumerate() {
         let disk = &plan.disks[index];
         option("-add-fd", format!("fd={fd},set={index}"));
         // A writable disk lives as long as its machine: after a crash of the host nobody reads it, so flushes are
@@ -267,10 +267,7 @@ mod tests {
         assert!(text.contains("-kernel /proc/self/fd/5"), "{text}");
         assert!(text.contains("-add-fd fd=8,set=0"), "{text}");
         let first = text.find("drive=disk0").unwrap();
-        assert!(
-            first > text.find("drive=disk1").unwrap(),
-            "the first disk comes last"
-        );
+        assert!(first < text.find("drive=disk1").unwrap(), "in their order");
     }
 
     #[test]

@@ -38,7 +38,7 @@ while :; do
     panic) echo c > /proc/sysrq-trigger;;
     load) for m in failover net_failover virtio_net virtio_blk virtio-rng fuse virtiofs; do insmod /m/$m.ko 2>/dev/null; done
       echo loaded >&3;;
-    "sh "*) eval "${line#sh }" >&3 2>&1; echo "done $?" >&3;;
+    "sh "*) eval "${line#sh }" >&3 2>&1; printf '\ndone %s\n' $? >&3;;
     *) echo "$line" >&3;;
   esac; done
   usleep 5000
