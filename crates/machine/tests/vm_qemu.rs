@@ -470,3 +470,63 @@ async fn a_full_host_disk_holds_the_guest_until_there_is_room() {
     assert!(mount(&["umount", &at]));
     done.unwrap();
 }
+
+/// Prints what each device costs: `cargo test -p vistara-machine --test vm_qemu -- --ignored --nocapture measure`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement, of use on a quiet machine only"]
+async fn measure_the_launch_and_the_first_answer() {
+    let Some(vmm) = Qemu.vmm().await else { return };
+    let files = tempfile::tempdir().unwrap();
+    let disks = vec![
+        Disk {
+            path: disk(files.path(), "a", "A"),
+            read_only: true,
+        },
+        Disk {
+            path: disk(files.path(), "b", "B"),
+            read_only: false,
+        },
+    ];
+    let share = GuestShare {
+        tag: "s".to_owned(),
+        path: files.path().to_owned(),
+        read_only: false,
+    };
+    let shares = if vmm.capabilities().shares.is_ok() {
+        vec![share]
+    } else {
+        vec![]
+    };
+    let nic = nic(port(39_017, 7));
+    for (name, with_disks, with_nic, with_share) in [
+        ("console, channel, rng", false, false, false),
+        ("and two disks", true, false, false),
+        ("and a network", false, true, false),
+        ("and a share", false, false, true),
+        ("and all of them", true, true, true),
+    ] {
+        let (mut calls, mut answers, mut kills) = (vec![], vec![], vec![]);
+        for _ in 0..7 {
+            let dir = tempfile::tempdir().unwrap();
+            let mut plan = Qemu.plan(dir.path());
+            plan.disks = if with_disks { disks.clone() } else { vec![] };
+            plan.nic = with_nic.then(|| nic.clone());
+            plan.shares = if with_share { shares.clone() } else { vec![] };
+            let begin = std::time::Instant::now();
+            let vm = launch(&*vmm, &plan).await;
+            calls.push(begin.elapsed());
+            Lines::open(&*vm).await.echo("up").await;
+            answers.push(begin.elapsed());
+            let begin = std::time::Instant::now();
+            vm.kill().await.unwrap();
+            kills.push(begin.elapsed());
+        }
+        for times in [&mut calls, &mut answers, &mut kills] {
+            times.sort();
+        }
+        println!(
+            "{name}: launch call {:?} (least {:?}), first answer {:?} (least {:?}), kill {:?}",
+            calls[3], calls[0], answers[3], answers[0], kills[3]
+        );
+    }
+}
