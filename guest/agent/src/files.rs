@@ -85,13 +85,14 @@ fn top_name(path: &Path) -> PathBuf {
 
 /// Writes a file or a tree as a tar stream.
 pub(crate) fn pack(path: &Path, follow: bool, to: impl Write) -> io::Result<()> {
-    let mut tar = tar::Builder::new(io::BufWriter::with_capacity(64 * 1024, to));
     let found = metadata(path, follow)?;
     let path = if follow {
         fs::canonicalize(path)?
     } else {
         path.to_owned()
     };
+    // Made only now: even an empty one writes an end of archive when it is dropped.
+    let mut tar = tar::Builder::new(io::BufWriter::with_capacity(64 * 1024, to));
     append(&mut tar, &path, &top_name(&path), &found, 0)?;
     tar.into_inner()?.flush()
 }

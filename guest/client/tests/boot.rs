@@ -222,14 +222,24 @@ async fn a_guest_boots_serves_and_switches_itself_off() {
         10_000_000
     );
     println!("10 MB in {:?}", started.elapsed());
-    let (code, _) = output(&agent, 5, sh("tail /dev/zero")).await;
-    println!("eating memory gives {code}");
+    let eater = agent
+        .spawn(
+            ProcessId(5),
+            sh("exec dd if=/dev/zero of=/dev/null bs=190M count=1"),
+        )
+        .await
+        .unwrap();
+    let exit = eater.handle.exited().await.unwrap();
+    println!("eating memory ends so: {exit:?}");
+    assert!(exit.oom && exit.code() == 137);
+    eater.handle.forget().await.unwrap();
     println!("{:?}", agent.stats().await.unwrap());
 
     // The host goes and another comes.
     main.output.ack(OutputStream::Stdout, 6);
     agent.ping().await.unwrap();
-    drop((main, agent));
+    // A session lasts as long as anything of it is held.
+    drop((main, eater, agent));
     let (agent, welcome) = machine.connect().await;
     assert!(welcome.configured && welcome.processes.len() == 1);
     let mut main = agent
