@@ -602,8 +602,18 @@ fn choose_ports(spec: &mut MachineSpec) -> Answer<()> {
 /// Takes the state directory's lock. A node that is on its way out (its socket answers no more) is waited for.
 async fn take_lock(options: &NodeOptions) -> Result<File, NodeError> {
     let path = options.state_dir.join("lock");
-    let io = |source: std::io::Error| NodeError::Io { operation: "open", path: path.clone(), source };
-    let file = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+    let io = |source: std::io::Error| NodeError::Io {
+        operation: "open",
+        path: path.clone(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(io)?;
     let deadline = Instant::now() + LOCK_BOUND;
     loop {
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
@@ -611,7 +621,9 @@ async fn take_lock(options: &NodeOptions) -> Result<File, NodeError> {
             Err(rustix::io::Errno::WOULDBLOCK) => {}
             Err(error) => return Err(io(error.into())),
         }
-        let answers = tokio::net::UnixStream::connect(&options.socket).await.is_ok();
+        let answers = tokio::net::UnixStream::connect(&options.socket)
+            .await
+            .is_ok();
         if answers || Instant::now() >= deadline {
             return Err(NodeError::AlreadyServed(options.state_dir.clone()));
         }

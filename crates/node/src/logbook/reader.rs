@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// Bytes read from a segment at once.
 const READ_BYTES: usize = 256 << 10;
@@ -35,6 +36,8 @@ pub(crate) struct Reader {
     cursor: Option<Cursor>,
     start: Start,
     ready: VecDeque<Entry>,
+    /// The read under way. It is kept here so that a caller who stops waiting loses nothing.
+    reading: Option<JoinHandle<io::Result<(Cursor, Vec<Entry>)>>>,
 }
 
 /// A place in a segment. Blocking methods.
@@ -65,23 +68,31 @@ impl Reader {
             cursor: None,
             start,
             ready: VecDeque::new(),
+            reading: None,
         }
     }
 
-    /// The next entry. `None` at the end: now, or with `follow` once the book is finished.
+    /// The next entry. `None` at the end: now, or with `follow` once the book is finished. Can be cancelled without loss.
     pub(crate) async fn next(&mut self, follow: bool) -> io::Result<Option<Entry>> {
         loop {
             if let Some(entry) = self.ready.pop_front() {
                 return Ok(Some(entry));
             }
             // Taken before reading, so that what is appended meanwhile is not waited for.
-            let (_, finished) = *self.changed.borrow_and_update();
-            let book = Arc::clone(&self.book);
-            let cursor = self.cursor.take();
-            let start = self.start;
-            let (cursor, entries) = tokio::task::spawn_blocking(move || step(&book, cursor, start))
-                .await
-                .map_err(io::Error::other)??;
+            let finished = self.changed.borrow_and_update().1;
+            let reading = match &mut self.reading {
+                Some(reading) => reading,
+                None => {
+                    let (book, cursor, start) =
+                        (Arc::clone(&self.book), self.cursor.take(), self.start);
+                    self.reading.insert(tokio::task::spawn_blocking(move || {
+                        step(&book, cursor, start)
+                    }))
+                }
+            };
+            let result = reading.await;
+            self.reading = None;
+            let (cursor, entries) = result.map_err(io::Error::other)??;
             self.note(cursor.total);
             self.cursor = Some(cursor);
             self.ready.extend(entries);

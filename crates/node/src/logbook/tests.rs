@@ -230,3 +230,23 @@ proptest! {
         let _ = segment::parse(&bytes);
     }
 }
+
+#[tokio::test]
+async fn a_reader_that_is_cancelled_in_the_middle_loses_and_repeats_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let book = LogBook::open(dir.path(), Limits::default()).unwrap();
+    let mut reader = book.reader(Start::Oldest, false);
+    let mut seen = Vec::new();
+    for index in 0..50u64 {
+        book.append(Stream::Stdout, index, 1, b"x").unwrap();
+        tokio::select! {
+            biased;
+            entry = reader.next(true) => seen.extend(entry.unwrap()),
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    while let Some(entry) = reader.next(false).await.unwrap() {
+        seen.push(entry);
+    }
+    assert_eq!(text(&seen, Stream::Stdout).len(), 50);
+}
