@@ -17,8 +17,8 @@ PROGRAM := import os, platform; print(f"hello from {platform.release()}, {os.cpu
 run: setup
 	started=$$(date +%s)
 	cargo build --release --quiet --package vistara
-	$(VISTARA) kernel ls --json | grep -q '"name"' || { echo "fetching a guest kernel"; $(VISTARA) kernel add debian; }
-	if ! $(VISTARA) images ls --json | grep -q '$(IMAGE)'; then
+	$(VISTARA) kernel ls --json | grep '"name"' >/dev/null || { echo "fetching a guest kernel"; $(VISTARA) kernel add debian; }
+	if ! $(VISTARA) images ls --json | grep '$(IMAGE)' >/dev/null; then
 		archive=$$(cargo xtask demo-image)
 		$(VISTARA) images import "$$archive" --name $(IMAGE)
 	fi

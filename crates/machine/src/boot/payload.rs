@@ -38,8 +38,6 @@ pub enum UpperLayer {
     Disk,
     /// To the guest's memory; gone with the machine.
     Memory,
-    /// Nowhere: the root is read-only.
-    None,
 }
 
 impl UpperLayer {
@@ -48,7 +46,6 @@ impl UpperLayer {
         match self {
             UpperLayer::Disk => "/dev/vdb",
             UpperLayer::Memory => "tmpfs",
-            UpperLayer::None => "none",
         }
     }
 }

@@ -39,7 +39,6 @@ fn the_command_line_tells_the_agent_where_things_are() {
     for (upper, word) in [
         (UpperLayer::Disk, "vistara.overlay=/dev/vdb"),
         (UpperLayer::Memory, "vistara.overlay=tmpfs"),
-        (UpperLayer::None, "vistara.overlay=none"),
     ] {
         let boot = payload.prepare(&kernel, b"agent", upper).unwrap();
         let words: Vec<&str> = boot.cmdline.split(' ').collect();
