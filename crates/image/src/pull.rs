@@ -72,12 +72,11 @@ pub(crate) async fn pull(
     }
     check_space(files, &chosen.manifest)?;
     fetch_layers(files, limits, &registry, &chosen.manifest, added, progress).await?;
-    for document in [Some(&config), Some(&chosen.bytes), chosen.index.as_ref()] {
-        if let Some(document) = document {
-            let (digest, new) = files.put_blob(document)?;
-            if new {
-                added.blob(&digest);
-            }
+    let documents = [Some(&config), Some(&chosen.bytes), chosen.index.as_ref()];
+    for document in documents.into_iter().flatten() {
+        let (digest, new) = files.put_blob(document)?;
+        if new {
+            added.blob(&digest);
         }
     }
     let layers = chosen

@@ -1,5 +1,7 @@
 //! Registries for tests: Debian's `docker-registry`, a proxy that counts and cuts, and a server that says what it is told.
 
+#![allow(unreachable_pub, reason = "a module of test binaries")]
+
 use crate::support::{MANIFEST, Made, sha};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
