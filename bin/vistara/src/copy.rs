@@ -179,7 +179,9 @@ async fn out_of_guest(
         .map_err(|error| Failure::because("cp", error))?;
     // A stream that broke off explains an archive that ended early.
     if let Some(error) = broken {
-        return Err(Failure::at("cp: incomplete")(error));
+        return Err(Failure::at("cp: incomplete")(error).hint(
+            "something there may not be readable as a file, such as what is in /proc and /sys",
+        ));
     }
     let unpacked = unpacked.map_err(|error| Failure::because("cp", error))?;
     if unpacked.left_out > 0 {

@@ -233,6 +233,12 @@ impl Session {
             self.read_input()?;
         }
         if self.plan.resize {
+            if self.plan.subject == Subject::Attached {
+                // A size that changes makes programs draw their screen anew, which we have not seen; as docker does.
+                let mut other = terminal::size();
+                other.columns = other.columns.saturating_add(1);
+                let _ = self.controls.try_send(ClientSignal::Resize { size: other });
+            }
             // It may have changed since the request was made.
             self.send_size();
         }
