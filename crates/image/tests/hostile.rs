@@ -1,4 +1,9 @@
 //! Images made to do harm. Each is refused with an error that says why, and leaves nothing in the store.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
 
 mod support;
 

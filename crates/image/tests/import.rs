@@ -1,4 +1,9 @@
 //! Imports of every kind of source, and what is in the root disk afterwards.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
 
 mod support;
 

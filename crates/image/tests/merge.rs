@@ -1,4 +1,9 @@
 //! The merge of random layers against a model that is too simple to be wrong; and readers against arbitrary bytes.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
 
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -48,7 +53,7 @@ fn entry(path: &str, kind: EntryKind, size: u64) -> Entry {
 /// The model: a map of whole paths, `None` for a directory and a number for a file.
 type Model = BTreeMap<String, Option<u64>>;
 
-fn below<'a>(path: &'a str, parent: &str) -> bool {
+fn below(path: &str, parent: &str) -> bool {
     path.strip_prefix(parent)
         .is_some_and(|rest| rest.starts_with('/'))
 }
