@@ -8,11 +8,14 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 /// Test binaries of this name start real virtual machines.
 const VM_PREFIX: &str = "vm_";
-const SKIP: &str = "SKIP:";
+/// How a test says that it cannot run here.
+const SKIPS: [&str; 2] = ["SKIP:", "SKIPPED:"];
+/// Where the real-machine tests find a kernel store.
+const KERNELS_VARIABLE: &str = "VISTARA_TEST_KERNELS";
 
 /// A set of tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +105,29 @@ pub(crate) fn run(root: &Path, tiers: &[Tier]) -> Result<Tally> {
     Ok(tally)
 }
 
+/// Gives the tests a kernel store with Debian's kernel, kept under `target`. Where it cannot be had they are skipped, and
+/// say so.
+fn provide_kernel(root: &Path, tests: &mut Command) {
+    if std::env::var_os(KERNELS_VARIABLE).is_some() {
+        return;
+    }
+    let store = root.join("target/vm-tests/kernels");
+    let run = [
+        "run",
+        "--quiet",
+        "--package",
+        "vistara-machine",
+        "--example",
+        "fetch_kernel",
+    ];
+    let status = cargo(root, &run).arg("--").arg(&store).status();
+    if status.is_ok_and(|status| status.success()) {
+        tests.env(KERNELS_VARIABLE, store);
+    } else {
+        eprintln!("== no kernel for the real-machine tests: see above");
+    }
+}
+
 fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
     let report = root
         .join("target/nextest")
@@ -119,6 +145,9 @@ fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
     ];
     let mut command = cargo(root, &arguments);
     command.arg("--no-tests=pass");
+    if tier == Tier::Vm {
+        provide_kernel(root, &mut command);
+    }
     let status = command.status().context("run cargo nextest")?;
     let Ok(text) = std::fs::read_to_string(&report) else {
         if status.success() {
@@ -155,7 +184,7 @@ fn read_junit(text: &str) -> Tally {
         let skipped = body.lines().find_map(|line| {
             // The first line of the output follows its tag directly.
             let line = line.rsplit('>').next().unwrap_or(line);
-            Some(unescape(line.trim().strip_prefix(SKIP)?.trim()))
+            Some(unescape(skip_reason(line.trim())?))
         });
         if body.contains("<failure") || body.contains("<error") {
             tally.failed.push(name);
@@ -166,6 +195,11 @@ fn read_junit(text: &str) -> Tally {
         }
     }
     tally
+}
+
+fn skip_reason(line: &str) -> Option<&str> {
+    let reason = SKIPS.iter().find_map(|word| line.strip_prefix(word))?;
+    Some(reason.trim())
 }
 
 fn unescape(text: &str) -> String {
@@ -221,7 +255,11 @@ fn with_cargo_test(root: &Path, tier: Tier) -> Result<Tally> {
     if tier == Tier::Vm {
         arguments.push("--test-threads=2");
     }
-    let mut child = cargo(root, &arguments)
+    let mut command = cargo(root, &arguments);
+    if tier == Tier::Vm {
+        provide_kernel(root, &mut command);
+    }
+    let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .context("run cargo test")?;
@@ -250,8 +288,8 @@ fn read_cargo_test(lines: &[String]) -> Tally {
                 .trim_end_matches(" ----")
                 .trim_end_matches(" stdout")
                 .to_owned();
-        } else if let Some(reason) = line.strip_prefix(SKIP) {
-            tally.skipped.push(format!("{shown}: {}", reason.trim()));
+        } else if let Some(reason) = skip_reason(line) {
+            tally.skipped.push(format!("{shown}: {reason}"));
         } else if let Some(test) = line.strip_prefix("test ") {
             if test.ends_with(" ... ok") {
                 tally.passed += 1;
