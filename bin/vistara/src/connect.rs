@@ -8,6 +8,7 @@ use crate::places::Places;
 use std::io::ErrorKind;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
@@ -136,6 +137,7 @@ fn spawn(places: &Places) -> Result<Child, Failure> {
     };
     // Not in a process group of its own: a group's leader could not leave our session, which `--background` does first.
     Command::new("/proc/self/exe")
+        .arg0("vistara")
         .args(["node", "--background", "--idle-exit", IDLE_EXIT])
         .arg("--socket")
         .arg(&places.socket)
