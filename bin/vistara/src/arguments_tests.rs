@@ -25,7 +25,7 @@ fn run(line: &str) -> RunOptions {
 fn request(line: &str) -> RunRequest {
     let around = Surroundings {
         variable: &|name| (name == "HOME").then(|| "/home/u".to_owned()),
-        working_dir: "/work".into(),
+        working_dir: "/home/u/w".into(),
         terminal: TerminalSize {
             rows: 24,
             columns: 80,
@@ -172,7 +172,7 @@ fn options_become_the_request() {
         (
             "vistara run -v ./d:/g a",
             RunRequest {
-                volumes: vec!["/work/d:/g".into()],
+                volumes: vec!["/home/u/w/d:/g".into()],
                 ..base()
             },
         ),
@@ -311,7 +311,7 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
     }
     let around = Surroundings {
         variable: &|_| None,
-        working_dir: "/work".into(),
+        working_dir: "/home/u/w".into(),
         terminal: TerminalSize {
             rows: 1,
             columns: 1,

@@ -195,7 +195,7 @@ mod tests {
         Facts {
             uid: 1000,
             home: Some("/home/u".into()),
-            working_dir: "/work".into(),
+            working_dir: "/home/u/w".into(),
             ..Facts::default()
         }
     }
@@ -246,9 +246,9 @@ mod tests {
             state_dir: Some("./state".into()),
             ..user()
         };
-        check(&facts, "/work/state/run/node.sock", "/work/state");
+        check(&facts, "/home/u/w/state/run/node.sock", "/home/u/w/state");
         facts.socket = Some("s.sock".into());
-        check(&facts, "/work/s.sock", "/work/state");
+        check(&facts, "/home/u/w/s.sock", "/home/u/w/state");
         facts.socket = None;
         facts.state_dir = Some("/home/u/.local/share/vistara".into());
         check(
