@@ -537,8 +537,11 @@ pub(crate) enum BenchCommand {
         #[arg(long)]
         json: bool,
         /// How often each is repeated
-        #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10)]
+        #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: u32,
+        /// The image whose `echo` is run; the first one here where absent
+        #[arg(value_name = "IMAGE")]
+        image: Option<String>,
     },
 }
 

@@ -98,7 +98,7 @@ fn usual_hint(kind: ErrorKind) -> Option<String> {
             "`vistara ps -a` lists machines, `vistara images` lists images".to_owned(),
         ),
         ErrorKind::ImageNotFound => {
-            Some("`vistara pull IMAGE` fetches it; `vistara images` lists those here".to_owned())
+            Some("`vistara images pull IMAGE` fetches it; `vistara images` lists those here".to_owned())
         }
         ErrorKind::Host => Some("`vistara doctor` says what this host lacks".to_owned()),
         ErrorKind::Peer => Some("try again; check the network and the name".to_owned()),

@@ -117,7 +117,10 @@ async fn command(command: Command, places: &Places) -> Result<u8, Failure> {
         _ => {}
     }
     let client = connect::or_start(places).await?;
-    let result = with_node(command, &client, begin.elapsed()).await;
+    let result = match command {
+        Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
+        command => with_node(command, &client, begin.elapsed()).await,
+    };
     connect::warn_of_other_version(&client);
     result
 }
@@ -148,8 +151,9 @@ async fn with_node(
         Command::Import(options) => image_commands::import(client, &options).await,
         Command::Kernel(options) => kernel_commands::kernel(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
-        Command::Bench(options) => bench_command::bench(client, &options.command).await,
-        Command::Completion(_) | Command::Version(_) | Command::Node(_) => Ok(0),
+        Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
+            Ok(0)
+        }
     }
 }
 

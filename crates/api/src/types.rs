@@ -448,6 +448,8 @@ pub struct Kernel {
     pub default: bool,
     /// Bytes on disk.
     pub size_bytes: u64,
+    /// The uncompressed kernel, on the node's host.
+    pub path: String,
 }
 
 /// `POST /v1/kernels`.

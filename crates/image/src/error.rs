@@ -282,12 +282,12 @@ impl ImageError {
     /// The next command to type, where there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
-            ImageError::NotFound(name) => Some(format!("vistara pull {name}")),
+            ImageError::NotFound(name) => Some(format!("vistara images pull {name}")),
             ImageError::Ambiguous { .. } => Some("vistara images".to_owned()),
             ImageError::InUse(_) => Some("vistara ps --all".to_owned()),
-            ImageError::SeveralNames(name) => Some(format!("vistara rmi --force {name}")),
+            ImageError::SeveralNames(name) => Some(format!("vistara images rm --force {name}")),
             ImageError::Denied { registry, .. } => Some(format!("docker login {registry}")),
-            ImageError::NoSpace { .. } => Some("vistara image prune".to_owned()),
+            ImageError::NoSpace { .. } => Some("vistara images prune --all".to_owned()),
             ImageError::ToolMissing { .. } => Some("apt-get install squashfs-tools".to_owned()),
             ImageError::NotInRegistry { .. }
             | ImageError::Source { .. }

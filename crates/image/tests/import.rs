@@ -622,6 +622,6 @@ async fn imports_into_a_small_file_system() {
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
-    assert_eq!(error.hint().as_deref(), Some("vistara image prune"));
+    assert_eq!(error.hint().as_deref(), Some("vistara images prune --all"));
     assert!(contents(&root).is_empty(), "{:?}", contents(&root));
 }

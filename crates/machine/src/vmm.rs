@@ -244,6 +244,13 @@ pub trait Vmm: Send + Sync {
     /// Only where it cannot be told whether the machine runs; the machine is left alone then.
     async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError>;
 
+    /// The end of the console of a machine that has ended, at most `limit` bytes, as far as `dir` still has it. Blocks on
+    /// files.
+    fn kept_console(&self, dir: &Path, limit: usize) -> Vec<u8> {
+        let _ = (dir, limit);
+        Vec::new()
+    }
+
     /// Ends whatever a launch of machine `id` left whose record was never written, because the node died in between.
     /// The machine's directory is `dir`; it stays.
     ///

@@ -475,6 +475,9 @@ async fn a_full_host_disk_holds_the_guest_until_there_is_room() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement, of use on a quiet machine only"]
 async fn measure_the_launch_and_the_first_answer() {
+    // With RUST_LOG=vistara_machine=debug each launch tells its parts.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).init();
     let Some(vmm) = Qemu.vmm().await else { return };
     let files = tempfile::tempdir().unwrap();
     let disks = vec![

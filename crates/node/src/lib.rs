@@ -20,3 +20,5 @@ mod view;
 pub use fault::NodeError;
 pub use options::{NodeOptions, Vmms};
 pub use service::{openapi, run};
+/// The baseline that `vistara bench run` measures against.
+pub use vistara_machine::qemu::raw_boot;

@@ -139,6 +139,7 @@ pub(crate) fn kernel(kernel: &vistara_machine::boot::Kernel) -> Kernel {
         version: kernel.record.release.clone(),
         default: kernel.is_default,
         size_bytes: kernel.record.vmlinux_bytes,
+        path: kernel.vmlinux().display().to_string(),
     }
 }
 

@@ -1,5 +1,8 @@
 //! The node as its clients see it, with fake machines: lifecycle, streams, errors, and being killed in the middle.
 
+// Helpers of tests outside a test function: a failure is the test's.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod support;
 
 use futures_util::StreamExt;

@@ -18,6 +18,9 @@ mod payload;
 mod store;
 mod unpack;
 
+pub(crate) use cpio::Archive;
+pub(crate) use payload::CMDLINE;
+
 pub use error::BootError;
 pub use modules::StagedModule;
 pub use payload::{LinuxPayload, UpperLayer};

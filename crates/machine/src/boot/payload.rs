@@ -29,7 +29,7 @@ const INITRAMFS_FRESH: Duration = Duration::from_secs(3600);
 ///   understands.
 /// - `cryptomgr.notests`: the ciphers' self-tests.
 /// - `noreplace-smp`: leaves the kernel's locks as they are, rather than patching them out on one processor.
-const CMDLINE: &str = "quiet panic=-1 reboot=t cryptomgr.notests noreplace-smp";
+pub(crate) const CMDLINE: &str = "quiet panic=-1 reboot=t cryptomgr.notests noreplace-smp";
 
 /// Where a guest's writes to its root go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

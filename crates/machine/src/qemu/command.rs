@@ -17,7 +17,7 @@ pub(super) const CHANNEL_NAME: &str = "vistara.agent";
 
 /// Translated code kept by TCG, in MiB. QEMU would take up to 1 GiB; a Linux boot and a busy program stay below this, and
 /// what goes beyond is translated again.
-const TRANSLATION_CACHE_MIB: u32 = 128;
+pub(super) const TRANSLATION_CACHE_MIB: u32 = 128;
 
 /// Descriptors that QEMU inherits, by number.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

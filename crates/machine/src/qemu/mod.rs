@@ -7,6 +7,7 @@
 //! channel, machine protocol) lie in the machine's directory and are listened on by QEMU itself: any later process that may
 //! enter the directory can take the machine over.
 
+mod baseline;
 mod command;
 mod console;
 mod qmp;
@@ -14,6 +15,8 @@ mod start;
 mod state;
 mod virtiofsd;
 mod vm;
+
+pub use baseline::raw_boot;
 
 use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmEnd, VmRecord, Vmm, VmmError};
 use qmp::{Qmp, RunState};
@@ -222,6 +225,11 @@ fn io_error(operation: &'static str, path: &Path) -> impl Fn(std::io::Error) -> 
 impl Vmm for QemuVmm {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn kept_console(&self, dir: &Path, limit: usize) -> Vec<u8> {
+        let text = state::read_console(dir);
+        text[text.len().saturating_sub(limit)..].to_vec()
     }
 
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {

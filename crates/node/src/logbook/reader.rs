@@ -37,8 +37,11 @@ pub(crate) struct Reader {
     start: Start,
     ready: VecDeque<Entry>,
     /// The read under way. It is kept here so that a caller who stops waiting loses nothing.
-    reading: Option<JoinHandle<io::Result<(Cursor, Vec<Entry>)>>>,
+    reading: Option<JoinHandle<io::Result<Batch>>>,
 }
+
+/// Where a read ended, and what it found.
+type Batch = (Cursor, Vec<Entry>);
 
 /// A place in a segment. Blocking methods.
 struct Cursor {
@@ -123,7 +126,7 @@ impl Drop for Reader {
 }
 
 /// Reads what is there, up to [`READ_BYTES`]. No entries mean that the end is reached for now.
-fn step(book: &LogBook, cursor: Option<Cursor>, start: Start) -> io::Result<(Cursor, Vec<Entry>)> {
+fn step(book: &LogBook, cursor: Option<Cursor>, start: Start) -> io::Result<Batch> {
     let mut entries = Vec::new();
     let mut cursor = match cursor {
         Some(cursor) => cursor,

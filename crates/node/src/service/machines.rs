@@ -2,6 +2,7 @@
 
 use super::App;
 use super::images::sse;
+use super::system::blocking;
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, STOP_GRACE};
@@ -304,14 +305,16 @@ pub(super) async fn console(
 ) -> Answer<Response> {
     let handle = app.node.find(&machine)?;
     let vm = handle.shared.vm.borrow().clone();
-    let Some(vm) = vm else {
-        let name = &handle.record().name;
-        return Err(Fault::conflict(format!(
-            "machine {name} has no console now: it is not running"
-        ))
-        .hint(format!("see what became of it: vistara inspect {name}")));
+    let text = match vm {
+        Some(vm) => vm.console(CONSOLE_BYTES_MAX).await,
+        None => {
+            let (dir, kind) = (handle.dir.clone(), handle.record().backend.vmm);
+            match app.node.mechanisms().vmm(kind) {
+                Some(vmm) => blocking(move || vmm.kept_console(&dir, CONSOLE_BYTES_MAX)).await?,
+                None => Vec::new(),
+            }
+        }
     };
-    let text = vm.console(CONSOLE_BYTES_MAX).await;
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response())
 }
 
