@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::facts;
 use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
 use vistara_machine::{
-    Disk, Fence, GuestShare, LaunchPlan, Nic, Vm, VmEnd, VmRecord, Vmm, VmmError,
+    Adoption, Disk, Fence, GuestShare, LaunchPlan, Nic, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
 use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
 
@@ -27,8 +27,7 @@ struct Qemu;
 #[async_trait::async_trait]
 impl Subject for Qemu {
     async fn vmm(&self) -> Option<Arc<dyn Vmm>> {
-        let dir = tempfile::tempdir().unwrap();
-        if let Err(reason) = guest::boot(dir.path()) {
+        if let Err(reason) = guest::boot() {
             println!("SKIP: {reason}");
             return None;
         }
@@ -50,16 +49,13 @@ impl Subject for Qemu {
     }
 
     fn plan(&self, dir: &Path) -> LaunchPlan {
-        // Beside the machine's directory, which must hold what the backend puts there only.
-        let boot = dir.with_extension("boot");
-        std::fs::create_dir_all(&boot).unwrap();
         LaunchPlan {
             id: new_id(),
             dir: dir.to_owned(),
             accelerator: accelerator(),
             vcpus: 1,
             memory: Bytes::mib(256),
-            boot: guest::boot(&boot).unwrap(),
+            boot: guest::boot().unwrap(),
             disks: vec![],
             nic: None,
             shares: vec![],
@@ -99,7 +95,9 @@ fn new_id() -> MachineId {
 fn left_of(record: &VmRecord) -> Vec<String> {
     let mut left = Vec::new();
     let mut process = |pid: u32, start: u64| {
-        if facts::start_ticks(pid) == Some(start) {
+        // One that has ended and waits to be collected by the process that inherited it holds nothing any more.
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if facts::start_ticks(pid) == Some(start) && !stat.contains(") Z ") {
             left.push(format!("process {pid}"));
         }
     };
@@ -255,6 +253,54 @@ async fn a_monitor_that_is_killed_from_outside_has_crashed() {
         other => panic!("{other:?}"),
     }
     assert_eq!(left(), [] as [&str; 0]);
+}
+
+/// Names the directory to the process that [`a_machine_survives_the_process_that_launched_it`] starts.
+const LAUNCHER_DIR: &str = "VISTARA_TEST_LAUNCHER_DIR";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "the other process of the test below"]
+async fn launcher_that_dies() {
+    let Some(dir) = std::env::var_os(LAUNCHER_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let Some(vmm) = Qemu.vmm().await else { return };
+    let vm = launch(&*vmm, &Qemu.plan(&dir.join("machine"))).await;
+    std::fs::write(dir.join("record"), serde_json::to_vec(vm.record()).unwrap()).unwrap();
+    // No destructor, no goodbye.
+    std::process::abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_survives_the_process_that_launched_it() {
+    let Some(vmm) = Qemu.vmm().await else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let machine = dir.path().join("machine");
+    std::fs::create_dir(&machine).unwrap();
+    let mut launcher = tokio::process::Command::new(std::env::current_exe().unwrap());
+    launcher
+        .args(["--ignored", "--exact", "launcher_that_dies"])
+        .env(LAUNCHER_DIR, dir.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
+    assert!(
+        !soon("launching", launcher.status())
+            .await
+            .unwrap()
+            .success()
+    );
+    let record = std::fs::read(dir.path().join("record")).unwrap();
+    let record: VmRecord = serde_json::from_slice(&record).unwrap();
+    let vm = match soon("adopting", vmm.adopt(&machine, &record))
+        .await
+        .unwrap()
+    {
+        Adoption::Running(vm) => vm,
+        Adoption::Gone(end) => panic!("gone: {end:?}"),
+    };
+    Lines::open(&*vm).await.echo("still here").await;
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(left_of(&record), [] as [&str; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -46,7 +46,7 @@ done
 "#;
 
 /// What is booted, or why it cannot be.
-pub(crate) fn boot(dir: &Path) -> Result<LinuxBoot, String> {
+pub(crate) fn boot() -> Result<LinuxBoot, String> {
     let (kernel, modules) = kernel()?;
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
@@ -66,15 +66,30 @@ pub(crate) fn boot(dir: &Path) -> Result<LinuxBoot, String> {
         }
     }
     archive.entry("TRAILER!!!", 0, b"");
-    let initramfs = dir.join("initramfs");
-    std::fs::File::create(&initramfs)
-        .and_then(|mut file| file.write_all(&archive.0))
-        .map_err(|error| error.to_string())?;
+    let initramfs = initramfs(&archive.0).map_err(|error| error.to_string())?;
     Ok(LinuxBoot {
         kernel,
         initramfs,
         cmdline: "quiet panic=-1 reboot=t cryptomgr.notests noreplace-smp".to_owned(),
     })
+}
+
+/// A file with this content in Cargo's own directory for tests' files. Tests run side by side: it is written once under a
+/// name of its own and then renamed, so that none sees half of it.
+fn initramfs(content: &[u8]) -> std::io::Result<PathBuf> {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::create_dir_all(dir)?;
+    let path = dir.join("suite-initramfs");
+    if std::fs::read(&path).is_ok_and(|found| found == content) {
+        return Ok(path);
+    }
+    let mut new = tempfile::Builder::new().prefix("suite-").tempfile_in(dir)?;
+    new.write_all(content)?;
+    // As a node's own payloads are: the monitor's user may read it.
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    new.as_file().set_permissions(mode)?;
+    new.persist(&path).map_err(|error| error.error)?;
+    Ok(path)
 }
 
 fn kernel() -> Result<(PathBuf, PathBuf), String> {
