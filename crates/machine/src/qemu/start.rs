@@ -211,10 +211,10 @@ fn spawn_in(
     launch.inherit = inherit;
     launch.uid_gid = plan.fence.uid_gid;
     if plan.accelerator == Accelerator::Kvm && foreign_user {
-        // `/dev/kvm` belongs to a group on most hosts.
-        launch
-            .groups
-            .extend(std::fs::metadata("/dev/kvm").map(|data| data.gid()).ok());
+        // `/dev/kvm` belongs to a group of its own on most hosts. Where that is root's, the monitor does not join it: QEMU
+        // then says that it may not open the device, unless everybody may.
+        let group = std::fs::metadata("/dev/kvm").map(|data| data.gid());
+        launch.groups.extend(group.ok().filter(|gid| *gid != 0));
     }
     launch.cgroup = cgroup.cloned();
     launch.oom_score_adj = OOM_SCORE;
