@@ -12,11 +12,11 @@ use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
 use vistara_machine::{Disk, Fence, GuestShare, LaunchPlan, Nic, Vm};
-use vistara_model::{Accelerator, Bytes, MachineId, Network};
+use vistara_model::{Bytes, MachineId, Network};
 
-/// What a monitor may use beside its guest's memory. Translated code takes more than hardware virtualization.
-const OVERHEAD_KVM: Bytes = Bytes::mib(128);
-const OVERHEAD_TCG: Bytes = Bytes::mib(512);
+/// What a monitor may use beside its guest's memory, with room to spare over what backends are known to need
+/// (`vistara_machine::qemu::OVERHEAD_MAX`).
+const OVERHEAD: Bytes = Bytes::mib(512);
 /// Processes and threads of a monitor: its virtual CPUs, and up to 64 workers for disks.
 const MONITOR_PIDS: u32 = 128;
 /// First user id on the host for monitors; each machine's slot is added. Above what people, services and subordinate
@@ -124,10 +124,6 @@ pub(crate) async fn prepare(
 
     let begin = Instant::now();
     let spec = &record.spec;
-    let overhead = match record.backend.accelerator {
-        Accelerator::Kvm => OVERHEAD_KVM,
-        Accelerator::Tcg => OVERHEAD_TCG,
-    };
     let plan = LaunchPlan {
         id: record.id.clone(),
         dir: dir.to_owned(),
@@ -163,7 +159,7 @@ pub(crate) async fn prepare(
             uid_gid: mechanisms
                 .is_root
                 .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),
-            memory_max: Bytes(spec.memory.0.saturating_add(overhead.0)),
+            memory_max: Bytes(spec.memory.0.saturating_add(OVERHEAD.0)),
             pids_max: MONITOR_PIDS + spec.cpus.vcpus(),
             // Whole CPUs are bounded by the number of virtual ones already.
             cpu_millis: (!spec.cpus.millis.is_multiple_of(1000)).then_some(spec.cpus.millis),
