@@ -128,6 +128,13 @@ fn provide_kernel(root: &Path, tests: &mut Command) {
     }
 }
 
+/// Makes the image that the tests of the whole system run. Where it cannot be made they are skipped, and say so.
+fn provide_image(root: &Path) {
+    if let Err(error) = crate::demo_image::make(&root.join("target/demo")) {
+        eprintln!("== no image for the tests of the whole system: {error:#}");
+    }
+}
+
 fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
     let report = root
         .join("target/nextest")
@@ -147,6 +154,7 @@ fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
     command.arg("--no-tests=pass");
     if tier == Tier::Vm {
         provide_kernel(root, &mut command);
+        provide_image(root);
     }
     let status = command.status().context("run cargo nextest")?;
     let Ok(text) = std::fs::read_to_string(&report) else {
@@ -258,6 +266,7 @@ fn with_cargo_test(root: &Path, tier: Tier) -> Result<Tally> {
     let mut command = cargo(root, &arguments);
     if tier == Tier::Vm {
         provide_kernel(root, &mut command);
+        provide_image(root);
     }
     let mut child = command
         .stdout(Stdio::piped())
