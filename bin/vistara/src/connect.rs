@@ -135,6 +135,8 @@ fn spawn(places: &Places) -> Result<Child, Failure> {
             ));
         }
     };
+    // A pipe of the caller's shell that the node kept open would never end. Where the kernel cannot, nothing is lost.
+    let _ = vistara_node::close_descriptors_on_exec();
     // Not in a process group of its own: a group's leader could not leave our session, which `--background` does first.
     Command::new("/proc/self/exe")
         .arg0("vistara")

@@ -53,10 +53,8 @@ impl System {
             return skip("no demonstration image (cargo xtask demo-image)");
         }
         // Not below the target directory: paths of sockets are short.
-        let state = std::env::temp_dir().join(format!(
-            "vistara-system-{}",
-            rustix::process::getuid().as_raw()
-        ));
+        let uid = rustix::process::getuid().as_raw();
+        let state = std::env::temp_dir().join(format!("vistara-system-{uid}-{name}"));
         std::fs::create_dir_all(&state).unwrap();
         let system = System { state };
         let lock = File::create(system.state.join("test.lock")).unwrap();

@@ -369,18 +369,7 @@ impl Plan {
     }
 
     fn keep_only_named_descriptors(&self) -> rustix::io::Result<()> {
-        // SAFETY: CLOSE_RANGE_CLOEXEC closes nothing now; it only marks descriptors to be closed by exec.
-        let marked = unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                3u32,
-                u32::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
-        };
-        if marked != 0 {
-            return Err(errno());
-        }
+        close_descriptors_on_exec()?;
         for fd in &self.inherit {
             // SAFETY: the descriptor is owned by the `Launch` that the parent holds while it waits for us.
             let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(*fd) };
@@ -410,6 +399,24 @@ impl Rlimit {
 
 fn errno() -> rustix::io::Errno {
     rustix::io::Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)
+}
+
+/// Marks every descriptor but the standard three to be closed by the next exec, in this process or a child of it: what a
+/// caller left open (a pipe of its shell, a lock) is no business of a program that outlives it.
+///
+/// # Errors
+/// Where the kernel is older than 5.11.
+pub fn close_descriptors_on_exec() -> rustix::io::Result<()> {
+    // SAFETY: CLOSE_RANGE_CLOEXEC closes nothing now; it only marks descriptors to be closed by exec.
+    let marked = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3u32,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if marked == 0 { Ok(()) } else { Err(errno()) }
 }
 
 #[cfg(test)]

@@ -20,5 +20,7 @@ mod view;
 pub use fault::NodeError;
 pub use options::{NodeOptions, Vmms};
 pub use service::{openapi, run};
+/// For whoever starts a node that is to outlive it.
+pub use vistara_host::launch::close_descriptors_on_exec;
 /// The baseline that `vistara bench run` measures against.
 pub use vistara_machine::qemu::raw_boot;

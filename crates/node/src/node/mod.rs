@@ -1,12 +1,12 @@
 //! The node's own state: its mechanisms, what it knows of the host, and its machines.
 
-use crate::fault::{Answer, Fault, NodeError, chain};
+mod adopt;
+mod detect;
+
+use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
-use crate::machine::{
-    Actor, Command, Handle, Loaded, Origin, Record, load, machine_dirs, made_up_name, make_dir,
-    now_ns,
-};
-use crate::options::{NodeOptions, Vmms};
+use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
+use crate::options::NodeOptions;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -14,15 +14,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, RunRequest};
-use vistara_control::{Capacity, Choice, Demand, Event, Program, admit, choose, lookup, program};
+use vistara_control::{Capacity, Choice, Demand, Program, admit, choose, lookup, program};
 use vistara_image::{Image, ImageStore};
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::boot::{KernelStore, LinuxPayload, UpperLayer};
-use vistara_machine::qemu::{QemuOptions, QemuVmm};
-use vistara_machine::{Adoption, LinuxBoot, VmEnd, Vmm};
+use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
-    Bytes, Digest, EndReason, Generation, HostFacts, KvmVerdict, MachineId, MachineName,
-    MachineSpec, MachineState, VmmKind,
+    Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
+    MachineState, VmmKind,
 };
 
 /// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
@@ -160,36 +159,6 @@ impl Node {
 
     fn machines(&self) -> MutexGuard<'_, Machines> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Looks for monitors and probes KVM; `fresh` forgets what was found before in this boot of the host.
-    pub(crate) async fn detect(&self, fresh: bool) {
-        let found = match &self.options.vmms {
-            Vmms::Given(vmm) => vec![Arc::clone(vmm)],
-            Vmms::Detect => {
-                let kvm = probe_kvm(&self.options.state_dir, fresh).await;
-                *self.kvm.lock().unwrap_or_else(PoisonError::into_inner) = kvm.clone();
-                let options = QemuOptions {
-                    program: self.options.qemu.clone(),
-                    virtiofsd: self.options.virtiofsd.clone(),
-                    kvm,
-                };
-                match QemuVmm::detect(options).await {
-                    Ok(vmm) => vec![Arc::new(vmm) as Arc<dyn Vmm>],
-                    Err(error) => {
-                        tracing::warn!(error = chain(&error), "QEMU cannot be used");
-                        Vec::new()
-                    }
-                }
-            }
-        };
-        let mut vmms = self
-            .mechanisms
-            .vmms
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        vmms.clear();
-        vmms.extend(found.into_iter().map(|vmm| (vmm.capabilities().kind, vmm)));
     }
 
     /// What the choice of hypervisor needs to know.
@@ -476,104 +445,6 @@ impl Node {
         handle.wait_until(|snapshot| snapshot.removed).await;
         Ok(())
     }
-
-    /// Takes over every machine whose directory is here.
-    async fn adopt_all(self: &Arc<Self>) {
-        let root = self.options.state_dir.join("machines");
-        let dirs = match machine_dirs(&root) {
-            Ok(dirs) => dirs,
-            Err(error) => {
-                tracing::error!(path = %root.display(), %error, "machines of an earlier node cannot be listed");
-                return;
-            }
-        };
-        for (id, dir) in dirs {
-            if let Err(message) = self.adopt(&id, dir.clone()).await {
-                tracing::error!(machine = %id, path = %dir.display(), message, "a machine could not be taken over");
-            }
-        }
-    }
-
-    async fn adopt(self: &Arc<Self>, id: &MachineId, dir: PathBuf) -> Result<(), String> {
-        let record = match load(&dir).map_err(|error| error.to_string())? {
-            Loaded::Record(record) => *record,
-            Loaded::Nothing => {
-                tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
-                self.sweep(id, &dir).await;
-                return std::fs::remove_dir_all(&dir).map_err(|error| error.to_string());
-            }
-            Loaded::Foreign(format) => {
-                return Err(format!(
-                    "its record has format {format}, and this version reads {}",
-                    Record::FORMAT
-                ));
-            }
-        };
-        let log = LogBook::open(&dir.join("log"), Limits::default())
-            .map_err(|error| error.to_string())?;
-        let origin = if record.state == MachineState::Ended {
-            log.finish();
-            Origin::Over(None)
-        } else {
-            self.origin(&record, &dir).await?
-        };
-        let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
-        self.machines().by_id.insert(id.clone(), handle);
-        Ok(())
-    }
-
-    async fn origin(&self, record: &Record, dir: &Path) -> Result<Origin, String> {
-        let Some(vm) = &record.vm else {
-            self.sweep(&record.id, dir).await;
-            let event = match &record.end {
-                Some(EndReason::Stopped { .. }) => {
-                    Event::Lost("it was stopped while it was being prepared".to_owned())
-                }
-                _ => Event::Lost("the node ended while the machine was being prepared".to_owned()),
-            };
-            return Ok(Origin::Over(Some(event)));
-        };
-        let lost = |message: String| Ok(Origin::Over(Some(Event::Lost(message))));
-        let boot_id = vistara_host::facts::boot_id().map_err(|error| error.to_string())?;
-        if vm.boot_id != boot_id {
-            return lost("the host was restarted while the machine ran".to_owned());
-        }
-        let Some(vmm) = self.mechanisms.vmm(vm.kind) else {
-            return Err(format!("{} is not usable on this host now", vm.kind));
-        };
-        match vmm.adopt(dir, vm).await.map_err(|error| chain(&error))? {
-            Adoption::Running(vm) => Ok(Origin::Adopted(Arc::from(vm))),
-            Adoption::Gone(VmEnd::GuestPanic { message }) => Ok(Origin::Over(Some(Event::VmGone(
-                vistara_control::VmGone::GuestPanic(message),
-            )))),
-            Adoption::Gone(VmEnd::GuestOff) => Ok(Origin::Over(Some(Event::VmGone(
-                vistara_control::VmGone::GuestOff,
-            )))),
-            Adoption::Gone(VmEnd::Killed) => {
-                lost("its monitor ended while no node was running".to_owned())
-            }
-            Adoption::Gone(VmEnd::Crashed { message }) => lost(format!(
-                "its monitor died while no node was running: {message}"
-            )),
-        }
-    }
-
-    /// Ends what a crash between a launch and its record may have left.
-    async fn sweep(&self, id: &MachineId, dir: &Path) {
-        let vmms: Vec<Arc<dyn Vmm>> = {
-            let vmms = self
-                .mechanisms
-                .vmms
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            vmms.values().cloned().collect()
-        };
-        for vmm in vmms {
-            if let Err(error) = vmm.sweep(id, dir).await {
-                tracing::error!(machine = %id, error = chain(&error), "what a crash left could not be cleared away");
-            }
-        }
-    }
 }
 
 /// Gives each port that the user left open a free number. Another program may take it before the monitor does; the
@@ -628,53 +499,5 @@ async fn take_lock(options: &NodeOptions) -> Result<File, NodeError> {
             return Err(NodeError::AlreadyServed(options.state_dir.clone()));
         }
         tokio::time::sleep(LOCK_PAUSE).await;
-    }
-}
-
-/// The KVM probe's verdict, remembered for this boot of the host.
-async fn probe_kvm(state_dir: &Path, fresh: bool) -> KvmVerdict {
-    #[derive(serde::Serialize, serde::Deserialize)]
-    struct Remembered {
-        boot_id: String,
-        /// What the device was: other permissions or another device need another look.
-        device: String,
-        kvm: KvmVerdict,
-    }
-    let path = state_dir.join("kvm.json");
-    let work = move || {
-        use std::os::unix::fs::MetadataExt;
-        let boot_id = vistara_host::facts::boot_id().unwrap_or_default();
-        let device = std::fs::metadata("/dev/kvm").map_or_else(
-            |error| error.to_string(),
-            |meta| format!("{:o} {} {}", meta.mode(), meta.uid(), meta.gid()),
-        );
-        let known = std::fs::read(&path)
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<Remembered>(&bytes).ok());
-        if let Some(known) =
-            known.filter(|known| !fresh && known.boot_id == boot_id && known.device == device)
-        {
-            return known.kvm;
-        }
-        let kvm = match vistara_host::kvm::probe(vistara_host::kvm::PROBE_BOUND) {
-            vistara_host::kvm::Verdict::Works => KvmVerdict::Works,
-            vistara_host::kvm::Verdict::Absent(why) => KvmVerdict::Absent(why),
-            vistara_host::kvm::Verdict::Broken(why) => KvmVerdict::Broken(why),
-        };
-        let remembered = Remembered {
-            boot_id,
-            device,
-            kvm,
-        };
-        if let Ok(bytes) = serde_json::to_vec(&remembered)
-            && let Err(error) = std::fs::write(&path, bytes)
-        {
-            tracing::warn!(%error, "the verdict on KVM could not be kept; it will be probed again");
-        }
-        remembered.kvm
-    };
-    match tokio::task::spawn_blocking(work).await {
-        Ok(kvm) => kvm,
-        Err(error) => KvmVerdict::Broken(format!("the probe itself failed: {error}")),
     }
 }

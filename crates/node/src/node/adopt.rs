@@ -1,0 +1,111 @@
+//! Taking over what an earlier node left: machines that run on, those that ended meanwhile, and what a crash left half made.
+
+use super::Node;
+use crate::fault::chain;
+use crate::logbook::{Limits, LogBook};
+use crate::machine::{Actor, Loaded, Origin, Record, load, machine_dirs};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+use vistara_control::Event;
+use vistara_machine::{Adoption, VmEnd, Vmm};
+use vistara_model::{EndReason, MachineId, MachineState};
+
+impl Node {
+    /// Takes over every machine whose directory is here.
+    pub(super) async fn adopt_all(self: &Arc<Self>) {
+        let root = self.options.state_dir.join("machines");
+        let dirs = match machine_dirs(&root) {
+            Ok(dirs) => dirs,
+            Err(error) => {
+                tracing::error!(path = %root.display(), %error, "machines of an earlier node cannot be listed");
+                return;
+            }
+        };
+        for (id, dir) in dirs {
+            if let Err(message) = self.adopt(&id, dir.clone()).await {
+                tracing::error!(machine = %id, path = %dir.display(), message, "a machine could not be taken over");
+            }
+        }
+    }
+
+    async fn adopt(self: &Arc<Self>, id: &MachineId, dir: PathBuf) -> Result<(), String> {
+        let record = match load(&dir).map_err(|error| error.to_string())? {
+            Loaded::Record(record) => *record,
+            Loaded::Nothing => {
+                tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
+                self.sweep(id, &dir).await;
+                return std::fs::remove_dir_all(&dir).map_err(|error| error.to_string());
+            }
+            Loaded::Foreign(format) => {
+                return Err(format!(
+                    "its record has format {format}, and this version reads {}",
+                    Record::FORMAT
+                ));
+            }
+        };
+        let log = LogBook::open(&dir.join("log"), Limits::default())
+            .map_err(|error| error.to_string())?;
+        let origin = if record.state == MachineState::Ended {
+            log.finish();
+            Origin::Over(None)
+        } else {
+            self.origin(&record, &dir).await?
+        };
+        let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
+        self.machines().by_id.insert(id.clone(), handle);
+        Ok(())
+    }
+
+    async fn origin(&self, record: &Record, dir: &Path) -> Result<Origin, String> {
+        let Some(vm) = &record.vm else {
+            self.sweep(&record.id, dir).await;
+            let event = match &record.end {
+                Some(EndReason::Stopped { .. }) => {
+                    Event::Lost("it was stopped while it was being prepared".to_owned())
+                }
+                _ => Event::Lost("the node ended while the machine was being prepared".to_owned()),
+            };
+            return Ok(Origin::Over(Some(event)));
+        };
+        let lost = |message: String| Ok(Origin::Over(Some(Event::Lost(message))));
+        let boot_id = vistara_host::facts::boot_id().map_err(|error| error.to_string())?;
+        if vm.boot_id != boot_id {
+            return lost("the host was restarted while the machine ran".to_owned());
+        }
+        let Some(vmm) = self.mechanisms.vmm(vm.kind) else {
+            return Err(format!("{} is not usable on this host now", vm.kind));
+        };
+        match vmm.adopt(dir, vm).await.map_err(|error| chain(&error))? {
+            Adoption::Running(vm) => Ok(Origin::Adopted(Arc::from(vm))),
+            Adoption::Gone(VmEnd::GuestPanic { message }) => Ok(Origin::Over(Some(Event::VmGone(
+                vistara_control::VmGone::GuestPanic(message),
+            )))),
+            Adoption::Gone(VmEnd::GuestOff) => Ok(Origin::Over(Some(Event::VmGone(
+                vistara_control::VmGone::GuestOff,
+            )))),
+            Adoption::Gone(VmEnd::Killed) => {
+                lost("its monitor ended while no node was running".to_owned())
+            }
+            Adoption::Gone(VmEnd::Crashed { message }) => lost(format!(
+                "its monitor died while no node was running: {message}"
+            )),
+        }
+    }
+
+    /// Ends what a crash between a launch and its record may have left.
+    async fn sweep(&self, id: &MachineId, dir: &Path) {
+        let vmms: Vec<Arc<dyn Vmm>> = {
+            let vmms = self
+                .mechanisms
+                .vmms
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            vmms.values().cloned().collect()
+        };
+        for vmm in vmms {
+            if let Err(error) = vmm.sweep(id, dir).await {
+                tracing::error!(machine = %id, error = chain(&error), "what a crash left could not be cleared away");
+            }
+        }
+    }
+}
