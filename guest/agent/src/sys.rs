@@ -46,6 +46,45 @@ pub(crate) fn child_signals() -> io::Result<OwnedFd> {
     }
 }
 
+/// Gives every signal its default action and blocks none, as a program expects to find them: both an ignored signal and
+/// the mask outlive exec, and the agent's own mask holds back the signals that tell a program of its children.
+///
+/// System calls only, on values of its own: it may be called between fork and exec.
+fn default_signals() -> io::Result<()> {
+    // The actions first: no handler of the parent's must run in the child once nothing is blocked.
+    for signal in 1..=SIGNAL_MAX {
+        // SAFETY: the kernel reads its structure of at most four words, in which zeros say the default action, and writes
+        // nothing. Actions that cannot be changed are refused, and are the default.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT_ACTION.as_ptr(),
+                std::ptr::null::<u64>(),
+                size_of::<u64>(),
+            )
+        };
+    }
+    // SAFETY: as in `child_signals`, and the old mask is not asked for.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        check(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            &none,
+            std::ptr::null_mut(),
+        ))
+        .map(drop)
+    }
+}
+
+/// The last signal, real-time ones included.
+const SIGNAL_MAX: libc::c_int = 64;
+
+/// The kernel's own structure of a signal's action. It is given to the kernel itself: the C library refuses to change
+/// some real-time signals, which a parent may have ignored all the same.
+const DEFAULT_ACTION: [u64; 4] = [0; 4];
+
 /// A program, its arguments and its environment, laid out as the kernel wants them.
 pub(crate) struct Image {
     program: CString,
@@ -92,7 +131,7 @@ impl Pointers {
     }
 }
 
-/// Runs `prepare` in the child and then executes `image`. Not the standard library's own way of executing, which gives
+/// Runs `prepare` in the child, with no signal blocked or ignored, and then executes `image`. Not the standard library's own way of executing, which gives
 /// a file that is no program to a shell.
 ///
 /// `prepare` may only do what is safe after a fork in a program with threads: system calls on values that it has
@@ -108,6 +147,7 @@ pub(crate) fn execute(
     );
     let closure = move || {
         let (image, arguments, environment) = (&image, &arguments, &environment);
+        default_signals()?;
         prepare()?;
         // SAFETY: all three point to texts and arrays, ended by zero and by null, that this closure owns.
         unsafe {
@@ -181,5 +221,36 @@ pub(crate) fn vsock_listener(port: u32) -> io::Result<OwnedFd> {
         ))?;
         check(libc::listen(fd.as_raw_fd(), 4))?;
         Ok(fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_starts_with_no_signal_blocked_or_ignored() {
+        let _children = child_signals().unwrap();
+        for ignored in [libc::SIGPIPE, libc::SIGUSR2] {
+            // SAFETY: ignoring needs no code of ours.
+            unsafe { libc::signal(ignored, libc::SIG_IGN) };
+        }
+        let own = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        assert_ne!(masks(&own), [0, 0], "the test can fail");
+        let program = Path::new("/bin/cat");
+        let arguments = ["cat".to_owned(), "/proc/self/status".to_owned()];
+        let image = Image::new(program, &arguments, &[]).unwrap();
+        let mut command = Command::new(program);
+        execute(&mut command, image, || Ok(()));
+        let output = command.output().unwrap();
+        assert_eq!(masks(&String::from_utf8(output.stdout).unwrap()), [0, 0]);
+    }
+
+    /// What is blocked and what is ignored.
+    fn masks(status: &str) -> [u64; 2] {
+        ["SigBlk:", "SigIgn:"].map(|name| {
+            let mask = status.lines().find_map(|line| line.strip_prefix(name));
+            u64::from_str_radix(mask.unwrap().trim(), 16).unwrap()
+        })
     }
 }
