@@ -121,6 +121,11 @@ impl Session {
             if let Err(error) = write(&writing, writer).await {
                 writing.fail(AgentError::Io(error.to_string()));
             }
+            // A failure that came with something said is told to everybody here.
+            let failure = writing.lock().failure.clone();
+            if let Some(failure) = failure {
+                writing.fail(failure);
+            }
         });
         Self {
             shared,
@@ -180,6 +185,9 @@ async fn read(shared: &Shared, mut reader: impl AsyncRead + Unpin) -> AgentError
         decoder.push(&buffer[..count]);
         while let Some(frame) = decoder.next_frame() {
             let mut state = shared.lock();
+            if let Some(failure) = &state.failure {
+                return failure.clone();
+            }
             if let Err(error) = state.frame(&frame) {
                 return error;
             }

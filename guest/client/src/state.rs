@@ -24,6 +24,10 @@ pub(crate) const GARBAGE_MAX: u64 = 1 << 20;
 /// Most bytes waiting to be written before more input is framed.
 const OUT_HIGH: usize = 256 * 1024;
 
+/// Most bytes waiting to be written at all: many times what callers ask for at once. A guest that lets more pile up does
+/// not read.
+const OUT_MAX: usize = 4 * 1024 * 1024;
+
 /// What a request was answered with.
 pub(crate) enum Reply {
     Done,
@@ -225,10 +229,15 @@ impl State {
         self.out.extend_from_slice(bytes);
     }
 
-    /// Puts a message on the way.
+    /// Puts a message on the way. Where too much waits already the session ends.
     pub(crate) fn say(&mut self, message: &ToGuest) -> Result<(), AgentError> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone());
+        }
+        if self.out.len() > OUT_MAX {
+            let failure = AgentError::Broken("it does not read".to_owned());
+            self.fail(failure.clone());
+            return Err(failure);
         }
         encode_frame(&mut self.out, FrameKind::Message, &mut self.sent, message)
             .map_err(|_| AgentError::TooLong)
@@ -425,8 +434,9 @@ impl State {
                 }
             }
             ToHost::Bye => {
-                self.bye = true;
-                return self.say(&ToGuest::ByeSeen);
+                if !std::mem::replace(&mut self.bye, true) {
+                    return self.say(&ToGuest::ByeSeen);
+                }
             }
         }
         Ok(())
@@ -464,6 +474,30 @@ mod tests {
             !process.receive(OutputStream::Stderr, 0, &[7]),
             "twice the same byte"
         );
+    }
+
+    #[test]
+    fn a_second_goodbye_is_not_answered() {
+        let mut state = State::new(1, oneshot::channel().0);
+        state.message(ToHost::Bye).unwrap();
+        let answer = state.take_out();
+        assert!(!answer.is_empty());
+        state.message(ToHost::Bye).unwrap();
+        assert!(state.take_out().is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_does_not_read_ends_the_session_at_a_bound() {
+        let mut state = State::new(1, oneshot::channel().0);
+        let question = ToGuest::Stat {
+            request: 1,
+            path: "x".repeat(DATA_MAX),
+            follow: true,
+        };
+        let asked = (0..1000).take_while(|_| state.say(&question).is_ok());
+        assert_eq!(asked.count(), OUT_MAX / DATA_MAX);
+        assert!(matches!(state.failure, Some(AgentError::Broken(_))));
+        assert!(state.take_out().len() <= OUT_MAX + 2 * DATA_MAX);
     }
 
     #[test]
