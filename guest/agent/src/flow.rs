@@ -41,6 +41,12 @@ impl Outflow {
         }
     }
 
+    /// How much the kernel may hold of what was printed, where it is a pipe: programs can enlarge theirs.
+    pub(crate) fn pipe_capacity(&self) -> Option<usize> {
+        let size = rustix::pipe::fcntl_getpipe_size(self.fd.as_ref()?);
+        size.ok()
+    }
+
     fn room(&self) -> usize {
         (WINDOW as usize).saturating_sub(self.kept.len())
     }
@@ -81,13 +87,13 @@ impl Outflow {
         if room == 0 {
             return None;
         }
-        match rustix::io::read(fd, &mut scratch[..room]) {
+        match rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut scratch[..room])) {
             Ok(0) => self.fd = None,
             Ok(count) => {
                 self.kept.extend(&scratch[..count]);
                 return Some(count);
             }
-            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(Errno::AGAIN) => {}
             // A terminal says EIO once nobody has it open any more.
             Err(_) => self.fd = None,
         }

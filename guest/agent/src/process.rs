@@ -11,7 +11,7 @@ use vistara_guest_protocol::{Exit, ExitStatus, Offsets, OutputStream, ProcessId,
 /// enough for a pipeline's last words, short enough for nobody to wonder.
 const DRAIN_AFTER_EXIT: Duration = Duration::from_millis(500);
 
-/// What a pipe or terminal holds at most by default: all that an ended process can have left in it.
+/// What a pipe holds by default, and more than a terminal does.
 const PIPE_CAPACITY: usize = 64 * 1024;
 
 /// A process that the host started and has not forgotten.
@@ -33,7 +33,8 @@ pub(crate) struct Process {
     pub(crate) oom_kills_before: u64,
     exit: Option<Exit>,
     drain_until: Option<Instant>,
-    after_exit: [usize; 2],
+    /// How much of each output was not read yet of what it can have left in the kernel at its end.
+    left: [usize; 2],
 }
 
 impl Process {
@@ -56,7 +57,7 @@ impl Process {
             oom_kills_before: oom_kills,
             exit: None,
             drain_until: None,
-            after_exit: [0; 2],
+            left: [0; 2],
         }
     }
 
@@ -107,6 +108,8 @@ impl Process {
         self.drain_until = Some(now + DRAIN_AFTER_EXIT);
         self.stdin.close();
         for stream in [OutputStream::Stdout, OutputStream::Stderr] {
+            let capacity = self.output(stream).pipe_capacity();
+            self.left[stream as usize] = capacity.unwrap_or(PIPE_CAPACITY);
             while self.read(stream, scratch).is_some() {}
         }
     }
@@ -115,7 +118,8 @@ impl Process {
     pub(crate) fn read(&mut self, stream: OutputStream, scratch: &mut [u8]) -> Option<usize> {
         let count = self.output(stream).read(scratch)?;
         if self.exit.is_some() {
-            self.after_exit[stream as usize] += count;
+            let left = &mut self.left[stream as usize];
+            *left = left.saturating_sub(count);
         }
         Some(count)
     }
@@ -134,7 +138,7 @@ impl Process {
         }
         for stream in [OutputStream::Stdout, OutputStream::Stderr] {
             while self.output(stream).readable().is_some() {
-                let all_came = self.after_exit[stream as usize] >= PIPE_CAPACITY;
+                let all_came = self.left[stream as usize] == 0;
                 if all_came || self.read(stream, scratch).is_none() {
                     self.output(stream).close();
                 }
