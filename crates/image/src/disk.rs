@@ -86,6 +86,7 @@ pub(crate) fn index(
     let mut diff_ids = Vec::new();
     let mut left = limits.image_bytes_max.0;
     let mut entries_left = limits.entries_max;
+    let mut names_left = limits.names_bytes_max.0;
     for layer in layers {
         let mut hashing = Hashing::new(layer.open(left, limits)?);
         let mut reader = TarReader::new(&mut hashing, limits);
@@ -100,6 +101,15 @@ pub(crate) fn index(
                 return Err(ImageError::refused(layer.subject(), why));
             }
             entries_left -= 1;
+            // All entries of a layer are held until it is applied: what they hold is bounded here, before the next is read.
+            let Some(left) = names_left.checked_sub(entry.names_bytes()) else {
+                let why = Refusal::Limit {
+                    what: "bytes of paths, link targets and extended attributes",
+                    limit: limits.names_bytes_max.0,
+                };
+                return Err(ImageError::refused(layer.subject(), why));
+            };
+            names_left = left;
             entries.push(entry);
         }
         // A layer's end is vouched for by its digest; a plain tar has only its own end marker.

@@ -22,6 +22,10 @@ pub struct Limits {
     pub xattr_bytes_max: usize,
     /// Bytes of all extended attributes of one image; they are held in memory.
     pub xattrs_bytes_max: Bytes,
+    /// Bytes that the names, link targets and extended attributes of all entries of one image take in memory, whatever
+    /// becomes of them. An image at [`Limits::entries_max`] with paths of 80 bytes, more than real ones have on average,
+    /// needs 160 MB; without this bound a hundred compressed megabytes ask for more memory than a host has.
+    pub names_bytes_max: Bytes,
     /// Bytes of one tar extended header (PAX or GNU long name); it is held in memory. Must hold the largest attribute.
     pub tar_header_bytes_max: usize,
     /// Device nodes of one image. A device node is never data, and base images carry at most some twenty.
@@ -55,6 +59,7 @@ impl Default for Limits {
             path_depth_max: 256,
             xattr_bytes_max: 65_536,
             xattrs_bytes_max: Bytes::mib(64),
+            names_bytes_max: Bytes::mib(256),
             tar_header_bytes_max: 1 << 20,
             devices_max: 4096,
             manifest_bytes_max: Bytes::mib(4),

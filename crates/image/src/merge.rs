@@ -87,6 +87,7 @@ pub struct Tree {
     inodes: Vec<Inode>,
     limits: Limits,
     xattr_bytes: u64,
+    name_bytes: u64,
     devices: u64,
     layers: u32,
     /// Attributes that a root disk cannot hold and that were left out.
@@ -123,6 +124,7 @@ impl Tree {
             inodes: vec![directory_inode(0o755)],
             limits: limits.clone(),
             xattr_bytes: 0,
+            name_bytes: 0,
             devices: 0,
             layers: 0,
             xattrs_dropped: 0,
@@ -509,6 +511,14 @@ impl Tree {
                 limit: self.limits.path_bytes_max as u64,
             });
         };
+        // Links let a short path imply directories of long names again and again, each hidden by the next.
+        self.name_bytes += name.len() as u64;
+        if self.name_bytes > self.limits.names_bytes_max.0 {
+            return Err(Refusal::Limit {
+                what: "bytes of names of files and directories",
+                limit: self.limits.names_bytes_max.0,
+            });
+        }
         self.nodes.push(Node {
             name: Box::from(name),
             parent,

@@ -245,6 +245,68 @@ async fn too_long_a_path_and_too_long_a_name_are_refused() {
 }
 
 #[tokio::test]
+async fn names_that_would_fill_the_memory_are_refused_before_they_are_all_read() {
+    const SAYS: &str = "more than 100000 bytes of paths, link targets and extended attributes";
+    // Each ends with something that is refused for itself: it is not reached.
+    let path = |n: usize| format!("{}{n}", "d/".repeat(100));
+    let paths = (0..600).fold(Tar::new(), |tar, n| {
+        tar.pax(&[("path", path(n).as_bytes())]).file("x", b"")
+    });
+    refused(paths.file("../x", b""), SAYS).await;
+    let links = (0..30).fold(Tar::new(), |tar, n| {
+        tar.pax(&[("linkpath", &[b'a'; 4000])])
+            .symlink(&format!("l{n}"), "")
+    });
+    refused(links.file("../x", b""), SAYS).await;
+    // Attributes that no disk would get, and tiny ones: many to a header.
+    let dropped = (0..130).fold(Tar::new(), |tar, n| {
+        tar.pax(&[("SCHILY.xattr.system.x", &[1; 900])])
+            .file(&format!("f{n}"), b"")
+    });
+    refused(dropped.file("../x", b""), SAYS).await;
+    let keys: Vec<String> = (0..1100).map(|n| format!("SCHILY.xattr.{n}")).collect();
+    let records: Vec<(&str, &[u8])> = keys.iter().map(|key| (key.as_str(), &b""[..])).collect();
+    refused(
+        Tar::new().pax(&records).file("x", b"").file("../x", b""),
+        SAYS,
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn the_names_of_all_layers_count_together() {
+    let layer = |first: usize| {
+        (first..first + 15)
+            .fold(Tar::new(), |tar, n| {
+                tar.pax(&[("linkpath", &[b'a'; 4000])])
+                    .symlink(&format!("l{n}"), "")
+            })
+            .end()
+    };
+    layers_refused(
+        vec![layer(0), layer(100)],
+        "more than 100000 bytes of paths, link targets",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn directories_that_are_made_and_hidden_again_count_with_their_names() {
+    let target = vec!["n".repeat(250); 10].join("/");
+    let tar = Tar::new()
+        .pax(&[("linkpath", target.as_bytes())])
+        .symlink("l", "");
+    let tar = (0..60).fold(tar, |tar, n| {
+        tar.file(&format!("l/{n}"), b"")
+            .pax(&[("path", target[..250].as_bytes())])
+            .file("x", b"")
+            .pax(&[("path", target[..250].as_bytes())])
+            .dir("x")
+    });
+    refused(tar, "more than 100000 bytes of names").await;
+}
+
+#[tokio::test]
 async fn a_layer_that_is_not_what_its_digest_says_is_refused() {
     let mut made = image(&[plain(Tar::new().file("a", b"1").end())]);
     let digest = sha(&made.layers[0].blob);

@@ -55,6 +55,19 @@ pub struct Entry {
     pub data_offset: u64,
 }
 
+impl Entry {
+    /// Bytes of memory that it holds beside its fixed part. An attribute counts with its own fixed part and what the
+    /// allocator adds, so that many tiny ones are not free.
+    pub(crate) fn names_bytes(&self) -> u64 {
+        const PER_XATTR: usize = 96;
+        let xattrs = self.xattrs.iter();
+        let xattrs: usize = xattrs
+            .map(|(name, value)| name.len() + value.len() + PER_XATTR)
+            .sum();
+        (self.path.len() + self.link.len() + xattrs) as u64
+    }
+}
+
 /// Why reading stopped.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TarError {
@@ -388,7 +401,7 @@ impl<R: Read> TarReader<R> {
             _ => return Err(self.bad("an entry is of an unknown type")),
         };
         let has_link = matches!(kind, EntryKind::HardLink | EntryKind::Symlink);
-        let link = match extension.link {
+        let mut link = match extension.link {
             _ if !has_link => Vec::new(),
             Some(link) => link,
             None => until_nul(&block[157..257]).to_vec(),
@@ -405,7 +418,9 @@ impl<R: Read> TarReader<R> {
                 limit: self.limits.path_bytes_max as u64,
             }));
         }
+        // An extended header may have been much larger than the name that was in it.
         path.shrink_to_fit();
+        link.shrink_to_fit();
         let size = match kind {
             EntryKind::File => match extension.size {
                 Some(size) => size,

@@ -270,6 +270,7 @@ pub fn small() -> Limits {
         devices_max: 10,
         xattr_bytes_max: 1000,
         xattrs_bytes_max: vistara_model::Bytes(20_000),
+        names_bytes_max: vistara_model::Bytes(100_000),
         manifest_bytes_max: vistara_model::Bytes(64 << 10),
         bomb_floor_bytes: vistara_model::Bytes(64 << 10),
         bomb_ratio_max: 100,
