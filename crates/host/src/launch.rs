@@ -13,7 +13,7 @@ use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Gid, Resource, Rlimit as RawLimit, Uid, setrlimit, setsid, umask};
 use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs};
-use std::ffi::{CString, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -48,7 +48,8 @@ pub struct Launch {
     pub output: Option<File>,
     /// -1000 to 1000: higher is killed earlier when the host runs out of memory.
     pub oom_score_adj: i16,
-    /// Directories that are read-only for it, whatever they are for others. Needs the right to mount.
+    /// Directories that are read-only for it with all that is mounted below them, whatever they are for others. Needs the
+    /// right to mount.
     pub read_only: Vec<PathBuf>,
 }
 
@@ -351,19 +352,14 @@ impl Plan {
     }
 
     fn enter_namespaces(&self, flags: UnshareFlags) -> Result<(), (Step, rustix::io::Errno)> {
-        use rustix::mount::{
-            MountFlags, MountPropagationFlags, mount_bind_recursive, mount_change, mount_remount,
-        };
+        use rustix::mount::{MountPropagationFlags, mount_change};
         let at = |step: Step| move |error: rustix::io::Errno| (step, error);
         // SAFETY: `unshare` without CLONE_FILES changes no descriptor table, which is what would need care.
         unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(at(Step::Namespaces))?;
         let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
         mount_change(c"/", private).map_err(at(Step::Namespaces))?;
         for dir in &self.read_only {
-            mount_bind_recursive(dir.as_c_str(), dir.as_c_str()).map_err(at(Step::ReadOnly))?;
-            let flags =
-                MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-            mount_remount(dir.as_c_str(), flags, c"").map_err(at(Step::ReadOnly))?;
+            make_read_only(dir, set_read_only_below).map_err(at(Step::ReadOnly))?;
         }
         Ok(())
     }
@@ -395,6 +391,51 @@ impl Rlimit {
             Rlimit::AddressSpace => Resource::As,
         }
     }
+}
+
+/// Makes `dir` read-only in this mount namespace, with all that is mounted below it. A kernel that can only do so for one
+/// mount (before 5.12) does not show what is mounted below: it could be written there.
+///
+/// `set_below` is [`set_read_only_below`], or what a test puts in its place. System calls only, as for [`Plan::apply`].
+fn make_read_only(
+    dir: &CStr,
+    set_below: impl Fn(&CStr) -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
+    use rustix::io::Errno;
+    use rustix::mount::{MountFlags, UnmountFlags};
+    use rustix::mount::{mount_bind, mount_bind_recursive, mount_remount, unmount};
+    mount_bind_recursive(dir, dir)?;
+    match set_below(dir) {
+        Err(Errno::NOSYS) => {}
+        other => return other,
+    }
+    unmount(dir, UnmountFlags::DETACH)?;
+    mount_bind(dir, dir)?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    mount_remount(dir, flags, c"")
+}
+
+/// Makes the mount at `dir` and all mounts below it read-only, without devices and set-id programs; all or none.
+fn set_read_only_below(dir: &CStr) -> rustix::io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path ends with NUL and the attributes are a live structure of the size that is told; the kernel reads
+    // both and keeps neither.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            dir.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(errno()) }
 }
 
 fn errno() -> rustix::io::Errno {

@@ -91,6 +91,65 @@ async fn a_read_only_directory_is_so_for_the_program_alone() {
     std::fs::write(dir.path().join("y"), "").unwrap();
 }
 
+/// Runs a test in a mount namespace of its own, with `outer` and a file system of its own at `outer/inner`; both hold
+/// a `here`. Only the thread is there: nothing of it is seen elsewhere, and it goes with the thread.
+fn with_a_mount_below(test: impl FnOnce(&std::path::Path) + Send + 'static) {
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+    if !is_root() {
+        return println!("SKIP: mounting a file system needs root");
+    }
+    let thread = std::thread::spawn(move || {
+        // SAFETY: CLONE_NEWNS changes no descriptor table.
+        if let Err(error) = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) } {
+            return println!("SKIP: no mount namespace can be made here: {error}");
+        }
+        let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+        mount_change(c"/", private).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("inner");
+        std::fs::create_dir(&inner).unwrap();
+        mount("none", &inner, "tmpfs", MountFlags::empty(), None).unwrap();
+        std::fs::write(inner.join("here"), "").unwrap();
+        std::fs::write(dir.path().join("here"), "").unwrap();
+        test(dir.path());
+        rustix::mount::unmount(&inner, rustix::mount::UnmountFlags::DETACH).unwrap();
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_read_only_directory_is_so_with_what_is_mounted_below() {
+    with_a_mount_below(|dir| {
+        let (mut launch, output) = shell(
+            "cd \"$DIR\"; ls inner; for at in . inner; do touch $at/x 2>/dev/null && echo wrote $at; done; :",
+        );
+        launch.env.push(("DIR".into(), dir.into()));
+        launch.keep_capabilities = true;
+        launch.read_only.push(dir.to_owned());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        assert_eq!(runtime.block_on(printed(launch, &output)), "here");
+        // For others it is as before.
+        std::fs::write(dir.join("inner/y"), "").unwrap();
+    });
+}
+
+#[test]
+fn what_is_mounted_below_is_not_shown_where_the_kernel_cannot_make_it_read_only() {
+    with_a_mount_below(|dir| {
+        let path = CString::new(dir.as_os_str().as_bytes()).unwrap();
+        // As a kernel before 5.12.
+        make_read_only(&path, |_| Err(rustix::io::Errno::NOSYS)).unwrap();
+        let refused = |path: &str| std::fs::write(dir.join(path), "").unwrap_err().kind();
+        assert_eq!(refused("x"), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(refused("inner/x"), io::ErrorKind::ReadOnlyFilesystem);
+        assert_eq!(std::fs::read_dir(dir.join("inner")).unwrap().count(), 0);
+        rustix::mount::unmount(dir, rustix::mount::UnmountFlags::DETACH).unwrap();
+    });
+}
+
 #[tokio::test]
 async fn a_program_that_is_not_there_is_told_by_step_and_leaves_nothing() {
     let error = Launch::new("/no/such/program").start().unwrap_err();
