@@ -174,7 +174,7 @@ impl Drop for Asked<'_> {
 
 /// Reads until the session is over, and says why it is.
 async fn read(shared: &Shared, mut reader: impl AsyncRead + Unpin) -> AgentError {
-    let mut decoder = Decoder::new();
+    let mut decoder = Decoder::distrustful();
     let mut buffer = vec![0; READ_LEN];
     loop {
         let count = match reader.read(&mut buffer).await {
@@ -197,7 +197,7 @@ async fn read(shared: &Shared, mut reader: impl AsyncRead + Unpin) -> AgentError
                 shared.to_write.notify_one();
             }
         }
-        if decoder.skipped() > GARBAGE_MAX {
+        if decoder.skipped() > GARBAGE_MAX || decoder.has_given_up() {
             return AgentError::Broken("it sends what is no frame".to_owned());
         }
     }

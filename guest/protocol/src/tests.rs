@@ -22,6 +22,21 @@ fn garbage() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..40),
         Just(vec![0xF5, 0x56, 0x41, 0x9B]),
         Just(vec![0xF5, 0x56, 0x41, 0x9B, PROTOCOL_VERSION, 2, 0, 0]),
+        (0usize..300, 0usize..300).prop_map(|(length, cut)| {
+            // A frame cut off: its header is right, and the payload is what follows.
+            let mut frame = Vec::new();
+            let payload = vec![0; length];
+            encode_data(
+                &mut frame,
+                FrameKind::Stdout,
+                &mut Sequence::new(3),
+                1,
+                0,
+                (&payload, &[]),
+            );
+            frame.truncate(frame::HEADER_LEN + cut.min(length));
+            frame
+        }),
         Just(vec![0xF5, 0xF5, 0x56]),
         Just(vec![0; 30]),
     ];
@@ -66,6 +81,9 @@ proptest! {
     fn frames_are_found_after_garbage_and_a_flush(before in garbage(), piece in 1usize..5000) {
         let mut bytes = before;
         bytes.resize(bytes.len() + FLUSH_LEN, 0);
+        // One that distrusts may have given up; whether it has is told.
+        let mut distrustful = Decoder::distrustful();
+        prop_assert!(frames(&mut distrustful, &bytes, piece).len() <= 12);
         encode_frame(&mut bytes, FrameKind::Message, &mut Sequence::new(1), &message(5)).unwrap();
         let found = frames(&mut Decoder::new(), &bytes, piece);
         let last = found.last().unwrap();
@@ -95,6 +113,42 @@ proptest! {
 }
 
 #[test]
+fn a_distrustful_decoder_gives_up_after_a_few_right_headers_with_wrong_payloads() {
+    let mut cut_off = Vec::new();
+    let bytes = vec![7; DATA_MAX];
+    encode_data(
+        &mut cut_off,
+        FrameKind::Stdout,
+        &mut Sequence::new(1),
+        1,
+        0,
+        (&bytes, &[]),
+    );
+    cut_off.truncate(frame::HEADER_LEN);
+    let mut good = Vec::new();
+    encode_frame(
+        &mut good,
+        FrameKind::Message,
+        &mut Sequence::new(1),
+        &message(5),
+    )
+    .unwrap();
+    let after = |times: usize, mut decoder: Decoder| {
+        let mut bytes = cut_off.repeat(times);
+        bytes.resize(bytes.len() + FLUSH_LEN, 0);
+        bytes.extend_from_slice(&good);
+        (
+            frames(&mut decoder, &bytes, 4096).len(),
+            decoder.has_given_up(),
+            decoder.held(),
+        )
+    };
+    assert_eq!(after(16, Decoder::distrustful()), (1, false, 0));
+    assert_eq!(after(17, Decoder::distrustful()), (0, true, 0));
+    assert_eq!(after(17, Decoder::new()), (1, false, 0));
+}
+
+#[test]
 fn a_message_that_does_not_fit_is_refused_and_uses_up_no_number() {
     let mut sequence = Sequence::new(1);
     let mut out = Vec::new();
@@ -115,8 +169,8 @@ fn the_bytes_of_version_one_stay_as_they_are() {
     let mut sequence = Sequence::new(0x0102_0304_0506_0708);
     encode_frame(&mut out, FrameKind::Message, &mut sequence, &message(300)).unwrap();
     let header = [
-        0xF5, 0x56, 0x41, 0x9B, 1, 2, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0,
-        0, 0,
+        0xF5, 0x56, 0x41, 0x9B, 1, 2, 0x3C, 0x45, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0,
+        3, 0, 0, 0,
     ];
     assert_eq!(out[..28], header);
     // The eighteenth request of the list, then 300 in groups of seven bits.
