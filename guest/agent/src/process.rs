@@ -194,3 +194,61 @@ impl Process {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+    use rustix::process::WaitOptions;
+    use std::process::Command;
+
+    /// More than the window and a pipe's usual capacity together.
+    const ENLARGED: usize = 1 << 20;
+
+    /// Sends what there is, and says how much.
+    fn send(flow: &mut Outflow) -> usize {
+        let mut sent = 0;
+        while let Some((_, (front, back))) = flow.next() {
+            let count = front.len() + back.len();
+            flow.advance(count);
+            sent += count;
+        }
+        sent
+    }
+
+    #[test]
+    fn an_enlarged_pipe_is_read_to_its_end_though_something_holds_it_open_and_the_host_is_slow() {
+        let (reader, writer) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).unwrap();
+        fcntl_setpipe_size(&writer, ENLARGED).unwrap();
+        let printed = vec![7; ENLARGED];
+        assert_eq!(rustix::io::write(&writer, &printed), Ok(ENLARGED));
+        #[allow(clippy::zombie_processes)] // Waited for below, by its id.
+        let child = Command::new("/bin/true").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let (_, status) = rustix::process::waitpid(Some(pid), WaitOptions::empty())
+            .unwrap()
+            .unwrap();
+        let started = Started {
+            pid,
+            stdin: None,
+            stdout: Some(reader),
+            stderr: None,
+            terminal: None,
+        };
+        let mut process = Process::new(ProcessId(1), started, None, 0);
+        let mut scratch = vec![0; 64 * 1024];
+        let end = Instant::now();
+        process.ended(status, false, end, &mut scratch);
+        let mut received = 0;
+        while process.end().is_none() {
+            received += send(&mut process.stdout);
+            assert!(process.stdout.acknowledge(received as u64));
+            // What is still held open may go on printing, as much as it likes.
+            let _ = rustix::io::write(&writer, &printed);
+            process.drain(end + DRAIN_AFTER_EXIT, &mut scratch);
+        }
+        received += send(&mut process.stdout);
+        assert!(received <= 2 * ENLARGED, "the writer holds nothing up");
+        assert!(received >= ENLARGED, "{received} bytes of {ENLARGED}");
+    }
+}
