@@ -36,6 +36,9 @@ pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 /// How often a full disk is looked at; only while it is full.
 const FULL_DISK_POLL: Duration = Duration::from_secs(1);
+/// How long after a question for the machine's state that had no answer it is asked again. What rang may have been the
+/// last event that QEMU sends, so nothing else would; a host that is too busy to answer should not be asked more often.
+const STATUS_RETRY: Duration = Duration::from_secs(1);
 /// Room on the host from which a guest that waits for it goes on.
 const ROOM_MIN: u64 = 16 << 20;
 /// How much of what QEMU printed is told when it fails.
@@ -222,9 +225,12 @@ impl Inner {
     /// Follows the guest until it is over; its end is decided then, and QEMU still waits. Pends for ever where QEMU does not
     /// speak any more: its process is watched by others.
     async fn watch_guest(&self) {
+        let mut unanswered = false;
         loop {
             let waits_for_room = locked(&self.trouble).is_some();
-            if waits_for_room {
+            if unanswered {
+                tokio::time::sleep(STATUS_RETRY).await;
+            } else if waits_for_room {
                 tokio::select! {
                     () = self.qmp.changed() => {}
                     () = tokio::time::sleep(FULL_DISK_POLL) => self.go_on_if_there_is_room().await,
@@ -232,7 +238,9 @@ impl Inner {
             } else {
                 self.qmp.changed().await;
             }
-            match self.qmp.status().await {
+            let status = self.qmp.status().await;
+            unanswered = status.is_err();
+            match status {
                 Ok(RunState::Running | RunState::Paused) => *locked(&self.trouble) = None,
                 Ok(RunState::IoError) => self.tell_of_io_error().await,
                 Ok(RunState::Ended) => {
@@ -398,3 +406,7 @@ impl Vm for QemuVm {
         locked(&self.inner.trouble).clone()
     }
 }
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;
