@@ -349,7 +349,7 @@ pub(crate) struct ListImagesOptions {
 /// `images pull`.
 #[derive(Debug, Args)]
 pub(crate) struct PullOptions {
-    /// Speak plain HTTP to the registry, or accept its certificate unseen
+    /// Speak plain HTTP to the registry
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Print the image's id and nothing else

@@ -105,7 +105,7 @@ pub(crate) struct RunOptions {
     /// After the end, say on standard error how long each step of the start took
     #[arg(long)]
     pub(crate) timings: bool,
-    /// Speak plain HTTP to the registry, or accept its certificate unseen
+    /// Speak plain HTTP to the registry
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Image, and the command that replaces its own; everything after the image is the command's.

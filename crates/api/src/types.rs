@@ -381,7 +381,7 @@ pub struct Image {
 pub struct PullRequest {
     /// Image name.
     pub image: String,
-    /// Speak plain HTTP to the registry, or accept its certificate unseen.
+    /// Speak plain HTTP to the registry.
     pub insecure: bool,
     /// Directory of docker's `config.json`; the caller's own, since the node may run as another user.
     pub docker_config_dir: Option<String>,

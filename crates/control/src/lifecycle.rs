@@ -75,6 +75,13 @@ pub enum Event {
     GraceOver,
     /// The VMM is gone.
     VmGone(VmGone),
+    /// An earlier node's machine is ours now; its VMM runs.
+    Adopted {
+        /// The signal that asks its program to end, should that have been under way.
+        signal: Signal,
+        /// How long the program has then.
+        grace: Duration,
+    },
     /// It was running when the host or the node went down and is not there any more.
     Lost(String),
 }
@@ -188,6 +195,7 @@ impl Lifecycle {
             | Event::ProgramFailed { .. }
             | Event::ProgramExited { .. }
             | Event::GraceOver
+            | Event::Adopted { .. }
             | Event::VmGone(_) => Vec::new(),
         }
     }
@@ -249,6 +257,12 @@ impl Lifecycle {
                 }
                 Some(Asked::TimeLimit) => self.finish(EndReason::TimedOut, Effect::KillVm),
             },
+            // The node died in the middle of an end: it is taken up where it was.
+            Event::Adopted { .. } if self.end.is_some() => vec![Effect::KillVm],
+            Event::Adopted { signal, grace } if self.state == MachineState::Stopping => {
+                self.ask(Asked::Stop, signal, grace)
+            }
+            Event::Adopted { .. } => Vec::new(),
             Event::KillAsked => {
                 self.because(EndReason::Stopped { status: None });
                 self.state = MachineState::Stopping;
@@ -386,6 +400,39 @@ mod tests {
         assert!(matches!(life.end(), Some(EndReason::VmmFailed { .. })));
     }
 
+    const ADOPTED: Event = Event::Adopted {
+        signal: Signal::TERM,
+        grace: Duration::from_secs(10),
+    };
+
+    #[test]
+    fn an_end_that_a_dead_node_had_begun_is_carried_on_by_the_next() {
+        let told = Some(EndReason::Exited {
+            status: ExitStatus::Code(3),
+            out_of_memory: false,
+        });
+        let mut life = Lifecycle::resumed(MachineState::Stopping, told.clone());
+        assert_eq!(life.on(ADOPTED), vec![Effect::KillVm]);
+        life.on(Event::VmGone(VmGone::Killed));
+        assert_eq!(
+            (life.state(), life.end().cloned()),
+            (MachineState::Ended, told)
+        );
+
+        let mut life = Lifecycle::resumed(MachineState::Stopping, None);
+        assert_eq!(
+            life.on(ADOPTED),
+            vec![
+                Effect::SignalProgram(Signal::TERM),
+                Effect::ArmGrace(Duration::from_secs(10))
+            ]
+        );
+        assert_eq!(life.on(Event::GraceOver), vec![Effect::KillVm]);
+
+        let mut life = Lifecycle::resumed(MachineState::Running, None);
+        assert_eq!(life.on(ADOPTED), vec![]);
+    }
+
     fn any_event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Launched),
@@ -402,6 +449,7 @@ mod tests {
             Just(exited(1)),
             Just(STOP),
             Just(Event::KillAsked),
+            Just(ADOPTED),
             Just(Event::TimeLimit),
             Just(Event::GraceOver),
             Just(Event::VmGone(VmGone::Killed)),

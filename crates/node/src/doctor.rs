@@ -162,7 +162,7 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
     tool(
         &mut report,
         "squashfs",
-        "mksquashfs",
+        "sqfstar",
         "builds root disks",
         "apt-get install squashfs-tools",
     );

@@ -460,6 +460,103 @@ async fn a_node_that_vanishes_loses_no_byte_no_exit_code_and_no_machine() {
 }
 
 #[tokio::test]
+async fn a_slow_reader_gets_every_byte_of_a_machine_that_removes_itself() {
+    let Some((_dir, node)) = node().await else {
+        return;
+    };
+    let once = RunRequest {
+        auto_remove: true,
+        ..request(&["seq", "300000"])
+    };
+    let machine = node.client.run(&once).await.unwrap();
+    let attach = AttachRequest {
+        from_start: true,
+        stdin: false,
+    };
+    let mut streams = node.client.attach(&machine.id, &attach).await.unwrap();
+    // The program and its machine are long over when reading begins: sockets hold less than this output.
+    node.client.wait(&machine.id).await.unwrap();
+    let mut bytes = 0;
+    loop {
+        match streams.output.next().await.unwrap() {
+            Some(StreamItem::Stdout(piece)) => bytes += piece.len(),
+            Some(StreamItem::Event(StreamEvent::Exited { exit_code: 0, .. })) => break,
+            Some(StreamItem::Event(StreamEvent::Started { .. })) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(
+        bytes,
+        (1..=300_000)
+            .map(|number: u32| number.to_string().len() + 1)
+            .sum::<usize>()
+    );
+    assert!(node.client.machines(true).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_stop_that_a_dead_node_had_begun_is_carried_on_by_the_next() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmm = fake();
+    let node = TestNode::start(dir.path(), vmm.clone()).await;
+    node.image("test").await;
+    let script = "trap 'exit 4' TERM; echo up; while :; do sleep 0.05; done";
+    let machine = node.run(&["sh", "-c", script]).await;
+    until_output(&node, &machine.id).await;
+    node.vanish();
+    // As the record is when the node dies between a stop and the program's end. (A node in the middle of one cannot vanish
+    // inside this process: a runtime that is shut down lets its timers expire, the grace among them.)
+    let record = dir
+        .path()
+        .join("state/machines")
+        .join(&machine.id)
+        .join("record.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    assert!(text.contains(r#""state":"running""#), "{text}");
+    std::fs::write(
+        &record,
+        text.replace(r#""state":"running""#, r#""state":"stopping""#),
+    )
+    .unwrap();
+
+    let node = TestNode::start(dir.path(), vmm).await;
+    let answer = tokio::time::timeout(BOUND, node.client.wait(&machine.id)).await;
+    assert_eq!(answer.expect("the stop goes on").unwrap().exit_code, 4);
+}
+
+#[tokio::test]
+async fn a_damaged_record_is_left_alone_and_harms_no_other_machine() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmm = fake();
+    let node = TestNode::start(dir.path(), vmm.clone()).await;
+    node.image("test").await;
+    let [bad, good] = [node.run(&["true"]).await, node.run(&["true"]).await];
+    node.client.wait(&bad.id).await.unwrap();
+    node.client.wait(&good.id).await.unwrap();
+    node.vanish();
+    let record = dir
+        .path()
+        .join("state/machines")
+        .join(&bad.id)
+        .join("record.json");
+    std::fs::write(&record, "{\"format\":1,\"id\":").unwrap();
+
+    let node = TestNode::start(dir.path(), vmm).await;
+    let kept = node.client.machines(true).await.unwrap();
+    assert_eq!(
+        kept.iter().map(|machine| &machine.id).collect::<Vec<_>>(),
+        [&good.id]
+    );
+    assert!(record.exists());
+}
+
+#[tokio::test]
 async fn thirty_machines_at_once_each_give_their_own_answer() {
     let Some((_dir, node)) = node().await else {
         return;

@@ -71,13 +71,16 @@ pub(crate) struct LogBook {
     dir: PathBuf,
     limits: Limits,
     writer: Mutex<Writer>,
+    /// Readers that are not dropped yet.
+    reading: watch::Sender<usize>,
     /// Counts changes, for readers that wait; `true` once no more output will come.
     changed: watch::Sender<(u64, bool)>,
     pace: Pace,
 }
 
 struct Writer {
-    segment: SegmentWriter,
+    /// Absent once the book is finished: an ended machine holds no file open.
+    segment: Option<SegmentWriter>,
     offsets: Offsets,
 }
 
@@ -97,21 +100,56 @@ impl LogBook {
     /// Opens the book in `dir`, or begins one. Blocks on files.
     pub(crate) fn open(dir: &Path, limits: Limits) -> io::Result<Arc<LogBook>> {
         std::fs::create_dir_all(dir)?;
-        let segments = segment::list(dir)?;
-        let (segment, offsets) = match segments.last_key_value() {
-            Some((number, path)) => SegmentWriter::recover(*number, path)?,
-            None => (
-                SegmentWriter::create(dir, 0, Offsets::default())?,
-                Offsets::default(),
-            ),
+        let mut segments = segment::list(dir)?;
+        let (segment, offsets) = loop {
+            let Some((number, path)) = segments.pop_last() else {
+                break (
+                    SegmentWriter::create(dir, 0, Offsets::default())?,
+                    Offsets::default(),
+                );
+            };
+            match SegmentWriter::recover(number, &path) {
+                Ok(found) => break found,
+                // Cut off before its header was whole: nothing was ever recorded in it.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    std::fs::remove_file(&path)?
+                }
+                Err(error) => return Err(error),
+            }
         };
-        Ok(Arc::new(LogBook {
+        Ok(LogBook::new(
+            dir,
+            limits,
+            Writer {
+                segment: Some(segment),
+                offsets,
+            },
+            false,
+        ))
+    }
+
+    /// The book of a machine that has ended: it can only be read, and holds no file open.
+    pub(crate) fn closed(dir: &Path, limits: Limits) -> Arc<LogBook> {
+        LogBook::new(
+            dir,
+            limits,
+            Writer {
+                segment: None,
+                offsets: Offsets::default(),
+            },
+            true,
+        )
+    }
+
+    fn new(dir: &Path, limits: Limits, writer: Writer, finished: bool) -> Arc<LogBook> {
+        Arc::new(LogBook {
             dir: dir.to_owned(),
             limits,
-            writer: Mutex::new(Writer { segment, offsets }),
-            changed: watch::Sender::new((0, false)),
+            writer: Mutex::new(writer),
+            reading: watch::Sender::new(0),
+            changed: watch::Sender::new((0, finished)),
             pace: Pace::default(),
-        }))
+        })
     }
 
     /// How much of each stream is held or was, which is where the next byte belongs.
@@ -136,18 +174,20 @@ impl LogBook {
         let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) else {
             return Ok(());
         };
-        if writer.segment.len() >= self.limits.segment_bytes {
-            let next =
-                SegmentWriter::create(&self.dir, writer.segment.number() + 1, writer.offsets)?;
-            writer.segment = next;
-            self.drop_oldest(writer.segment.number());
+        let Writer { segment, offsets } = &mut *writer;
+        let Some(segment) = segment else {
+            return Err(io::Error::other("the log is closed"));
+        };
+        if segment.len() >= self.limits.segment_bytes {
+            *segment = SegmentWriter::create(&self.dir, segment.number() + 1, *offsets)?;
+            self.drop_oldest(segment.number());
         }
         if offset > held {
-            writer.segment.append_gap(stream, time_ns, offset - held)?;
-            *writer.offsets.of(stream) = offset;
+            segment.append_gap(stream, time_ns, offset - held)?;
+            *offsets.of(stream) = offset;
         }
-        writer.segment.append(stream, time_ns, fresh)?;
-        *writer.offsets.of(stream) += fresh.len() as u64;
+        segment.append(stream, time_ns, fresh)?;
+        *offsets.of(stream) += fresh.len() as u64;
         drop(writer);
         self.changed.send_modify(|(count, _)| *count += 1);
         Ok(())
@@ -167,6 +207,7 @@ impl LogBook {
 
     /// Says that no more output will come: followers end once they have read all.
     pub(crate) fn finish(&self) {
+        locked(&self.writer).segment = None;
         self.changed.send_modify(|(_, finished)| *finished = true);
     }
 
@@ -185,6 +226,12 @@ impl LogBook {
             }
             moved.await;
         }
+    }
+
+    /// Waits until nobody reads any more.
+    pub(crate) async fn wait_until_unread(&self) {
+        // The sender is our own: it cannot be gone.
+        let _ = self.reading.subscribe().wait_for(|count| *count == 0).await;
     }
 
     /// A reader from `start` on; with `pace` it holds the writer back.

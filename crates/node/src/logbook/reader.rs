@@ -56,6 +56,7 @@ impl Reader {
     pub(super) fn new(book: Arc<LogBook>, start: Start, pace: bool) -> Reader {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let changed = book.changed.subscribe();
+        book.reading.send_modify(|count| *count += 1);
         let pace = pace.then(|| {
             let key = NEXT.fetch_add(1, Ordering::Relaxed);
             // Until it has read something it counts as being where the book is, so that an old log does not stop the
@@ -118,6 +119,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
+        self.book.reading.send_modify(|count| *count -= 1);
         if let Some(key) = self.pace {
             locked(&self.book.pace.readers).remove(&key);
             self.book.pace.moved.notify_waiters();

@@ -163,19 +163,20 @@ pub(super) struct SegmentWriter {
 
 impl SegmentWriter {
     pub(super) fn create(dir: &Path, number: u64, offsets: Offsets) -> io::Result<SegmentWriter> {
-        let path = dir.join(format!("{number:08}.log"));
+        // Nobody sees a segment before its header is whole: it gets its name last.
+        let fresh = dir.join("segment.new");
         let mut header = Vec::with_capacity(HEADER_LEN);
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&offsets.stdout.to_le_bytes());
         header.extend_from_slice(&offsets.stderr.to_le_bytes());
-        // A header cut short by a full disk must not stay: the next try begins anew.
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(path)?;
+            .open(&fresh)?;
         file.write_all(&header)?;
+        std::fs::rename(&fresh, dir.join(format!("{number:08}.log")))?;
         Ok(SegmentWriter {
             file,
             number,

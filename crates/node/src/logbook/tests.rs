@@ -250,3 +250,30 @@ async fn a_reader_that_is_cancelled_in_the_middle_loses_and_repeats_nothing() {
     }
     assert_eq!(text(&seen, Stream::Stdout).len(), 50);
 }
+
+#[tokio::test]
+async fn a_segment_without_its_header_is_passed_over_and_a_closed_book_can_still_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let book = LogBook::open(dir.path(), small()).unwrap();
+    book.append(Stream::Stdout, 0, 1, b"kept").unwrap();
+    std::fs::write(dir.path().join("00000001.log"), b"").unwrap();
+    let book = LogBook::open(dir.path(), small()).unwrap();
+    assert_eq!(book.offsets().stdout, 4);
+    book.append(Stream::Stdout, 4, 1, b" too").unwrap();
+    book.finish();
+    assert!(book.append(Stream::Stdout, 8, 1, b"late").is_err());
+    let closed = LogBook::closed(dir.path(), small());
+    assert_eq!(
+        text(&all(&closed, Start::Oldest).await, Stream::Stdout),
+        b"kept too"
+    );
+    let reader = closed.reader(Start::Oldest, false);
+    let unread = tokio::time::timeout(
+        std::time::Duration::from_millis(20),
+        closed.wait_until_unread(),
+    )
+    .await;
+    assert!(unread.is_err(), "somebody reads");
+    drop(reader);
+    closed.wait_until_unread().await;
+}

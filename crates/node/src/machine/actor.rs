@@ -7,7 +7,7 @@ use super::session::{News, Session};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
-use crate::node::Node;
+use crate::node::{Fate, Node};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +19,15 @@ use vistara_model::{MachineState, Signal};
 
 /// How many news may wait for the machine's task.
 const NEWS_MAX: usize = 64;
+/// Pause before it is looked again what became of an earlier node's machine, where that could not be told.
+const ADOPT_PAUSE: Duration = Duration::from_secs(2);
+/// How long a signal waits for a session with the agent.
+const SIGNAL_BOUND: Duration = Duration::from_secs(10);
+/// Tries to end a monitor, and the pause between two.
+const KILL_TRIES: u32 = 30;
+const KILL_PAUSE: Duration = Duration::from_secs(1);
+/// Longest that an ended machine waits to be removed for clients that still read its output.
+const READERS_BOUND: Duration = Duration::from_secs(3600);
 /// How long a guest may take to write back what it holds of shared directories before it is taken down all the same.
 const FLUSH_BOUND: Duration = Duration::from_secs(10);
 /// How long the session may take to record the last output after the guest is gone.
@@ -33,10 +42,10 @@ type Prepared = Result<(Arc<dyn Vm>, Vec<Step>), String>;
 pub(crate) enum Origin {
     /// A request that arrived now.
     Request(Instant),
-    /// An earlier node; its monitor runs.
-    Adopted(Arc<dyn Vm>),
-    /// An earlier node; it is over, or this says how it came to be.
-    Over(Option<Event>),
+    /// An earlier node, when it had not ended yet.
+    Earlier,
+    /// An earlier node, when it had ended already.
+    Ended,
 }
 
 /// The task's own state.
@@ -145,22 +154,44 @@ impl Actor {
                     prepare(&node.mechanisms(), &record, &dir, zero).await
                 }));
             }
-            Origin::Adopted(vm) => {
-                self.take_up(vm);
-                if self.record.state == MachineState::Running {
-                    self.arm_time_limit();
-                }
-            }
-            Origin::Over(event) => {
-                if let Some(event) = event {
-                    self.on(event).await;
-                }
-            }
+            Origin::Earlier => self.find_out().await,
+            Origin::Ended => {}
         }
         while self.life.state() != MachineState::Ended {
             self.step().await;
         }
         self.rest().await;
+    }
+
+    /// Finds out what became of an earlier node's machine, however long that takes. Until then it is what it was.
+    async fn find_out(&mut self) {
+        loop {
+            match self.node.origin(&self.record, &self.dir).await {
+                Ok(Fate::Running(vm)) => {
+                    self.trouble = None;
+                    self.take_up(vm);
+                    let adopted = Event::Adopted {
+                        signal: self.record.stop_signal,
+                        grace: STOP_GRACE,
+                    };
+                    self.on(adopted).await;
+                    if self.record.state == MachineState::Running {
+                        self.arm_time_limit();
+                    }
+                    return;
+                }
+                Ok(Fate::Over(event)) => {
+                    self.trouble = None;
+                    return self.on(event).await;
+                }
+                Err(message) => {
+                    tracing::warn!(machine = %self.record.id, message, "a machine cannot be taken over yet");
+                    self.trouble = Some(format!("it cannot be reached: {message}"));
+                    self.publish().await;
+                }
+            }
+            tokio::time::sleep(ADOPT_PAUSE).await;
+        }
     }
 
     async fn step(&mut self) {
@@ -309,13 +340,22 @@ impl Actor {
         }
     }
 
+    /// Sends the program a signal, as soon as there is a session to send it through: after a restart of the node it comes
+    /// a moment later.
     fn signal(&self, signal: Signal) {
-        let agent = self.shared.agent.borrow().clone();
+        let mut sessions = self.shared.agent.subscribe();
         let id = self.record.id.clone();
         tokio::spawn(async move {
+            let session =
+                tokio::time::timeout(SIGNAL_BOUND, sessions.wait_for(Option::is_some)).await;
+            let agent = match session {
+                Ok(Ok(agent)) => agent.clone(),
+                Ok(Err(_)) | Err(_) => None,
+            };
             let Some(agent) = agent else { return };
+            let number = i32::from(signal.0);
             if let Err(error) = agent
-                .signal(vistara_guest_client::ProcessId::MAIN, i32::from(signal.0))
+                .signal(vistara_guest_client::ProcessId::MAIN, number)
                 .await
             {
                 tracing::info!(machine = %id, %error, "a program could not be signalled");
@@ -334,8 +374,14 @@ impl Actor {
                     tracing::warn!(machine = %id, "a guest did not write back what it held in time");
                 }
             }
-            if let Err(error) = vm.kill().await {
-                tracing::error!(machine = %id, error = chain(&error), "a monitor could not be ended");
+            for _ in 0..KILL_TRIES {
+                match vm.kill().await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        tracing::error!(machine = %id, error = chain(&error), "a monitor could not be ended");
+                    }
+                }
+                tokio::time::sleep(KILL_PAUSE).await;
             }
         });
     }
@@ -389,6 +435,8 @@ impl Actor {
                 }
             }
         }
+        // A client may still be reading what was printed: `run --rm … | less`.
+        let _ = tokio::time::timeout(READERS_BOUND, self.log.wait_until_unread()).await;
         let dir = self.dir.clone();
         let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
         if let Ok(Err(error)) = removed {

@@ -5,7 +5,7 @@ use crate::fault::{Answer, Fault};
 use crate::logbook::LogBook;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, watch};
 use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
@@ -55,13 +55,45 @@ pub(crate) struct Shared {
     pub(crate) process: watch::Sender<Option<ProcessHandle>>,
     /// The monitor's machine, while there is one.
     pub(crate) vm: watch::Sender<Option<Arc<dyn Vm>>>,
+    /// Whether the program has been seen to run.
+    pub(crate) started: AtomicBool,
     /// The program's standard input, where it has one and nobody holds it.
-    pub(crate) stdin: Mutex<Option<Input>>,
+    stdin: Mutex<Option<Input>>,
+    /// Counts the sessions that offered an input: one of an older session writes to nobody.
+    inputs: AtomicU32,
     /// Numbers for executed processes; 0 is the program's own.
     pub(crate) next_process: AtomicU32,
 }
 
+/// The program's input, held by one client.
+pub(crate) struct HeldInput {
+    pub(crate) input: Input,
+    number: u32,
+}
+
 impl Shared {
+    /// A new session's input.
+    pub(super) async fn offer_input(&self, input: Input) {
+        let mut stdin = self.stdin.lock().await;
+        self.inputs.fetch_add(1, Ordering::Relaxed);
+        *stdin = Some(input);
+    }
+
+    /// Takes the input, where nobody holds it.
+    pub(crate) async fn take_input(&self) -> Option<HeldInput> {
+        let mut stdin = self.stdin.lock().await;
+        let number = self.inputs.load(Ordering::Relaxed);
+        stdin.take().map(|input| HeldInput { input, number })
+    }
+
+    /// Puts the input back for the next client, unless another session has offered its own meanwhile.
+    pub(crate) async fn return_input(&self, held: HeldInput) {
+        let mut stdin = self.stdin.lock().await;
+        if held.number == self.inputs.load(Ordering::Relaxed) {
+            *stdin = Some(held.input);
+        }
+    }
+
     pub(crate) fn process_id(&self) -> ProcessId {
         ProcessId(
             self.next_process

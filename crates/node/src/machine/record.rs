@@ -1,7 +1,7 @@
 //! A machine's record: one versioned JSON file in its directory, replaced as a whole.
 //!
-//! It is not forced to the disk: after a power cut no machine is left to describe, and a record that is lost or cut
-//! short then is reported and cleared away like any other rubbish.
+//! It is not forced to the disk: after a power cut no machine is left to describe. One that was cut short then is reported
+//! and left where it is, with the log beside it.
 
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
@@ -96,8 +96,10 @@ pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
 pub(crate) enum Loaded {
     /// A record of this version.
     Record(Box<Record>),
-    /// No record, or a torn one: the node ended before the machine began.
+    /// No record: the node ended before the machine began.
     Nothing,
+    /// Something that is not a record of this version, and why. It is left alone: it may describe a running machine.
+    Damaged(String),
     /// A record of another version, which is left alone.
     Foreign(u32),
 }
@@ -116,10 +118,12 @@ pub(crate) fn load(dir: &Path) -> io::Result<Loaded> {
     match serde_json::from_slice::<Format>(&bytes) {
         Ok(Format { format }) if format != FORMAT => return Ok(Loaded::Foreign(format)),
         Ok(_) => {}
-        Err(_) => return Ok(Loaded::Nothing),
+        Err(error) => return Ok(Loaded::Damaged(error.to_string())),
     }
-    Ok(serde_json::from_slice(&bytes)
-        .map_or(Loaded::Nothing, |record| Loaded::Record(Box::new(record))))
+    Ok(match serde_json::from_slice(&bytes) {
+        Ok(record) => Loaded::Record(Box::new(record)),
+        Err(error) => Loaded::Damaged(error.to_string()),
+    })
 }
 
 /// Directories of machines below `root`, with the ids that they are named after.

@@ -17,12 +17,18 @@ use vistara_guest_client::{
     Agent, AgentError, ConnectOptions, ExitStatus, Mark, Offsets, Output, OutputChunk,
     OutputStream, Process, ProcessId, ProcessSpec, SpawnError, Stage, TtySize, Welcome,
 };
-use vistara_machine::Vm;
+use vistara_machine::{Vm, VmmError};
 
 /// How long an agent that answered before may take to answer a new connection.
 const RECONNECT_BOUND: Duration = Duration::from_secs(20);
-/// Pause between two attempts to connect.
+/// First and longest pause between two attempts to connect: a guest that breaks every session must not keep us busy.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A session of this length was a good one: the next loss is met with the first pause again.
+const GOOD_SESSION: Duration = Duration::from_secs(30);
+/// Warnings of a guest that are logged, and characters of each.
+const WARNINGS_MAX: usize = 16;
+const WARNING_CHARS_MAX: usize = 200;
 /// Pause before output that the disk had no room for is written again.
 const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 
@@ -62,9 +68,19 @@ impl Session {
     pub(super) async fn run(self) {
         let mut bound = self.boot_bound;
         let mut greeted = false;
+        let mut pause = RECONNECT_PAUSE;
+        let begin = Instant::now();
         loop {
-            let Ok(stream) = self.vm.open_channel().await else {
-                return;
+            let attempt = Instant::now();
+            let stream = match self.vm.open_channel().await {
+                Ok(stream) => stream,
+                Err(VmmError::Ended) => return,
+                Err(error) => {
+                    tracing::warn!(machine = %self.record.id, error = chain(&error), "a guest's channel cannot be opened");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
+                    continue;
+                }
             };
             match vistara_guest_client::connect(
                 stream,
@@ -79,9 +95,9 @@ impl Session {
                         self.tell(News::Steps(self.guest_steps(&welcome.timings)))
                             .await;
                     }
-                    greeted = true;
+                    let first = !std::mem::replace(&mut greeted, true);
                     bound = RECONNECT_BOUND;
-                    let over = self.converse(&agent, welcome).await;
+                    let over = self.converse(&agent, welcome, first).await;
                     if let Over::Lost(error) = over {
                         self.shared.agent.send_replace(None);
                         self.shared.process.send_replace(None);
@@ -104,7 +120,17 @@ impl Session {
                     tracing::debug!(machine = %self.record.id, %error, "a guest does not answer");
                 }
             }
-            tokio::time::sleep(RECONNECT_PAUSE).await;
+            let started = self.shared.started.load(Ordering::Relaxed);
+            if !started && begin.elapsed() > self.boot_bound {
+                let after = self.boot_bound;
+                self.tell(News::Event(Event::BootTimedOut { after })).await;
+                return;
+            }
+            if attempt.elapsed() > GOOD_SESSION {
+                pause = RECONNECT_PAUSE;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
     }
 
@@ -113,9 +139,9 @@ impl Session {
         let _ = self.news.send(news).await;
     }
 
-    async fn converse(&self, agent: &Agent, welcome: Welcome) -> Over {
+    async fn converse(&self, agent: &Agent, welcome: Welcome, first: bool) -> Over {
         if !welcome.configured
-            && let Some(over) = self.configure(agent).await
+            && let Some(over) = self.configure(agent, first).await
         {
             return over;
         }
@@ -162,8 +188,10 @@ impl Session {
                 Err(SpawnError::Agent(error)) => return Over::Lost(error),
             }
         };
-        self.tell(News::Steps(self.host_step("start program", begin)))
-            .await;
+        if !self.shared.started.swap(true, Ordering::Relaxed) {
+            self.tell(News::Steps(self.host_step("start program", begin)))
+                .await;
+        }
         self.shared
             .process
             .send_replace(Some(process.handle.clone()));
@@ -172,7 +200,7 @@ impl Session {
         self.follow(process).await
     }
 
-    async fn configure(&self, agent: &Agent) -> Option<Over> {
+    async fn configure(&self, agent: &Agent, first: bool) -> Option<Over> {
         let begin = Instant::now();
         let config = match guest_config(&self.record, now_ns()) {
             Ok(config) => config,
@@ -185,11 +213,14 @@ impl Session {
         };
         match agent.configure(config).await {
             Ok(configured) => {
-                for warning in configured.warnings {
+                for warning in configured.warnings.iter().take(WARNINGS_MAX) {
+                    let warning: String = warning.chars().take(WARNING_CHARS_MAX).collect();
                     tracing::warn!(machine = %self.record.id, warning, "a guest could not be set up in all its parts");
                 }
-                self.tell(News::Steps(self.host_step("configure", begin)))
-                    .await;
+                if first {
+                    self.tell(News::Steps(self.host_step("configure", begin)))
+                        .await;
+                }
                 None
             }
             Err(error @ (AgentError::Refused(_) | AgentError::TooLong)) => {
@@ -208,7 +239,7 @@ impl Session {
             input,
         } = process;
         if self.record.spec.stdin {
-            *self.shared.stdin.lock().await = Some(input);
+            self.shared.offer_input(input).await;
         } else {
             input.close().await;
         }
@@ -332,7 +363,7 @@ impl Session {
             };
             steps.push(Step {
                 step: name.to_owned(),
-                begin_us: guest_zero + before,
+                begin_us: guest_zero.saturating_add(before),
                 took_us: mark.at_us.saturating_sub(before),
             });
             before = mark.at_us.max(before);

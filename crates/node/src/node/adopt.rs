@@ -6,9 +6,17 @@ use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Loaded, Origin, Record, load, machine_dirs};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
-use vistara_control::Event;
-use vistara_machine::{Adoption, VmEnd, Vmm};
+use vistara_control::{Event, VmGone};
+use vistara_machine::{Adoption, Vm, VmEnd, Vmm};
 use vistara_model::{EndReason, MachineId, MachineState};
+
+/// What became of an earlier node's machine.
+pub(crate) enum Fate {
+    /// Its monitor runs.
+    Running(Arc<dyn Vm>),
+    /// It is over, for this reason.
+    Over(Event),
+}
 
 impl Node {
     /// Takes over every machine whose directory is here.
@@ -33,9 +41,10 @@ impl Node {
             Loaded::Record(record) => *record,
             Loaded::Nothing => {
                 tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
-                self.sweep(id, &dir).await;
+                self.sweep(id, &dir).await?;
                 return std::fs::remove_dir_all(&dir).map_err(|error| error.to_string());
             }
+            Loaded::Damaged(why) => return Err(format!("its record is damaged: {why}")),
             Loaded::Foreign(format) => {
                 return Err(format!(
                     "its record has format {format}, and this version reads {}",
@@ -43,31 +52,33 @@ impl Node {
                 ));
             }
         };
-        let log = LogBook::open(&dir.join("log"), Limits::default())
-            .map_err(|error| error.to_string())?;
-        let origin = if record.state == MachineState::Ended {
-            log.finish();
-            Origin::Over(None)
+        let log_dir = dir.join("log");
+        let (log, origin) = if record.state == MachineState::Ended {
+            (LogBook::closed(&log_dir, Limits::default()), Origin::Ended)
         } else {
-            self.origin(&record, &dir).await?
+            let log =
+                LogBook::open(&log_dir, Limits::default()).map_err(|error| error.to_string())?;
+            (log, Origin::Earlier)
         };
         let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
         self.machines().by_id.insert(id.clone(), handle);
         Ok(())
     }
 
-    async fn origin(&self, record: &Record, dir: &Path) -> Result<Origin, String> {
+    /// What became of a machine that an earlier node had. An error means that it cannot be told now; asking again later
+    /// may do.
+    pub(crate) async fn origin(&self, record: &Record, dir: &Path) -> Result<Fate, String> {
         let Some(vm) = &record.vm else {
-            self.sweep(&record.id, dir).await;
+            self.sweep(&record.id, dir).await?;
             let event = match &record.end {
                 Some(EndReason::Stopped { .. }) => {
                     Event::Lost("it was stopped while it was being prepared".to_owned())
                 }
                 _ => Event::Lost("the node ended while the machine was being prepared".to_owned()),
             };
-            return Ok(Origin::Over(Some(event)));
+            return Ok(Fate::Over(event));
         };
-        let lost = |message: String| Ok(Origin::Over(Some(Event::Lost(message))));
+        let lost = |message: String| Ok(Fate::Over(Event::Lost(message)));
         let boot_id = vistara_host::facts::boot_id().map_err(|error| error.to_string())?;
         if vm.boot_id != boot_id {
             return lost("the host was restarted while the machine ran".to_owned());
@@ -76,13 +87,11 @@ impl Node {
             return Err(format!("{} is not usable on this host now", vm.kind));
         };
         match vmm.adopt(dir, vm).await.map_err(|error| chain(&error))? {
-            Adoption::Running(vm) => Ok(Origin::Adopted(Arc::from(vm))),
-            Adoption::Gone(VmEnd::GuestPanic { message }) => Ok(Origin::Over(Some(Event::VmGone(
-                vistara_control::VmGone::GuestPanic(message),
-            )))),
-            Adoption::Gone(VmEnd::GuestOff) => Ok(Origin::Over(Some(Event::VmGone(
-                vistara_control::VmGone::GuestOff,
-            )))),
+            Adoption::Running(vm) => Ok(Fate::Running(Arc::from(vm))),
+            Adoption::Gone(VmEnd::GuestPanic { message }) => {
+                Ok(Fate::Over(Event::VmGone(VmGone::GuestPanic(message))))
+            }
+            Adoption::Gone(VmEnd::GuestOff) => Ok(Fate::Over(Event::VmGone(VmGone::GuestOff))),
             Adoption::Gone(VmEnd::Killed) => {
                 lost("its monitor ended while no node was running".to_owned())
             }
@@ -93,7 +102,7 @@ impl Node {
     }
 
     /// Ends what a crash between a launch and its record may have left.
-    async fn sweep(&self, id: &MachineId, dir: &Path) {
+    async fn sweep(&self, id: &MachineId, dir: &Path) -> Result<(), String> {
         let vmms: Vec<Arc<dyn Vmm>> = {
             let vmms = self
                 .mechanisms
@@ -103,9 +112,8 @@ impl Node {
             vmms.values().cloned().collect()
         };
         for vmm in vmms {
-            if let Err(error) = vmm.sweep(id, dir).await {
-                tracing::error!(machine = %id, error = chain(&error), "what a crash left could not be cleared away");
-            }
+            vmm.sweep(id, dir).await.map_err(|error| chain(&error))?;
         }
+        Ok(())
     }
 }

@@ -58,6 +58,13 @@ async fn probe_kvm(state_dir: &Path, fresh: bool) -> KvmVerdict {
             |error| error.to_string(),
             |meta| format!("{:o} {} {}", meta.mode(), meta.uid(), meta.gid()),
         );
+        // Whether we may open it changes with our groups, too.
+        let openable = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
+        let device = format!("{device} {openable}");
         let known = std::fs::read(&path)
             .ok()
             .and_then(|bytes| serde_json::from_slice::<Remembered>(&bytes).ok());

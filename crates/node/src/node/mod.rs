@@ -3,6 +3,8 @@
 mod adopt;
 mod detect;
 
+pub(crate) use adopt::Fate;
+
 use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
@@ -116,6 +118,8 @@ impl Node {
         make_private_dir(&options.state_dir)?;
         let lock = take_lock(&options).await?;
         let state = options.state_dir.clone();
+        // Archives that were on their way in when an earlier node died. There may be none.
+        let _ = std::fs::remove_dir_all(state.join("tmp"));
         for name in [
             "machines",
             "images",
@@ -305,7 +309,7 @@ impl Node {
                 result
             })
             .await
-            .map_err(|error| Fault::internal(&error))?
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
         };
         let mut machines = self.machines();
         machines.names.remove(&name);

@@ -51,7 +51,9 @@ pub(super) async fn create(
     Json(request): Json<RunRequest>,
 ) -> Answer<Json<Machine>> {
     let zero = Instant::now();
-    let handle = app.node.create(&request, zero).await?;
+    // A task of its own: a client that goes away in the middle must not leave half a machine.
+    let created = tokio::spawn(async move { app.node.create(&request, zero).await });
+    let handle = created.await.map_err(|error| Fault::internal(&error))??;
     Ok(Json(view::machine(&handle.snapshot())))
 }
 

@@ -112,6 +112,7 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     };
     let version =
         HeaderValue::from_str(&options.version).unwrap_or(HeaderValue::from_static("unknown"));
+    raise_file_limit();
     let node = Node::open(options).await?;
     let listener = bind(&socket)?;
     let connections = Connections::default();
@@ -159,6 +160,16 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     // Streams to clients end with the process; their machines do not.
     let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
     Ok(())
+}
+
+/// Each machine takes a few descriptors; what a shell allows a program by default is enough for some hundred only.
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
 }
 
 fn report(result: std::io::Result<()>) {

@@ -3,7 +3,7 @@
 use super::App;
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
-use crate::machine::{Command, Handle, STOP_GRACE};
+use crate::machine::{Command, Handle, HeldInput, STOP_GRACE};
 use crate::view;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, State};
@@ -13,6 +13,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc;
 use vistara_api::stream::{ClientSignal, MESSAGE_BYTES_MAX, STDERR, STDOUT, StreamEvent};
 use vistara_api::{AttachRequest, ErrorKind, ExecRequest};
 use vistara_guest_client::{
@@ -25,6 +26,8 @@ use vistara_model::{EndReason, MachineState, Signal};
 const FIRST_WORD_BOUND: Duration = Duration::from_secs(10);
 /// How often a machine is looked at for troubles that its user should hear of.
 const TROUBLE_EVERY: Duration = Duration::from_secs(1);
+/// Messages of input that may wait for a program to read them: 1 MiB as our client sends them.
+const INPUT_QUEUE: usize = 16;
 /// Bytes of output in one message to a client.
 const PIECE_BYTES: usize = 64 << 10;
 
@@ -193,6 +196,8 @@ async fn attached(
         }
     }
     let end = handle.wait_end().await;
+    // A machine is not removed while somebody reads what it printed.
+    drop(reader);
     if end.record.spec.auto_remove {
         // The next machine may want its name.
         handle.wait_until(|snapshot| snapshot.removed).await;
@@ -231,7 +236,7 @@ impl Drop for AbortOnDrop {
 
 /// Carries a client's input and signals to the program; returns when the client closes.
 async fn attached_input(handle: Arc<Handle>, mut stream: SplitStream<WebSocket>, has_input: bool) {
-    let mut input: Option<Input> = None;
+    let mut input: Option<HeldInput> = None;
     let mut ended = !has_input;
     loop {
         match from_client(&mut stream).await {
@@ -243,7 +248,7 @@ async fn attached_input(handle: Arc<Handle>, mut stream: SplitStream<WebSocket>,
                     input = take_input(&handle).await;
                 }
                 let taken = match &mut input {
-                    Some(to) => to.write(&bytes).await,
+                    Some(to) => to.input.write(&bytes).await,
                     // Another client is writing to it.
                     None => Ok(false),
                 };
@@ -255,8 +260,8 @@ async fn attached_input(handle: Arc<Handle>, mut stream: SplitStream<WebSocket>,
                     input = take_input(&handle).await;
                 }
                 ended = true;
-                if let Some(input) = input.take() {
-                    input.close().await;
+                if let Some(held) = input.take() {
+                    held.input.close().await;
                 }
             }
             FromClient::Signal(ClientSignal::Resize { size }) => {
@@ -274,9 +279,9 @@ async fn attached_input(handle: Arc<Handle>, mut stream: SplitStream<WebSocket>,
             FromClient::Closed => break,
         }
     }
-    if let Some(input) = input {
+    if let Some(held) = input {
         // The next client may go on where this one stopped.
-        *handle.shared.stdin.lock().await = Some(input);
+        handle.shared.return_input(held).await;
     }
 }
 
@@ -305,7 +310,7 @@ async fn forward(handle: &Handle, signal: &str) {
 }
 
 /// The program's input, as soon as it runs; nothing where another client holds it.
-async fn take_input(handle: &Handle) -> Option<Input> {
+async fn take_input(handle: &Handle) -> Option<HeldInput> {
     handle
         .wait_until(|snapshot| {
             !matches!(
@@ -316,7 +321,7 @@ async fn take_input(handle: &Handle) -> Option<Input> {
         .await;
     // The session hands the input over right after it has told that the program runs.
     for _ in 0..50 {
-        if let Some(input) = handle.shared.stdin.lock().await.take() {
+        if let Some(input) = handle.shared.take_input().await {
             return Some(input);
         }
         if handle.state() == MachineState::Ended {
@@ -418,16 +423,16 @@ async fn executed(
         mut output,
         input,
     } = process;
-    say(
-        sink,
-        &StreamEvent::Started {
-            machine: Box::new(view::machine(&handle.snapshot())),
-        },
-    )
-    .await?;
+    let started = StreamEvent::Started {
+        machine: Box::new(view::machine(&handle.snapshot())),
+    };
+    let heard = say(sink, &started).await;
     let mut client = tokio::spawn(executed_input(process.clone(), input, stream));
     let _stop_client = AbortOnDrop(client.abort_handle());
     let result = loop {
+        if heard.is_err() {
+            break Err(Gone);
+        }
         tokio::select! {
             chunk = output.next() => match chunk {
                 Some(chunk) => {
@@ -498,22 +503,22 @@ async fn finish(process: &ProcessHandle) {
     }
 }
 
+/// Carries a client's input and signals to an executed program; returns when the client closes. Input goes through a
+/// short queue, so that a program that does not read leaves the client's signals their way.
 async fn executed_input(process: ProcessHandle, input: Input, mut stream: SplitStream<WebSocket>) {
-    let mut input = Some(input);
+    let (queue, waiting) = mpsc::channel(INPUT_QUEUE);
+    let writer = tokio::spawn(write_input(input, waiting));
+    let _stop_writer = AbortOnDrop(writer.abort_handle());
+    let mut queue = Some(queue);
     loop {
         match from_client(&mut stream).await {
             FromClient::Input(bytes) => {
-                if let Some(to) = &mut input
-                    && to.write(&bytes).await.is_err()
-                {
-                    return;
+                if let Some(queue) = &queue {
+                    // The writer is gone only when the program takes no more input.
+                    let _ = queue.send(bytes).await;
                 }
             }
-            FromClient::Signal(ClientSignal::CloseStdin) => {
-                if let Some(input) = input.take() {
-                    input.close().await;
-                }
-            }
+            FromClient::Signal(ClientSignal::CloseStdin) => queue = None,
             FromClient::Signal(ClientSignal::Resize { size }) => {
                 let size = TtySize {
                     rows: size.rows,
@@ -531,4 +536,13 @@ async fn executed_input(process: ProcessHandle, input: Input, mut stream: SplitS
             FromClient::Closed => return,
         }
     }
+}
+
+async fn write_input(mut input: Input, mut waiting: mpsc::Receiver<Bytes>) {
+    while let Some(bytes) = waiting.recv().await {
+        if !matches!(input.write(&bytes).await, Ok(true)) {
+            return;
+        }
+    }
+    input.close().await;
 }
