@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use vistara_guest_agent::{Channel, Connector, Options, serve};
 use vistara_guest_client::*;
+use vistara_guest_protocol::{FrameKind, Sequence, encode_data};
 
 /// An agent in a thread of this process.
 struct Guest {
@@ -805,5 +806,29 @@ fn a_silent_guest_is_waited_for_no_longer_than_asked() {
         };
         let silent = connect(ours, options).await.unwrap_err();
         assert!(matches!(silent, AgentError::Silent(_)));
+    });
+}
+
+#[test]
+fn a_guest_that_sends_headers_without_their_payloads_is_found_out() {
+    run(|_guest| async move {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut frame = Vec::new();
+        encode_data(
+            &mut frame,
+            FrameKind::Stdout,
+            &mut Sequence::new(1),
+            0,
+            0,
+            (&[7; 32 * 1024], &[]),
+        );
+        let headers = frame[..32].repeat(4096);
+        let hostile = tokio::spawn(async move {
+            // Until the other end closes.
+            while theirs.write_all(&headers).await.is_ok() {}
+        });
+        let broken = connect(ours, ConnectOptions::default()).await.unwrap_err();
+        assert!(matches!(broken, AgentError::Broken(_)), "{broken:?}");
+        hostile.await.unwrap();
     });
 }
