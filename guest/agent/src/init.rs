@@ -30,6 +30,10 @@ const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked for.
 const DEVICE_LOOK: Duration = Duration::from_millis(1);
 
+/// Age in milliseconds of the working set that is never thrown out: the kernel's documentation recommends a second
+/// (admin-guide/mm/multigen_lru), about as long as a person bears a machine that does not answer.
+const WORKING_SET_MS: &str = "1000";
+
 /// Microseconds since the kernel started.
 pub(crate) fn since_boot_us() -> u64 {
     let now = rustix::time::clock_gettime(ClockId::Boottime);
@@ -191,6 +195,7 @@ impl Machine {
             return;
         }
         root::mount_for_programs();
+        end_thrashing();
         if network::has_device() {
             self.modules.load("net");
         }
@@ -267,6 +272,23 @@ impl Machine {
         if let Some(overlay) = &self.overlay {
             tolerate("syncing the disk", rustix::fs::syncfs(overlay));
         }
+    }
+}
+
+/// Has the kernel kill for want of memory while the guest still answers. It would otherwise throw programs' own code out of
+/// its cache to find memory, and read it again and again from the compressed root: a guest without swap stands still so
+/// for minutes. Its multi-generation LRU keeps what was used just now, and kills where that leaves nothing.
+fn end_thrashing() {
+    let generations = Path::new("/sys/kernel/mm/lru_gen");
+    if !generations.exists() {
+        // Kernels before 6.1, and those built without; they still kill, late.
+        return;
+    }
+    for (file, value) in [("enabled", "y"), ("min_ttl_ms", WORKING_SET_MS)] {
+        tolerate(
+            "keeping the guest from thrashing",
+            fs::write(generations.join(file), value),
+        );
     }
 }
 
