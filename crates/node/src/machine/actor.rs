@@ -346,13 +346,10 @@ impl Actor {
         let mut sessions = self.shared.agent.subscribe();
         let id = self.record.id.clone();
         tokio::spawn(async move {
-            let session =
-                tokio::time::timeout(SIGNAL_BOUND, sessions.wait_for(Option::is_some)).await;
-            let agent = match session {
-                Ok(Ok(agent)) => agent.clone(),
-                Ok(Err(_)) | Err(_) => None,
+            let found = async { sessions.wait_for(Option::is_some).await.ok()?.clone() };
+            let Ok(Some(agent)) = tokio::time::timeout(SIGNAL_BOUND, found).await else {
+                return;
             };
-            let Some(agent) = agent else { return };
             let number = i32::from(signal.0);
             if let Err(error) = agent
                 .signal(vistara_guest_client::ProcessId::MAIN, number)
