@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub enum Verdict {
     /// A guest ran at hardware speed.
     Works,
-    /// No `/dev/kvm`, or no permission to open it; the text says which.
+    /// No `/dev/kvm`, or no permission to open it, for us or for the monitors we start; the text says which.
     Absent(String),
     /// It opens but cannot run an ordinary guest; the text says how that showed.
     Broken(String),
@@ -44,11 +44,48 @@ pub fn probe(bound: Duration) -> Verdict {
             let _ = sender.send(arch::run(bound));
         });
     match spawned {
-        Ok(_) => receiver.recv_timeout(bound + GRACE).unwrap_or_else(|_| {
-            Verdict::Broken(format!("a guest did not come back within {bound:?}"))
-        }),
+        Ok(_) => match receiver.recv_timeout(bound + GRACE) {
+            Ok(Verdict::Works) => {
+                monitors_may_open().map_or_else(Verdict::Absent, |()| Verdict::Works)
+            }
+            Ok(verdict) => verdict,
+            Err(_) => Verdict::Broken(format!("a guest did not come back within {bound:?}")),
+        },
         Err(error) => Verdict::Broken(format!("no thread could be started: {error}")),
     }
+}
+
+/// Whether the monitors that this process starts may open the device.
+///
+/// An ordinary user's monitors are the user's, and may what the user may. Root's become a user of their own each, with the
+/// device's group as their only one: so it takes a device that its group or everybody may open. Root's own group is given
+/// to no monitor, since other files are open to it, and neither the device's owner nor its mode is changed: they are the
+/// host's to decide.
+///
+/// # Errors
+/// Why not, and the command that mends it.
+pub fn monitors_may_open() -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    if !crate::facts::is_root() {
+        return Ok(());
+    }
+    let data = std::fs::metadata("/dev/kvm")
+        .map_err(|error| format!("/dev/kvm cannot be looked at: {error}"))?;
+    if opens_for_monitors(data.mode(), data.gid()) {
+        return Ok(());
+    }
+    Err(format!(
+        "/dev/kvm (mode {:04o}, group {}) opens for root alone, and monitors do not run as root; run: groupadd -rf kvm; chgrp kvm /dev/kvm; chmod 0660 /dev/kvm",
+        data.mode() & 0o7777,
+        data.gid(),
+    ))
+}
+
+fn opens_for_monitors(mode: u32, gid: u32) -> bool {
+    const READ_WRITE: u32 = 0o6;
+    // A member of the group has the group's rights only, even where everybody has more.
+    let shift = if gid == 0 { 0 } else { 3 };
+    mode >> shift & READ_WRITE == READ_WRITE
 }
 
 fn broken(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Verdict {
@@ -240,6 +277,22 @@ mod arch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_of_root_alone_is_none_for_monitors() {
+        for (mode, gid, opens) in [
+            (0o20600, 0, false),
+            (0o20660, 0, false),
+            (0o20666, 0, true),
+            (0o20660, 104, true),
+            (0o20600, 104, false),
+            (0o20640, 104, false),
+            (0o20606, 104, false),
+            (0o20666, 104, true),
+        ] {
+            assert_eq!(opens_for_monitors(mode, gid), opens, "{mode:o} {gid}");
+        }
+    }
 
     #[test]
     fn the_probe_answers_within_its_bound_and_says_why() {

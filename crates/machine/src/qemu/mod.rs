@@ -1,6 +1,7 @@
 //! QEMU's `microvm` machine behind the [`Vmm`] contract, with KVM or with QEMU's own translation (TCG).
 //!
-//! Only this module names QEMU. It does not choose an accelerator and does not probe KVM: it is told the verdict.
+//! Only this module names QEMU. It does not choose an accelerator and does not probe KVM: it is told the verdict, which may
+//! be remembered from before, and looks only whether its monitors may still open the device.
 //!
 //! A machine is one QEMU process in a session, a cgroup and namespaces of its own, with nothing but the descriptors it was
 //! given: disks, kernel and sockets are opened here, so that its user needs no right to any file. Its two sockets (agent's
@@ -60,6 +61,8 @@ pub struct QemuOptions {
 /// QEMU on this host.
 pub struct QemuVmm {
     capabilities: Capabilities,
+    /// Why KVM is not among the accelerators.
+    no_kvm: Option<String>,
     tools: Arc<Tools>,
 }
 
@@ -111,8 +114,13 @@ impl QemuVmm {
             tracing::warn!(%reason, "machines get no cgroups; resource limits of processes take their place");
         }
         let mut accelerators = Vec::new();
-        if options.kvm == KvmVerdict::Works {
-            accelerators.push(Accelerator::Kvm);
+        let no_kvm = match options.kvm {
+            KvmVerdict::Works => vistara_host::kvm::monitors_may_open().err(),
+            KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => Some(why),
+        };
+        match &no_kvm {
+            Some(reason) => tracing::info!(%reason, "machines run under translation, without KVM"),
+            None => accelerators.push(Accelerator::Kvm),
         }
         accelerators.push(Accelerator::Tcg);
         Ok(QemuVmm {
@@ -125,6 +133,7 @@ impl QemuVmm {
                 pause: true,
                 vcpus_max: VCPUS_MAX,
             },
+            no_kvm,
             tools: Arc::new(Tools {
                 program,
                 virtiofsd: virtiofsd.ok(),
@@ -142,8 +151,9 @@ impl QemuVmm {
             reason,
         };
         if !self.capabilities.accelerators.contains(&plan.accelerator) {
+            let why = self.no_kvm.as_deref().unwrap_or("it is not known");
             return Err(unsupported(format!(
-                "the accelerator {} does not work on this host",
+                "the accelerator {} does not work on this host: {why}",
                 plan.accelerator
             )));
         }

@@ -211,8 +211,8 @@ fn spawn_in(
     launch.inherit = inherit;
     launch.uid_gid = plan.fence.uid_gid;
     if plan.accelerator == Accelerator::Kvm && foreign_user {
-        // `/dev/kvm` belongs to a group of its own on most hosts. Where that is root's, the monitor does not join it: QEMU
-        // then says that it may not open the device, unless everybody may.
+        // `/dev/kvm` belongs to a group of its own on most hosts. Where that is root's, the monitor does not join it: KVM is
+        // offered only if everybody may open the device then (`kvm::monitors_may_open`).
         let group = std::fs::metadata("/dev/kvm").map(|data| data.gid());
         launch.groups.extend(group.ok().filter(|gid| *gid != 0));
     }
@@ -223,6 +223,9 @@ fn spawn_in(
         let bytes = plan.fence.memory_max.0.saturating_add(ADDRESS_SPACE_BEYOND);
         launch.rlimits.push((Rlimit::AddressSpace, bytes));
         fences.push(format!("address space at most {} MiB", bytes >> 20));
+        // RLIMIT_NPROC is no substitute: it counts all threads of the user, and without a cgroup that is mostly somebody
+        // who does other things beside. QEMU's seccomp filter keeps it from starting programs, not from threads.
+        fences.push("no limit on processes: no cgroup may be made here".to_owned());
     }
     let Launched {
         process,
