@@ -224,15 +224,6 @@ pub fn process_usage(pid: u32) -> Option<ProcessUsage> {
     })
 }
 
-/// Proportional set size in bytes: shared pages counted by their share. Slower than [`process_usage`]; absent where it
-/// may not be read.
-pub fn process_pss(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,7 +254,6 @@ mod tests {
         let pid = std::process::id();
         assert!(start_ticks(pid).unwrap() > 0);
         assert!(process_usage(pid).unwrap().resident_bytes > 100_000);
-        assert!(process_pss(pid).is_none_or(|pss| pss > 0));
         // Beyond the largest number that a kernel gives.
         assert_eq!(start_ticks(u32::MAX), None);
         assert_eq!(process_usage(u32::MAX), None);

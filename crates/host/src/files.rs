@@ -1,31 +1,21 @@
-//! Files: copies that keep holes, files without a name, and small boxes that cannot grow.
+//! Files: copies that keep holes, files in memory, and small boxes that cannot grow.
 
 use rustix::fs::{
-    AtFlags, CWD, FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags, SeekFrom, copy_file_range,
-    fallocate, fcntl_add_seals, ftruncate, ioctl_ficlone, linkat, memfd_create, open, seek,
+    MemfdFlags, Mode, SealFlags, SeekFrom, copy_file_range, fcntl_add_seals, ftruncate,
+    ioctl_ficlone, memfd_create, seek,
 };
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-
-/// How [`clone_sparse`] made its copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CloneMethod {
-    /// The file system shares the blocks (FICLONE).
-    Reflink,
-    /// Data was copied, holes were kept.
-    SparseCopy,
-}
 
 /// Copies `source` to the new file `destination` (mode 0600), sharing blocks where the file system can and keeping holes
 /// elsewhere. Blocking. Nothing is left at `destination` after an error.
 ///
 /// # Errors
 /// The system's; `AlreadyExists` where `destination` is there.
-pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<CloneMethod> {
+pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<()> {
     let from = File::open(source)?;
     let to = File::options()
         .write(true)
@@ -40,9 +30,9 @@ pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<CloneMethod
     copied
 }
 
-fn fill(from: &File, to: &File) -> io::Result<CloneMethod> {
+fn fill(from: &File, to: &File) -> io::Result<()> {
     if ioctl_ficlone(to, from).is_ok() {
-        return Ok(CloneMethod::Reflink);
+        return Ok(());
     }
     let len = from.metadata()?.len();
     ftruncate(to, len)?;
@@ -58,7 +48,7 @@ fn fill(from: &File, to: &File) -> io::Result<CloneMethod> {
         copy_range(from, to, start, end)?;
         position = end.max(start + 1);
     }
-    Ok(CloneMethod::SparseCopy)
+    Ok(())
 }
 
 fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
@@ -94,53 +84,6 @@ fn copy_by_hand(from: &File, to: &File, mut position: u64, end: u64) -> io::Resu
         position += got as u64;
     }
     Ok(())
-}
-
-/// A file without a name in `dir`, readable and writable, gone with its last descriptor (O_TMPFILE, or a file unlinked at
-/// once where the file system has none).
-///
-/// # Errors
-/// The system's.
-pub fn anonymous_file(dir: &Path) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
-    match open(dir, flags, Mode::RUSR | Mode::WUSR) {
-        Ok(fd) => Ok(fd.into()),
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => unlinked_file(dir),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn unlinked_file(dir: &Path) -> io::Result<File> {
-    let mut random = [0u8; 8];
-    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
-    let path = dir.join(format!(".unnamed-{:016x}", u64::from_ne_bytes(random)));
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)?;
-    std::fs::remove_file(&path)?;
-    Ok(file)
-}
-
-/// Gives an [`anonymous_file`] made by O_TMPFILE the name `path`, which must not exist: the file appears there complete or
-/// not at all.
-///
-/// # Errors
-/// The system's; `NotFound` where the file system has no O_TMPFILE.
-pub fn name_anonymous(file: &File, path: &Path) -> io::Result<()> {
-    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
-    linkat(CWD, source, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
-    Ok(())
-}
-
-/// Makes a hole of a file's range, so that its blocks are free again.
-///
-/// # Errors
-/// The system's; `Unsupported` where the file system has no holes.
-pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    Ok(fallocate(file, flags, offset, len)?)
 }
 
 /// An empty file in memory that whoever holds a descriptor may open again.
@@ -237,20 +180,6 @@ mod tests {
             let to = dir.path().join(format!("to{len}"));
             clone_sparse(&from, &to).unwrap();
             assert_eq!(std::fs::metadata(&to).unwrap().len(), len);
-        }
-    }
-
-    #[test]
-    fn an_anonymous_file_leaves_no_name_until_it_is_given_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut file = anonymous_file(dir.path()).unwrap();
-        file.write_all(b"x").unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        let mut other = unlinked_file(dir.path()).unwrap();
-        other.write_all(b"x").unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        if name_anonymous(&file, &dir.path().join("named")).is_ok() {
-            assert_eq!(std::fs::read(dir.path().join("named")).unwrap(), b"x");
         }
     }
 

@@ -27,7 +27,7 @@ async fn printed(launch: Launch, output: &OutputBox) -> String {
 #[tokio::test]
 async fn only_the_named_descriptors_are_inherited_under_their_own_numbers() {
     let (mut launch, output) = shell("ls /proc/$$/fd; cat /proc/self/fd/$FD");
-    let kept = crate::files::anonymous_file(&std::env::temp_dir()).unwrap();
+    let kept = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut &kept, b"handed over").unwrap();
     std::io::Seek::rewind(&mut &kept).unwrap();
     let number = kept.as_raw_fd();

@@ -5,12 +5,11 @@
 //! it takes milliseconds and no space to speak of.
 
 use super::BootError;
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use vistara_host::files::clone_sparse;
 use vistara_model::Bytes;
 
 /// Version of how templates are made; part of their names, so that old ones are not used.
@@ -55,19 +54,14 @@ impl OverlayTemplates {
         let size = Bytes::mib(size.to_mib_ceil());
         let name = format!("ext4-v{TEMPLATE_FORMAT}-{}m.raw", size.to_mib_ceil());
         let template = self.dir.join(name);
-        let source = match File::open(&template) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                self.make_template(size, &template)?;
-                File::open(&template)
-            }
-            other => other,
-        };
-        let source = source.map_err(BootError::io("open", &template))?;
-        let dest_file = File::create_new(dest).map_err(BootError::io("create", dest))?;
-        let copied = copy_sparse(&source, &dest_file, size.0);
-        if copied.is_err() {
-            // The copy's error is the one to tell.
-            let _ = fs::remove_file(dest);
+        let mut copied = clone_sparse(&template, dest);
+        // The template of this size is not made yet (or `dest` has no directory, as the second try then tells).
+        if copied
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        {
+            self.make_template(size, &template)?;
+            copied = clone_sparse(&template, dest);
         }
         copied.map_err(BootError::io("copy the empty disk to", dest))
     }
@@ -137,40 +131,6 @@ fn make_file_system(path: &Path) -> Result<(), BootError> {
             mend: "run: sudo apt-get install e2fsprogs".to_owned(),
         }),
     }
-}
-
-/// Makes `dest` a copy of `source` of `size` bytes, holes staying holes.
-fn copy_sparse(source: &File, dest: &File, size: u64) -> std::io::Result<()> {
-    if rustix::fs::ioctl_ficlone(dest, source).is_ok() {
-        return Ok(());
-    }
-    dest.set_len(size)?;
-    let mut at = 0;
-    while at < size {
-        let start = match seek(source, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // No data after this place.
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(source, SeekFrom::Hole(start))?;
-        copy_range(source, dest, start, end)?;
-        at = end;
-    }
-    Ok(())
-}
-
-fn copy_range(source: &File, dest: &File, start: u64, end: u64) -> std::io::Result<()> {
-    use std::os::unix::fs::FileExt as _;
-    let mut buffer = vec![0; 256 << 10];
-    let mut at = start;
-    while at < end {
-        let length = buffer.len().min((end - at) as usize);
-        source.read_exact_at(&mut buffer[..length], at)?;
-        dest.write_all_at(&buffer[..length], at)?;
-        at += length as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
