@@ -298,9 +298,9 @@ async fn directories_that_are_made_and_hidden_again_count_with_their_names() {
         .symlink("l", "");
     let tar = (0..60).fold(tar, |tar, n| {
         tar.file(&format!("l/{n}"), b"")
-            .pax(&[("path", target[..250].as_bytes())])
+            .pax(&[("path", &target.as_bytes()[..250])])
             .file("x", b"")
-            .pax(&[("path", target[..250].as_bytes())])
+            .pax(&[("path", &target.as_bytes()[..250])])
             .dir("x")
     });
     refused(tar, "more than 100000 bytes of names").await;

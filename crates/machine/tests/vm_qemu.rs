@@ -7,7 +7,7 @@
 
 mod conformance;
 
-use conformance::{LIMIT, Lines, Subject, guest, launch, soon};
+use conformance::{LIMIT, Lines, Subject, ends_with_this_test, guest, launch, soon};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +40,10 @@ impl Subject for Qemu {
             },
         };
         match QemuVmm::detect(options).await {
+            Ok(vmm) if !vmm.capabilities().accelerators.contains(&accelerator()) => {
+                println!("SKIP: {} cannot be had here", accelerator());
+                None
+            }
             Ok(vmm) => Some(Arc::new(vmm)),
             Err(error) => {
                 println!("SKIP: {error}");
@@ -297,6 +301,7 @@ async fn a_machine_survives_the_process_that_launched_it() {
     );
     let record = std::fs::read(dir.path().join("record")).unwrap();
     let record: VmRecord = serde_json::from_slice(&record).unwrap();
+    ends_with_this_test(&record);
     let vm = match soon("adopting", vmm.adopt(&machine, &record))
         .await
         .unwrap()

@@ -7,12 +7,14 @@
 
 pub(crate) mod guest;
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use vistara_host::facts;
 use vistara_machine::{
-    Adoption, ChannelStream, Disk, LaunchPlan, Vm, VmEnd, VmUsage, Vmm, VmmError,
+    Adoption, ChannelStream, Disk, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };
 
 /// What the guest writes to its console when it begins.
@@ -69,7 +71,41 @@ impl Lines {
 }
 
 pub(crate) async fn launch(vmm: &dyn Vmm, plan: &LaunchPlan) -> Box<dyn Vm> {
-    soon("launching", vmm.launch(plan)).await.unwrap()
+    let vm = soon("launching", vmm.launch(plan)).await.unwrap();
+    ends_with_this_test(vm.record());
+    vm
+}
+
+/// A machine's process: its number and its start.
+struct Guard(u32, u64);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let Guard(pid, start) = *self;
+        // The fake's machines are in the test's own process.
+        if pid == std::process::id() || facts::start_ticks(pid) != Some(start) {
+            return;
+        }
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid {
+            // It fails only for one that is gone by now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+thread_local! {
+    /// Machines that were launched on this thread, which is the test's, or one of its runtime's: both end with the test,
+    /// also where it panics. A machine outlives its handle by design, so that a guard beside the handle would not do.
+    static LAUNCHED: RefCell<Vec<Guard>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Sees to it that the machine's process does not outlive the test, however that ends.
+pub(crate) fn ends_with_this_test(record: &VmRecord) {
+    let guard = Guard(record.pid, record.pid_start_ticks);
+    LAUNCHED.with_borrow_mut(|launched| launched.push(guard));
 }
 
 pub(crate) async fn adopted(vmm: &dyn Vmm, plan: &LaunchPlan, vm: &dyn Vm) -> Adoption {
