@@ -31,6 +31,37 @@ fn target() -> PathBuf {
         .to_owned()
 }
 
+fn hash(value: impl std::hash::Hash) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    value.hash(&mut hasher);
+    std::hash::Hasher::finish(&hasher)
+}
+
+/// A state directory for this build of the program, outside the target directory since paths of sockets are short. What
+/// earlier builds of the same checkout left is cleared away, machines and all.
+fn state_dir(name: &str) -> PathBuf {
+    let program = Path::new(env!("CARGO_BIN_EXE_vistara"));
+    let prefix = format!("vistara-system-{:08x}-{name}-", hash(program) as u32);
+    let built = std::fs::metadata(program).unwrap().modified().unwrap();
+    let own = format!("{prefix}{:08x}", hash(built) as u32);
+    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        let other = entry.file_name().to_string_lossy().into_owned();
+        if other.starts_with(&prefix) && other != own {
+            let old = System {
+                state: entry.path(),
+            };
+            let machines = text(&old.vistara(&["ps", "-q"]).stdout);
+            for machine in machines.split_whitespace() {
+                old.vistara(&["rm", "-f", machine]);
+            }
+            old.vistara(&["node", "stop"]);
+            // Another test may be clearing the same away.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    std::env::temp_dir().join(own)
+}
+
 impl System {
     /// The shared node with a kernel and the image in it, or nothing and the reason.
     fn ready() -> Option<System> {
@@ -53,8 +84,7 @@ impl System {
             return skip("no demonstration image (cargo xtask demo-image)");
         }
         // Not below the target directory: paths of sockets are short.
-        let uid = rustix::process::getuid().as_raw();
-        let state = std::env::temp_dir().join(format!("vistara-system-{uid}-{name}"));
+        let state = state_dir(name);
         std::fs::create_dir_all(&state).unwrap();
         let system = System { state };
         let lock = File::create(system.state.join("test.lock")).unwrap();
