@@ -107,7 +107,7 @@ fn options_become_the_request() {
         (
             "vistara run -d a",
             RunRequest {
-                attach: false,
+                attach: true,
                 ..base()
             },
         ),

@@ -174,6 +174,18 @@ async fn started(client: &Client, machine: Machine) -> Result<Machine, Failure> 
                 return Err(Failure::refused(&error));
             }
             Some(StreamItem::Event(StreamEvent::Notice { message })) => terminal::notice(&message),
+            // It never ran: the port was taken, the guest did not boot.
+            Some(StreamItem::Event(StreamEvent::Exited {
+                exit_code: 125,
+                message: Some(message),
+            })) => {
+                return Err(Failure::refused(&vistara_api::ErrorBody {
+                    kind: ErrorKind::Host,
+                    message,
+                    hint: None,
+                    exit_code: Some(125),
+                }));
+            }
             Some(
                 StreamItem::Event(StreamEvent::Exited { .. })
                 | StreamItem::Stdout(_)

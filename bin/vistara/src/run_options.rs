@@ -220,7 +220,8 @@ impl RunOptions {
                     None => (label.clone(), String::new()),
                 })
                 .collect::<BTreeMap<_, _>>(),
-            attach: !self.detach,
+            // A detached run attaches too, until the program runs or could not.
+            attach: true,
         })
     }
 }

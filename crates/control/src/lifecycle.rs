@@ -114,6 +114,13 @@ enum Asked {
     TimeLimit,
 }
 
+/// A program that was asked to end before it ran: its end is what the signal would have made of it.
+fn before_it_ran(signal: Signal) -> EndReason {
+    EndReason::Stopped {
+        status: Some(ExitStatus::Signal(signal.0)),
+    }
+}
+
 impl Default for Lifecycle {
     fn default() -> Self {
         Lifecycle {
@@ -181,7 +188,11 @@ impl Lifecycle {
                 self.state = MachineState::Ended;
                 Vec::new()
             }
-            Event::StopAsked { .. } | Event::KillAsked => {
+            Event::StopAsked { signal, .. } => {
+                self.because(before_it_ran(signal));
+                Vec::new()
+            }
+            Event::KillAsked => {
                 self.because(EndReason::Stopped { status: None });
                 Vec::new()
             }
@@ -239,9 +250,7 @@ impl Lifecycle {
                 self.finish(reason, Effect::TakeDown)
             }
             Event::StopAsked { signal, grace } => match self.state {
-                MachineState::Booting => {
-                    self.finish(EndReason::Stopped { status: None }, Effect::KillVm)
-                }
+                MachineState::Booting => self.finish(before_it_ran(signal), Effect::KillVm),
                 _ if self.end.is_some() => Vec::new(),
                 _ => self.ask(Asked::Stop, signal, grace),
             },
@@ -388,6 +397,19 @@ mod tests {
         assert_eq!(life.state(), MachineState::Stopping);
         life.on(Event::VmGone(VmGone::Killed));
         assert_eq!(life.end(), Some(&EndReason::Stopped { status: None }));
+    }
+
+    #[test]
+    fn a_machine_stopped_while_booting_reports_the_signal() {
+        let mut life = Lifecycle::default();
+        life.on(Event::Launched);
+        let interrupt = Event::StopAsked {
+            signal: Signal::INT,
+            grace: Duration::ZERO,
+        };
+        assert_eq!(life.on(interrupt), vec![Effect::KillVm]);
+        life.on(Event::VmGone(VmGone::Killed));
+        assert_eq!(life.end().unwrap().exit_code(), 130);
     }
 
     #[test]

@@ -460,6 +460,38 @@ async fn a_node_that_vanishes_loses_no_byte_no_exit_code_and_no_machine() {
 }
 
 #[tokio::test]
+async fn a_machine_that_fails_at_once_waits_to_tell_the_client_that_will_attach() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmm = fake();
+    let node = TestNode::start(dir.path(), vmm.clone()).await;
+    node.image("test").await;
+    vmm.set_faults(Faults {
+        launch_failure: Some("the port is taken".to_owned()),
+        ..Faults::default()
+    });
+    let once = RunRequest {
+        auto_remove: true,
+        attach: true,
+        ..request(&["true"])
+    };
+    let machine = node.client.run(&once).await.unwrap();
+    node.client.wait(&machine.id).await.unwrap();
+    let (_, _, event) = node.follow(&machine.id).await;
+    let StreamEvent::Exited {
+        exit_code: 125,
+        message: Some(message),
+    } = event
+    else {
+        panic!("{event:?}");
+    };
+    assert!(message.contains("the port is taken"), "{message}");
+    assert!(node.client.machines(true).await.unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_slow_reader_gets_every_byte_of_a_machine_that_removes_itself() {
     let Some((_dir, node)) = node().await else {
         return;
@@ -505,7 +537,18 @@ async fn a_stop_that_a_dead_node_had_begun_is_carried_on_by_the_next() {
     node.image("test").await;
     let script = "trap 'exit 4' TERM; echo up; while :; do sleep 0.05; done";
     let machine = node.run(&["sh", "-c", script]).await;
-    until_output(&node, &machine.id).await;
+    // Until everything about the start is on disk: what is still being written when a runtime is shut down is written.
+    loop {
+        let detail = node.client.machine(&machine.id).await.unwrap();
+        let told = detail
+            .timings
+            .iter()
+            .any(|timing| timing.step == "first output");
+        if told && detail.machine.state == "running" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     node.vanish();
     // As the record is when the node dies between a stop and the program's end. (A node in the middle of one cannot vanish
     // inside this process: a runtime that is shut down lets its timers expire, the grace among them.)

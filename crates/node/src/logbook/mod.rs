@@ -71,6 +71,8 @@ pub(crate) struct LogBook {
     dir: PathBuf,
     limits: Limits,
     writer: Mutex<Writer>,
+    /// Whether there ever was a reader.
+    begun: watch::Sender<bool>,
     /// Readers that are not dropped yet.
     reading: watch::Sender<usize>,
     /// Counts changes, for readers that wait; `true` once no more output will come.
@@ -146,6 +148,7 @@ impl LogBook {
             dir: dir.to_owned(),
             limits,
             writer: Mutex::new(writer),
+            begun: watch::Sender::new(false),
             reading: watch::Sender::new(0),
             changed: watch::Sender::new((0, finished)),
             pace: Pace::default(),
@@ -226,6 +229,12 @@ impl LogBook {
             }
             moved.await;
         }
+    }
+
+    /// Waits until somebody has begun to read.
+    pub(crate) async fn wait_until_read(&self) {
+        // The sender is our own: it cannot be gone.
+        let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
     }
 
     /// Waits until nobody reads any more.

@@ -57,6 +57,7 @@ impl Reader {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let changed = book.changed.subscribe();
         book.reading.send_modify(|count| *count += 1);
+        book.begun.send_replace(true);
         let pace = pace.then(|| {
             let key = NEXT.fetch_add(1, Ordering::Relaxed);
             // Until it has read something it counts as being where the book is, so that an old log does not stop the

@@ -26,6 +26,8 @@ const SIGNAL_BOUND: Duration = Duration::from_secs(10);
 /// Tries to end a monitor, and the pause between two.
 const KILL_TRIES: u32 = 30;
 const KILL_PAUSE: Duration = Duration::from_secs(1);
+/// How long an ended machine waits for the client that said it would attach, before it removes itself.
+const ATTACH_BOUND: Duration = Duration::from_secs(5);
 /// Longest that an ended machine waits to be removed for clients that still read its output.
 const READERS_BOUND: Duration = Duration::from_secs(3600);
 /// How long a guest may take to write back what it holds of shared directories before it is taken down all the same.
@@ -41,7 +43,12 @@ type Prepared = Result<(Arc<dyn Vm>, Vec<Step>), String>;
 /// Where a machine comes from.
 pub(crate) enum Origin {
     /// A request that arrived now.
-    Request(Instant),
+    Request {
+        /// When.
+        at: Instant,
+        /// Whether its client will attach, and should find the machine whatever became of it.
+        attach: bool,
+    },
     /// An earlier node, when it had not ended yet.
     Earlier,
     /// An earlier node, when it had ended already.
@@ -66,6 +73,7 @@ pub(crate) struct Actor {
     grace: Option<tokio::time::Instant>,
     limit: Option<tokio::time::Instant>,
     zero: Option<Instant>,
+    attach: bool,
     trouble: Option<String>,
     unsaved: bool,
 }
@@ -134,6 +142,7 @@ impl Actor {
             grace: None,
             limit: None,
             zero: None,
+            attach: false,
             trouble: None,
             unsaved: false,
         };
@@ -143,8 +152,9 @@ impl Actor {
 
     async fn run(mut self, origin: Origin) {
         match origin {
-            Origin::Request(zero) => {
+            Origin::Request { at: zero, attach } => {
                 self.zero = Some(zero);
+                self.attach = attach;
                 let (node, record, dir) = (
                     Arc::clone(&self.node),
                     self.record.clone(),
@@ -431,6 +441,10 @@ impl Actor {
                     None => return,
                 }
             }
+        }
+        if self.attach {
+            // A machine that failed at once must not be gone before the client that asked for it hears why.
+            let _ = tokio::time::timeout(ATTACH_BOUND, self.log.wait_until_read()).await;
         }
         // A client may still be reading what was printed: `run --rm … | less`.
         let _ = tokio::time::timeout(READERS_BOUND, self.log.wait_until_unread()).await;

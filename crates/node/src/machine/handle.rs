@@ -108,7 +108,12 @@ pub(super) const COMMANDS_MAX: usize = 64;
 
 impl Handle {
     pub(crate) fn snapshot(&self) -> Snapshot {
-        self.snapshot.borrow().clone()
+        let mut snapshot = self.snapshot.borrow().clone();
+        if snapshot.trouble.is_none() {
+            let vm = self.shared.vm.borrow();
+            snapshot.trouble = vm.as_ref().and_then(|vm| vm.trouble());
+        }
+        snapshot
     }
 
     pub(crate) fn record(&self) -> Arc<Record> {

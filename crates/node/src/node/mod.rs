@@ -321,7 +321,16 @@ impl Node {
             )
             .hint("free some disk space, or see `vistara doctor`")
         })?;
-        let handle = Actor::start(Arc::clone(self), dir, record, log, Origin::Request(zero));
+        let handle = Actor::start(
+            Arc::clone(self),
+            dir,
+            record,
+            log,
+            Origin::Request {
+                at: zero,
+                attach: request.attach,
+            },
+        );
         machines.by_id.insert(id, Arc::clone(&handle));
         Ok(handle)
     }
