@@ -105,8 +105,18 @@ impl TestNode {
     }
 
     /// As `kill -9` would: no task of the node runs any further, nothing is said goodbye to.
-    pub(crate) fn vanish(self) {
-        drop(self);
+    pub(crate) fn vanish(mut self) {
+        let lock = self.dir.join("state/lock");
+        self.runtime.take().unwrap().shutdown_background();
+        // A killed process is gone at once, a runtime's tasks a moment later: the lock goes with the last of them.
+        let deadline = std::time::Instant::now() + BOUND;
+        while std::fs::File::open(&lock).unwrap().try_lock().is_err() {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the node does not vanish"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// An image whose only content is an empty `/etc/passwd`: fake machines run the host's programs.
