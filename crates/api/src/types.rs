@@ -110,8 +110,8 @@ pub struct RunRequest {
     pub kernel: Option<String>,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
-    /// Hold the program's output back once this much of it waits for an attached client (see [`crate::stream`]).
-    /// Set by a client that will attach at once and wants every byte.
+    /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the
+    /// client hears of its end even where it failed at once.
     pub attach: bool,
 }
 

@@ -259,11 +259,7 @@ impl Session {
         }
         match handle.exited().await {
             Ok(exit) => {
-                let byte = |number: i32| u8::try_from(number & 0xff).unwrap_or(u8::MAX);
-                let status = match exit.status {
-                    ExitStatus::Code(code) => vistara_model::ExitStatus::Code(byte(code)),
-                    ExitStatus::Signal(number) => vistara_model::ExitStatus::Signal(byte(number)),
-                };
+                let status = exit_status(exit.status);
                 self.tell(News::Event(Event::ProgramExited {
                     status,
                     out_of_memory: exit.oom,
@@ -369,6 +365,15 @@ impl Session {
             before = mark.at_us.max(before);
         }
         steps
+    }
+}
+
+/// How a program ended, from a guest's word for it: whatever that says, eight bits of it count.
+pub(crate) fn exit_status(told: ExitStatus) -> vistara_model::ExitStatus {
+    let byte = |number: i32| u8::try_from(number & 0xff).unwrap_or(u8::MAX);
+    match told {
+        ExitStatus::Code(code) => vistara_model::ExitStatus::Code(byte(code)),
+        ExitStatus::Signal(number) => vistara_model::ExitStatus::Signal(byte(number)),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::App;
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
-use crate::machine::{Command, Handle, HeldInput, STOP_GRACE};
+use crate::machine::{Command, Handle, HeldInput, STOP_GRACE, exit_status};
 use crate::view;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, State};
@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use vistara_api::stream::{ClientSignal, MESSAGE_BYTES_MAX, STDERR, STDOUT, StreamEvent};
 use vistara_api::{AttachRequest, ErrorKind, ExecRequest};
 use vistara_guest_client::{
-    AgentError, ExitStatus, Input, OutputStream, Process, ProcessHandle, ProcessId, ProcessSpec,
-    SpawnError, TtySize,
+    AgentError, Input, OutputStream, Process, ProcessHandle, ProcessId, ProcessSpec, SpawnError,
+    TtySize,
 };
 use vistara_model::{EndReason, MachineState, Signal};
 
@@ -468,14 +468,7 @@ async fn executed(
     }
     let event = match process.exited().await {
         Ok(exit) => {
-            let status = match exit.status {
-                ExitStatus::Code(code) => {
-                    vistara_model::ExitStatus::Code(u8::try_from(code & 0xff).unwrap_or(1))
-                }
-                ExitStatus::Signal(number) => {
-                    vistara_model::ExitStatus::Signal(u8::try_from(number & 0xff).unwrap_or(9))
-                }
-            };
+            let status = exit_status(exit.status);
             finish(&process).await;
             StreamEvent::Exited {
                 exit_code: status.shell_code(),
