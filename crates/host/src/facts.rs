@@ -224,6 +224,21 @@ pub fn process_usage(pid: u32) -> Option<ProcessUsage> {
     })
 }
 
+/// The processor as programs see it: its name and a digest-like list of what it can do, so that two hosts with the same text
+/// show guests the same processor.
+pub fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = |key: &str| {
+        text.lines()
+            .find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                (name.trim() == key).then(|| value.trim().to_owned())
+            })
+            .unwrap_or_default()
+    };
+    format!("{}, {}", line("model name"), line("flags"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -37,16 +37,9 @@ fn fill(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     ftruncate(to, len)?;
     let mut position = 0;
-    while position < len {
-        let start = match seek(from, SeekFrom::Data(position)) {
-            Ok(start) => start,
-            // Nothing but a hole up to the end.
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(from, SeekFrom::Hole(start))?.min(len);
+    while let Some((start, end)) = next_data(from, position, len)? {
         copy_range(from, to, start, end)?;
-        position = end.max(start + 1);
+        position = end;
     }
     Ok(())
 }
@@ -92,6 +85,52 @@ fn copy_by_hand(from: &File, to: &File, mut position: u64, end: u64) -> io::Resu
 /// The system's.
 pub fn memory_file() -> io::Result<File> {
     Ok(memfd_create("file", MemfdFlags::CLOEXEC)?.into())
+}
+
+/// A file of `len` zeros in memory that whoever holds a descriptor may open again, and that can be sealed.
+///
+/// # Errors
+/// The system's.
+pub fn sealable_memory_file(len: u64) -> io::Result<File> {
+    let file = memfd_create("sealable", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, len)?;
+    Ok(file.into())
+}
+
+/// Makes a [`sealable_memory_file`] one that nobody can change any more, in no way.
+///
+/// # Errors
+/// `ResourceBusy` where somebody has it mapped shared and writable.
+pub fn seal_for_good(file: &File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    Ok(fcntl_add_seals(file, seals)?)
+}
+
+/// The same file with a position of its own, at the beginning.
+///
+/// # Errors
+/// The system's.
+pub fn reopen_to_read(file: &File) -> io::Result<File> {
+    use std::os::fd::AsRawFd;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Where the next data at or after `from` begins and ends, in a file of `len` bytes whose holes are zeros.
+///
+/// # Errors
+/// The system's.
+pub fn next_data(file: &File, from: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+    if from >= len {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(from)) {
+        Ok(start) => start,
+        // Nothing but a hole up to the end.
+        Err(Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let end = seek(file, SeekFrom::Hole(start))?.min(len);
+    Ok((start < end).then_some((start, end)))
 }
 
 /// A box in memory for what a program prints: it takes the first `capacity` bytes, and writing more fails in the writer.

@@ -4,11 +4,13 @@
 //! decided in `vistara-control`, and what runs inside a guest is the agent's business.
 
 pub mod boot;
+mod capture;
 pub mod fake;
 pub mod qemu;
 mod vmm;
 
+pub use capture::{Capture, CaptureError, CaptureInfo};
 pub use vmm::{
-    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic, Vm,
-    VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic,
+    Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };

@@ -12,8 +12,10 @@
 //! - `kill` returns when the machine is gone; on one that is gone already it succeeds.
 //! - Nothing that a guest does makes a method panic, block for ever or use unbounded memory.
 
+use crate::Capture;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, VmmKind};
 
@@ -37,6 +39,8 @@ pub struct Capabilities {
     pub pause: bool,
     /// Most virtual CPUs in one machine.
     pub vcpus_max: u32,
+    /// Whether machines can be captured and forked; the reason where not.
+    pub capture: Result<(), String>,
 }
 
 /// How a Linux guest is started.
@@ -48,6 +52,16 @@ pub struct LinuxBoot {
     pub initramfs: PathBuf,
     /// Words for the kernel's command line that come from the payload; the backend adds what its own devices need.
     pub cmdline: String,
+}
+
+/// From what a machine starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// A Linux guest boots.
+    Linux(LinuxBoot),
+    /// A captured machine goes on where it was when it was captured. The plan's shape (processors, memory, disks, network
+    /// interface) must be that machine's, and its disks must hold what that machine's held at that moment.
+    Fork(Arc<Capture>),
 }
 
 /// One disk of a machine, in the order in which the guest sees them (`vda`, `vdb`, …).
@@ -105,8 +119,10 @@ pub struct LaunchPlan {
     pub vcpus: u32,
     /// Guest memory.
     pub memory: Bytes,
-    /// What is booted.
-    pub boot: LinuxBoot,
+    /// What it starts from.
+    pub start: Start,
+    /// Whether the machine is to be captured ([`Vm::capture`]).
+    pub capturable: bool,
     /// Disks.
     pub disks: Vec<Disk>,
     /// Network interface, where there is to be one.
@@ -285,6 +301,14 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// As [`Vm::pause`].
     async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Captures a machine that was launched as [`LaunchPlan::capturable`], and ends it: its memory now belongs to the
+    /// capture. Its writable disks hold what the capture expects of a fork's. Nobody should be connected to its channel.
+    /// After an error the machine is paused or gone; it should be killed.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`], [`VmmError::Control`] or [`VmmError::Ended`].
+    async fn capture(&self) -> Result<Capture, VmmError>;
 
     /// Ends the machine at once and waits until it is gone, its helpers and cgroup with it.
     ///

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use vistara_machine::fake::{FakeEnd, FakeGuest, FakeVmm, Faults};
-use vistara_machine::{Fence, LaunchPlan, LinuxBoot, Vm, VmEnd, Vmm, VmmError};
+use vistara_machine::{Fence, LaunchPlan, LinuxBoot, Start, Vm, VmEnd, Vmm, VmmError};
 use vistara_model::{Accelerator, Bytes, MachineId};
 
 fn echo(guest: &FakeGuest) -> FakeEnd {
@@ -46,11 +46,12 @@ impl Subject for Fake {
             accelerator: Accelerator::Tcg,
             vcpus: 1,
             memory: Bytes::mib(64),
-            boot: LinuxBoot {
+            start: Start::Linux(LinuxBoot {
                 kernel: "/unused".into(),
                 initramfs: "/unused".into(),
                 cmdline: String::new(),
-            },
+            }),
+            capturable: false,
             disks: vec![],
             nic: None,
             shares: vec![],

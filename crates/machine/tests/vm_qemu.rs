@@ -15,7 +15,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::facts;
 use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
 use vistara_machine::{
-    Adoption, Disk, Fence, GuestShare, LaunchPlan, Nic, Vm, VmEnd, VmRecord, Vmm, VmmError,
+    Adoption, Capture, Disk, Fence, GuestShare, LaunchPlan, Nic, Start, Vm, VmEnd, VmRecord, Vmm,
+    VmmError,
 };
 use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
 
@@ -59,7 +60,8 @@ impl Subject for Qemu {
             accelerator: accelerator(),
             vcpus: 1,
             memory: Bytes::mib(256),
-            boot: guest::boot().unwrap(),
+            start: Start::Linux(guest::boot().unwrap()),
+            capturable: false,
             disks: vec![],
             nic: None,
             shares: vec![],
@@ -589,4 +591,84 @@ async fn measure_the_launch_and_the_first_answer() {
             calls[3], calls[0], answers[3], answers[0], kills[3]
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
+    let Some(vmm) = Qemu.vmm().await else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (root, writable) = (dir.path().join("root"), dir.path().join("writable"));
+    std::fs::write(&root, vec![b'r'; 1 << 20]).unwrap();
+    std::fs::write(&writable, vec![b'w'; 1 << 20]).unwrap();
+    let disk = |path: &Path, read_only| Disk {
+        path: path.to_owned(),
+        read_only,
+    };
+    let shape = |dir: &Path, writable: &Path| {
+        let mut plan = Qemu.plan(dir);
+        plan.disks = vec![disk(&root, true), disk(writable, false)];
+        plan.nic = Some(Nic {
+            ports: vec![],
+            mac: [2, 0, 0, 0, 0, 1],
+        });
+        plan
+    };
+    let mut plan = shape(dir.path(), &writable);
+    plan.capturable = true;
+    let vm = launch(&*vmm, &plan).await;
+    let lines = Lines::open(&*vm).await;
+    let mut first = Running {
+        vm,
+        lines,
+        _dir: tempfile::tempdir().unwrap(),
+    };
+    first.load_drivers().await;
+    first.sh("X=kept; echo before > /tmp/file").await;
+    let vm = first.vm;
+    drop(first.lines);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let capture = soon("capturing", vm.capture()).await.unwrap();
+    assert_eq!(left_of(vm.record()), [] as [&str; 0]);
+    println!("capture holds {} KiB", capture.resident_bytes() >> 10);
+    let kept = dir.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    capture.write(&kept).unwrap();
+    drop(capture);
+    let capture = Arc::new(Capture::read(&kept).unwrap());
+    let mut forks = Vec::new();
+    for number in 0..3 {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("own");
+        std::fs::copy(&writable, &own).unwrap();
+        let mut plan = shape(dir.path(), &own);
+        plan.start = Start::Fork(capture.clone());
+        let begin = std::time::Instant::now();
+        let vm = launch(&*vmm, &plan).await;
+        let launched = begin.elapsed();
+        let mut lines = Lines::open(&*vm).await;
+        lines.echo("there").await;
+        println!(
+            "fork {number}: launched after {launched:?}, answers after {:?}",
+            begin.elapsed()
+        );
+        let mut fork = Running {
+            vm,
+            lines,
+            _dir: dir,
+        };
+        assert_eq!(fork.sh("echo $X; cat /tmp/file").await, "kept\nbefore");
+        let change = format!("X={number}; echo {number} > /tmp/file; echo {number} > /dev/vdb");
+        fork.sh(&change).await;
+        forks.push((fork, own));
+    }
+    for (number, (mut fork, own)) in forks.into_iter().enumerate() {
+        let told = fork
+            .sh("sync; echo $X; cat /tmp/file; head -c 1 /dev/vda")
+            .await;
+        assert_eq!(told, format!("{number}\n{number}\nr"));
+        let written = std::fs::read(own).unwrap();
+        assert_eq!(written[0], b'0' + u8::try_from(number).unwrap());
+        fork.end().await;
+    }
+    assert_eq!(std::fs::read(&writable).unwrap()[0], b'w');
 }

@@ -18,7 +18,7 @@ use rustix::mount::UnmountFlags;
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec};
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -26,6 +26,9 @@ use vistara_guest_protocol::{GuestConfig, Mark, PORT_NAME, Refusal, RefusalKind,
 
 /// How long a device may take to appear after its driver was loaded.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Most bytes of files that are read before a capture: they take memory in it.
+const READ_AHEAD_MAX: u64 = 32 << 20;
 
 /// How often it is looked for.
 const DEVICE_LOOK: Duration = Duration::from_millis(1);
@@ -206,6 +209,25 @@ impl Machine {
     pub(crate) fn settle(&mut self) {
         self.modules.load("rng");
         self.modules.load("balloon");
+    }
+
+    /// Does what every machine that goes on from this one would do again: drivers, names to be replaced, files that are
+    /// read first.
+    pub(crate) fn prepare_for_capture(&mut self, read_ahead: &[String]) {
+        self.prepare();
+        self.settle();
+        tolerate("the loopback", network::configure(None));
+        // Over the image's own files they would be copied up again and again.
+        tolerate(
+            "writing names to /etc",
+            root::write_names(&GuestConfig::default()),
+        );
+        let mut left = READ_AHEAD_MAX;
+        for path in read_ahead {
+            let read = fs::File::open(path)
+                .and_then(|file| io::copy(&mut file.take(left), &mut io::sink()));
+            left = left.saturating_sub(read.unwrap_or(0));
+        }
     }
 
     /// Obeys the host's configuration. What a program would miss is a refusal, the rest a warning.

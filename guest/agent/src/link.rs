@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 /// First and longest interval at which a port without a host is looked at.
 const LOOK_FIRST: Duration = Duration::from_millis(1);
 const LOOK_LONGEST: Duration = Duration::from_millis(50);
+/// The longest until the machine is told who it is: somebody waits for it to begin.
+const LOOK_EAGER: Duration = Duration::from_millis(2);
 
 /// Where hosts come from.
 #[derive(Debug)]
@@ -146,6 +148,7 @@ pub(crate) struct Link {
     stream: Option<OwnedFd>,
     port_present: bool,
     look_interval: Duration,
+    look_longest: Duration,
     look_at: Instant,
     orphaned: bool,
 }
@@ -157,9 +160,15 @@ impl Link {
             stream: None,
             port_present: false,
             look_interval: LOOK_FIRST,
+            look_longest: LOOK_EAGER,
             look_at: Instant::now(),
             orphaned: false,
         }
+    }
+
+    /// From now on a host that is away may take its time.
+    pub(crate) fn be_patient(&mut self) {
+        self.look_longest = LOOK_LONGEST;
     }
 
     /// The connection's descriptor.
@@ -200,7 +209,7 @@ impl Link {
                 let mut fds = [PollFd::new(port, PollFlags::IN)];
                 let found = poll(&mut fds, Some(&Timespec::default())).is_ok();
                 self.port_present = found && !fds[0].revents().contains(PollFlags::HUP);
-                self.look_interval = (self.look_interval * 2).min(LOOK_LONGEST);
+                self.look_interval = (self.look_interval * 2).min(self.look_longest);
                 self.look_at = now + self.look_interval;
                 self.port_present
             }

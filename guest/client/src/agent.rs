@@ -126,6 +126,21 @@ impl Agent {
         }
     }
 
+    /// Makes a guest that is not configured yet ready to be captured; these files (absolute paths) are read into its cache.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn prepare(&self, read_ahead: Vec<String>) -> Result<(), AgentError> {
+        done(
+            self.session
+                .ask(|request| ToGuest::Prepare {
+                    request,
+                    read_ahead,
+                })
+                .await?,
+        )
+    }
+
     /// Starts a process under a number that the agent does not know (see [`Welcome::processes`]).
     ///
     /// # Errors

@@ -436,6 +436,14 @@ pub enum ToGuest {
         /// Request number.
         request: u32,
     },
+    /// Before [`ToGuest::Configure`]: the guest will be captured, and others will go on from there. The agent does what
+    /// any of them will need. Answered by [`ToHost::Done`].
+    Prepare {
+        /// Request number.
+        request: u32,
+        /// Absolute paths of files that will be read first; those that cannot be read now are passed over.
+        read_ahead: Vec<String>,
+    },
 }
 
 /// What the agent says.

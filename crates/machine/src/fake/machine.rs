@@ -1,7 +1,9 @@
 //! One fake machine: a thread, the channels that the host opened to it, and its end.
 
 use super::{FakeEnd, Faults, GuestMain};
-use crate::{ChannelStream, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use crate::{
+    Capture, CaptureInfo, ChannelStream, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+};
 use std::collections::{HashMap, VecDeque};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -11,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use vistara_host::files::sealable_memory_file;
 use vistara_host::{facts, process::ProcessIdentity};
 use vistara_model::VmmKind;
 
@@ -35,6 +38,7 @@ fn registry() -> &'static Mutex<HashMap<PathBuf, Arc<Machine>>> {
 /// One fake machine.
 pub(super) struct Machine {
     record: VmRecord,
+    info: CaptureInfo,
     faults: Arc<Mutex<Faults>>,
     started: Instant,
     state: Mutex<State>,
@@ -71,6 +75,7 @@ impl Machine {
                 fences: vec!["none: a fake machine is a thread of the node".to_owned()],
                 backend: serde_json::json!({ "launch": LAUNCHES.fetch_add(1, Ordering::Relaxed) }),
             },
+            info: info(plan),
             faults,
             started: Instant::now(),
             state: Mutex::default(),
@@ -126,6 +131,20 @@ impl Machine {
         console.extend_from_slice(text.as_bytes());
         let excess = console.len().saturating_sub(CONSOLE_MAX);
         console.drain(..excess);
+    }
+}
+
+/// What a fork must have in common with this machine.
+pub(super) fn info(plan: &LaunchPlan) -> CaptureInfo {
+    CaptureInfo {
+        kind: VmmKind::Fake,
+        version: "1".to_owned(),
+        accelerator: plan.accelerator,
+        cpu: String::new(),
+        vcpus: plan.vcpus,
+        memory: plan.memory,
+        disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
+        nic: plan.nic.is_some(),
     }
 }
 
@@ -214,11 +233,15 @@ impl FakeGuest {
 /// A handle on a fake machine.
 pub(super) struct FakeVm {
     machine: Arc<Machine>,
+    capturable: bool,
 }
 
 impl FakeVm {
-    pub(super) fn new(machine: Arc<Machine>) -> FakeVm {
-        FakeVm { machine }
+    pub(super) fn new(machine: Arc<Machine>, capturable: bool) -> FakeVm {
+        FakeVm {
+            machine,
+            capturable,
+        }
     }
 
     fn alive(&self) -> Result<(), VmmError> {
@@ -261,6 +284,25 @@ impl Vm for FakeVm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.alive()
+    }
+
+    async fn capture(&self) -> Result<Capture, VmmError> {
+        self.alive()?;
+        if !self.capturable {
+            return Err(VmmError::Unsupported {
+                kind: VmmKind::Fake,
+                reason: "this machine was not launched to be captured".to_owned(),
+            });
+        }
+        self.machine.finish(VmEnd::Killed);
+        let files = || {
+            let memory = sealable_memory_file(self.machine.info.memory.0)?;
+            Capture::seal(self.machine.info.clone(), memory, sealable_memory_file(0)?)
+        };
+        files().map_err(|error: std::io::Error| VmmError::Control {
+            operation: "the capture",
+            message: error.to_string(),
+        })
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -2,11 +2,12 @@
 //!
 //! A machine is one thread that runs the guest the test gives ([`FakeVmm::new`]). It outlives the [`Vm`] handle and the
 //! [`FakeVmm`] itself, so that a test can play a node's restart: another `FakeVmm` in the same process adopts it by its
-//! record and directory. What it cannot play: a pause holds nothing still, and no limit is kept.
+//! record and directory. What it cannot play: a pause holds nothing still, no limit is kept, and a fork's guest begins
+//! anew instead of going on.
 
 mod machine;
 
-use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmEnd, VmRecord, Vmm, VmmError};
+use crate::{Adoption, Capabilities, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError};
 use machine::{FakeVm, Machine};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -62,6 +63,7 @@ impl FakeVmm {
                 user_network: true,
                 pause: true,
                 vcpus_max: 64,
+                capture: Ok(()),
             },
             guest,
             faults: Arc::default(),
@@ -96,6 +98,13 @@ impl FakeVmm {
         if plan.nic.is_some() && !self.capabilities.user_network {
             return Err(unsupported("no user-mode network".to_owned()));
         }
+        if let Start::Fork(capture) = &plan.start
+            && let Some(difference) = capture.info().difference(&machine::info(plan))
+        {
+            return Err(unsupported(format!(
+                "going on from a machine of another kind: {difference}"
+            )));
+        }
         for disk in &plan.disks {
             std::fs::File::options()
                 .read(true)
@@ -126,13 +135,13 @@ impl Vmm for FakeVmm {
             });
         }
         let machine = Machine::start(plan, self.guest.clone(), self.faults.clone())?;
-        Ok(Box::new(FakeVm::new(machine)))
+        Ok(Box::new(FakeVm::new(machine, plan.capturable)))
     }
 
     async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError> {
         match Machine::find(dir).filter(|machine| machine.record() == record) {
             Some(machine) => match machine.end() {
-                None => Ok(Adoption::Running(Box::new(FakeVm::new(machine)))),
+                None => Ok(Adoption::Running(Box::new(FakeVm::new(machine, false)))),
                 Some(end) => Ok(Adoption::Gone(end)),
             },
             None => Ok(Adoption::Gone(VmEnd::Crashed {

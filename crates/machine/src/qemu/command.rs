@@ -2,7 +2,7 @@
 //!
 //! Every option stands here with its reason. `docs/internals/qemu.md` has the measurements.
 
-use crate::{LaunchPlan, Nic};
+use crate::{LaunchPlan, LinuxBoot, Nic, Start};
 use std::ffi::OsString;
 use vistara_model::{Accelerator, PortMapping, Protocol};
 
@@ -26,10 +26,10 @@ pub(super) struct Handles {
     pub(super) qmp: i32,
     /// Listening socket of the agent's channel.
     pub(super) channel: i32,
-    /// The kernel.
-    pub(super) kernel: i32,
-    /// The initramfs.
-    pub(super) initramfs: i32,
+    /// The kernel and the initramfs, where they are booted.
+    pub(super) boot: Option<(i32, i32)>,
+    /// The file that is the guest's memory, where it is one.
+    pub(super) memory: Option<i32>,
     /// One for each disk of the plan.
     pub(super) disks: Vec<i32>,
     /// One connected socket for each share of the plan.
@@ -50,7 +50,18 @@ pub(super) fn arguments(
     let memory_mib = plan.memory.to_mib_ceil();
     // ACPI stays on: distributions' kernels find virtio-mmio devices only through it.
     let mut machine = "microvm,acpi=on,dump-guest-core=off,mem-merge=off".to_owned();
-    if !handles.shares.is_empty() {
+    let fork = matches!(plan.start, Start::Fork(_));
+    if let Some(fd) = handles.memory {
+        // The captured machine writes to the file; its forks keep what they change to themselves.
+        let share = if fork { "off" } else { "on" };
+        option(
+            "-object",
+            format!(
+                "memory-backend-file,id=memory,size={memory_mib}M,mem-path=/proc/self/fd/{fd},share={share}"
+            ),
+        );
+        machine.push_str(",memory-backend=memory");
+    } else if !handles.shares.is_empty() {
         // The share's server works on the guest's memory, so the two have it in common.
         option(
             "-object",
@@ -82,9 +93,15 @@ pub(super) fn arguments(
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
     );
-    option("-kernel", format!("/proc/self/fd/{}", handles.kernel));
-    option("-initrd", format!("/proc/self/fd/{}", handles.initramfs));
-    option("-append", kernel_command_line(plan, tsc_khz));
+    if let (Start::Linux(boot), Some((kernel, initramfs))) = (&plan.start, handles.boot) {
+        option("-kernel", format!("/proc/self/fd/{kernel}"));
+        option("-initrd", format!("/proc/self/fd/{initramfs}"));
+        option("-append", kernel_command_line(plan, boot, tsc_khz));
+    }
+    if fork {
+        // It waits for the captured state, and then to be told to go on.
+        option("-incoming", "defer".to_owned());
+    }
     option(
         "-chardev",
         format!("ringbuf,id={CONSOLE},size={CONSOLE_RING}"),
@@ -155,13 +172,16 @@ pub(super) fn arguments(
             format!("virtio-blk-device,drive=disk{index}{errors}"),
         );
     }
+    if fork {
+        args.push("-S".to_owned());
+    }
     args.push("-nodefaults".to_owned());
     args.push("-no-user-config".to_owned());
     args.into_iter().map(OsString::from).collect()
 }
 
-fn kernel_command_line(plan: &LaunchPlan, tsc_khz: Option<u32>) -> String {
-    let mut line = format!("{} console=ttyS0", plan.boot.cmdline);
+fn kernel_command_line(plan: &LaunchPlan, boot: &LinuxBoot, tsc_khz: Option<u32>) -> String {
+    let mut line = format!("{} console=ttyS0", boot.cmdline);
     if plan.accelerator == Accelerator::Tcg
         && let Some(khz) = tsc_khz
     {
@@ -210,7 +230,7 @@ pub(super) fn taken_port(plan: &LaunchPlan, complaint: &str) -> Option<PortMappi
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Disk, Fence, GuestShare, LinuxBoot};
+    use crate::{Disk, Fence, GuestShare};
     use std::net::Ipv4Addr;
     use vistara_model::{Bytes, MachineId};
 
@@ -221,11 +241,12 @@ mod tests {
             accelerator: Accelerator::Tcg,
             vcpus: 2,
             memory: Bytes::mib(256),
-            boot: LinuxBoot {
+            start: Start::Linux(LinuxBoot {
                 kernel: "/k".into(),
                 initramfs: "/i".into(),
                 cmdline: "quiet a,b".to_owned(),
-            },
+            }),
+            capturable: false,
             disks: vec![],
             nic: None,
             shares: vec![],
@@ -259,7 +280,7 @@ mod tests {
         ];
         let handles = Handles {
             disks: vec![8, 9],
-            kernel: 5,
+            boot: Some((5, 6)),
             ..Handles::default()
         };
         let text = text(&plan, &handles);

@@ -19,7 +19,9 @@ mod vm;
 
 pub use baseline::raw_boot;
 
-use crate::{Adoption, Capabilities, LaunchPlan, Vm, VmEnd, VmRecord, Vmm, VmmError};
+use crate::{
+    Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
+};
 use qmp::{Qmp, RunState};
 use state::BackendRecord;
 use std::path::{Path, PathBuf};
@@ -73,6 +75,7 @@ struct Tools {
     cgroups: Result<Cgroups, String>,
     tsc_khz: Option<u32>,
     boot_id: String,
+    version: String,
 }
 
 impl QemuVmm {
@@ -126,12 +129,13 @@ impl QemuVmm {
         Ok(QemuVmm {
             capabilities: Capabilities {
                 kind: VmmKind::Qemu,
-                version,
+                version: version.clone(),
                 accelerators,
                 shares: virtiofsd.as_ref().map(drop).map_err(String::clone),
                 user_network: true,
                 pause: true,
                 vcpus_max: VCPUS_MAX,
+                capture: Ok(()),
             },
             no_kvm,
             tools: Arc::new(Tools {
@@ -140,6 +144,7 @@ impl QemuVmm {
                 cgroups,
                 tsc_khz,
                 boot_id,
+                version,
             }),
         })
     }
@@ -165,6 +170,25 @@ impl QemuVmm {
         }
         if !plan.shares.is_empty() {
             self.capabilities.shares.clone().map_err(unsupported)?;
+        }
+        let fork = match &plan.start {
+            Start::Linux(_) => false,
+            Start::Fork(capture) => {
+                if let Some(difference) = capture.info().difference(&info(&self.tools, plan)) {
+                    return Err(unsupported(format!(
+                        "going on from a machine of another kind: {difference}"
+                    )));
+                }
+                true
+            }
+        };
+        if (fork || plan.capturable) && !plan.shares.is_empty() {
+            return Err(unsupported(
+                "capturing or forking a machine with shared directories".to_owned(),
+            ));
+        }
+        if fork && plan.capturable {
+            return Err(unsupported("capturing a fork".to_owned()));
         }
         for share in &plan.shares {
             if share.tag.is_empty() || share.tag.len() > virtiofsd::TAG_LEN_MAX {
@@ -306,6 +330,8 @@ impl Vmm for QemuVmm {
             // Its standard error; readable where we are its user or root.
             output: OutputBox::reopen(Path::new(&format!("/proc/{}/fd/2", record.pid))).ok(),
             process,
+            // The files were the earlier process's.
+            capture: None,
         };
         let held = status == RunState::Paused;
         Ok(Adoption::Running(Box::new(QemuVm::new(parts, qmp, held))))
@@ -372,6 +398,24 @@ impl QemuVmm {
                 "QEMU was gone when the node came back; nobody saw how it ended".to_owned()
             },
         })
+    }
+}
+
+/// What a fork must have in common with this machine.
+fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
+    CaptureInfo {
+        kind: VmmKind::Qemu,
+        version: tools.version.clone(),
+        accelerator: plan.accelerator,
+        cpu: match plan.accelerator {
+            // Translation shows the same processor everywhere, but the host's counter.
+            Accelerator::Tcg => format!("counter of {} kHz", tools.tsc_khz.unwrap_or(0)),
+            Accelerator::Kvm => facts::cpu_model(),
+        },
+        vcpus: plan.vcpus,
+        memory: Bytes::mib(plan.memory.to_mib_ceil()),
+        disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
+        nic: plan.nic.is_some(),
     }
 }
 

@@ -4,10 +4,15 @@
 //! Events are not queued: a guest could fill any queue. Those that tell of a change ring the bell, and whoever hears it
 //! asks for the state. Lines are bounded, every request has a time limit, and a late answer is told by its id and dropped.
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, Notify, mpsc};
@@ -18,6 +23,9 @@ const LINE_MAX: u64 = 512 << 10;
 
 /// How long an answer may take. QEMU answers in less than a millisecond; under heavy load its main loop starves.
 pub(super) const REPLY_LIMIT: Duration = Duration::from_secs(10);
+
+/// QEMU's name for the file from which, or to which, state is transferred.
+const STATE_NAME: &str = "state";
 
 /// Events after which the machine's state may be another.
 const EVENTS_OF_CHANGE: [&str; 7] = [
@@ -77,6 +85,7 @@ fn run_state(name: &str) -> RunState {
 pub(super) struct Qmp {
     requests: Mutex<Requests>,
     changed: Arc<Notify>,
+    migrated: Arc<Notify>,
     reader: JoinHandle<()>,
 }
 
@@ -104,8 +113,13 @@ impl Qmp {
             return Err(QmpError::Malformed("no greeting".to_owned()));
         }
         let changed = Arc::new(Notify::new());
+        let migrated = Arc::new(Notify::new());
         let (sender, answers) = mpsc::channel(4);
-        let reader = tokio::spawn(read_lines(reader, sender, changed.clone()));
+        let bells = Bells {
+            changed: changed.clone(),
+            migrated: migrated.clone(),
+        };
+        let reader = tokio::spawn(read_lines(reader, sender, bells));
         let qmp = Qmp {
             requests: Mutex::new(Requests {
                 writer,
@@ -113,6 +127,7 @@ impl Qmp {
                 last_id: 0,
             }),
             changed,
+            migrated,
             reader,
         };
         qmp.execute("qmp_capabilities", Value::Null).await?;
@@ -131,12 +146,18 @@ impl Qmp {
     }
 
     async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        tokio::time::timeout(REPLY_LIMIT, self.execute_unbounded(command, arguments))
+        tokio::time::timeout(REPLY_LIMIT, self.request(command, arguments, None))
             .await
             .map_err(|_| QmpError::Late)?
     }
 
-    async fn execute_unbounded(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+    /// A request without a time limit, and a descriptor that goes with it.
+    async fn request(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, QmpError> {
         let mut requests = self.requests.lock().await;
         requests.last_id += 1;
         let id = requests.last_id;
@@ -146,7 +167,12 @@ impl Qmp {
         }
         .to_string();
         line.push('\n');
-        let written = requests.writer.write_all(line.as_bytes()).await;
+        let mut line = line.as_bytes();
+        if let Some(descriptor) = descriptor {
+            let sent = send_with(requests.writer.as_ref(), line, descriptor).await;
+            line = &line[sent.map_err(|_| QmpError::Closed)?..];
+        }
+        let written = requests.writer.write_all(line).await;
         written.map_err(|_| QmpError::Closed)?;
         loop {
             let mut answer = requests.answers.recv().await.ok_or(QmpError::Closed)?;
@@ -180,6 +206,48 @@ impl Qmp {
         self.execute("cont", Value::Null).await.map(drop)
     }
 
+    /// Writes the state of the stopped machine to `file`, without memory that is shared with a file.
+    pub(super) async fn save_state(&self, file: &File) -> Result<(), QmpError> {
+        self.transfer_state("migrate", file).await
+    }
+
+    /// Reads the state that [`Qmp::save_state`] has written, in a QEMU that was started to wait for it.
+    pub(super) async fn load_state(&self, file: &File) -> Result<(), QmpError> {
+        self.transfer_state("migrate-incoming", file).await
+    }
+
+    async fn transfer_state(&self, command: &str, file: &File) -> Result<(), QmpError> {
+        let on = |capability: &str| json!({"capability": capability, "state": true});
+        let capabilities = json!({"capabilities": [on("x-ignore-shared"), on("events")]});
+        self.execute("migrate-set-capabilities", capabilities)
+            .await?;
+        let hand_over = self.request("getfd", json!({"fdname": STATE_NAME}), Some(file.as_fd()));
+        tokio::time::timeout(REPLY_LIMIT, hand_over)
+            .await
+            .map_err(|_| QmpError::Late)??;
+        self.execute(command, json!({"uri": format!("fd:{STATE_NAME}")}))
+            .await?;
+        let done = async {
+            loop {
+                self.migrated.notified().await;
+                let answer = self.execute("query-migrate", Value::Null).await?;
+                match answer["status"].as_str() {
+                    Some("completed") => return Ok(()),
+                    Some("failed" | "cancelled") => {
+                        let reason = answer["error-desc"].as_str();
+                        return Err(QmpError::Refused(
+                            reason.unwrap_or("its state does not fit").to_owned(),
+                        ));
+                    }
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(REPLY_LIMIT, done)
+            .await
+            .map_err(|_| QmpError::Late)?
+    }
+
     /// Ends QEMU. It may be gone before it has answered.
     pub(super) async fn quit(&self) -> Result<(), QmpError> {
         match self.execute("quit", Value::Null).await {
@@ -205,6 +273,34 @@ impl Qmp {
     }
 }
 
+/// Sends the beginning of `bytes`, and a descriptor with it. Gives how many bytes went.
+async fn send_with(
+    stream: &UnixStream,
+    bytes: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> std::io::Result<usize> {
+    loop {
+        stream.writable().await?;
+        let sent = stream.try_io(Interest::WRITABLE, || {
+            let descriptors = [descriptor];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+            let parts = [IoSlice::new(bytes)];
+            Ok(sendmsg(
+                stream,
+                &parts,
+                &mut ancillary,
+                SendFlags::NOSIGNAL,
+            )?)
+        });
+        match sent {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
+}
+
 async fn next_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Value, QmpError> {
     let mut line = Vec::new();
     let got = reader.take(LINE_MAX).read_until(b'\n', &mut line).await;
@@ -219,16 +315,23 @@ async fn next_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Value, QmpEr
     }
 }
 
+/// What rings when something has happened.
+struct Bells {
+    changed: Arc<Notify>,
+    migrated: Arc<Notify>,
+}
+
 /// Sorts what QEMU says until it stops: answers to the requester, changes to the bell.
 async fn read_lines(
     mut reader: BufReader<OwnedReadHalf>,
     answers: mpsc::Sender<Value>,
-    changed: Arc<Notify>,
+    bells: Bells,
 ) {
     loop {
         match next_line(&mut reader).await {
             Ok(line) => match line.get("event").and_then(Value::as_str) {
-                Some(event) if EVENTS_OF_CHANGE.contains(&event) => changed.notify_one(),
+                Some(event) if EVENTS_OF_CHANGE.contains(&event) => bells.changed.notify_one(),
+                Some("MIGRATION") => bells.migrated.notify_one(),
                 Some(_) => {}
                 None => {
                     // At most a few late answers can lie here: each has had its request.
@@ -244,7 +347,8 @@ async fn read_lines(
         }
     }
     drop(answers);
-    changed.notify_one();
+    bells.changed.notify_one();
+    bells.migrated.notify_one();
 }
 
 /// Decodes standard base64 with padding (RFC 4648, section 4); `None` where the text is none.

@@ -4,9 +4,9 @@
 //! bound, or QEMU has said why not and gone. That costs the guest nothing, which is booting already.
 
 use super::state::{self, BackendRecord};
-use super::vm::{OUTPUT_TOLD, Parts, QemuVm, clean_up};
+use super::vm::{CaptureFiles, OUTPUT_TOLD, Parts, QemuVm, clean_up};
 use super::{Tools, command, handshake};
-use crate::{LaunchPlan, VmRecord, VmmError};
+use crate::{LaunchPlan, Start, VmRecord, VmmError};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Instant;
 use vistara_host::cgroup::{Cgroup, Limits};
-use vistara_host::files::OutputBox;
+use vistara_host::files::{OutputBox, sealable_memory_file};
 use vistara_host::launch::{Launch, LaunchError, Launched, Rlimit};
 use vistara_host::process::ProcessHandle;
 use vistara_host::sockets;
@@ -35,12 +35,9 @@ const OOM_SCORE: i16 = 500;
 
 /// What has been started, so that it can be taken back.
 struct Started {
-    process: ProcessHandle,
+    spawned: Spawned,
     helpers: Vec<ProcessHandle>,
     cgroup: Option<Cgroup>,
-    output: OutputBox,
-    record: VmRecord,
-    backend: BackendRecord,
 }
 
 fn failed(step: &'static str) -> impl Fn(String) -> VmmError {
@@ -65,19 +62,28 @@ pub(super) async fn start(
     let spawned = begin.elapsed();
     let connected = tokio::select! {
         biased;
-        connected = connect(&plan.dir) => connected,
-        _ = started.process.wait() => Err("QEMU ended at once".to_owned()),
+        connected = connect(&plan.dir, started.spawned.captured.as_ref()) => connected,
+        _ = started.spawned.process.wait() => Err("QEMU ended at once".to_owned()),
     };
     match connected {
         Ok(qmp) => {
-            tracing::debug!(id = %plan.id, pid = started.record.pid, ?spawned, greeted = ?begin.elapsed(), "QEMU runs");
+            let Spawned {
+                process,
+                output,
+                record,
+                backend,
+                kept,
+                ..
+            } = started.spawned;
+            tracing::debug!(id = %plan.id, pid = record.pid, ?spawned, ready = ?begin.elapsed(), "QEMU runs");
             let parts = Parts {
                 dir: plan.dir.clone(),
-                record: started.record,
-                backend: started.backend,
-                process: started.process,
+                record,
+                backend,
+                process,
                 helpers: started.helpers,
-                output: Some(started.output),
+                output: Some(output),
+                capture: kept.map(|files| (super::info(tools, plan), files)),
             };
             Ok(QemuVm::new(parts, qmp, false))
         }
@@ -85,31 +91,41 @@ pub(super) async fn start(
     }
 }
 
-async fn connect(dir: &Path) -> Result<super::Qmp, String> {
+/// Waits until QEMU speaks; a fork then takes over the captured state, and goes on.
+async fn connect(dir: &Path, captured: Option<&File>) -> Result<super::Qmp, String> {
     let stream = sockets::connect_in(dir, state::QMP_SOCKET).map_err(|error| error.to_string())?;
-    Ok(handshake(stream).await?.0)
+    let qmp = handshake(stream).await?.0;
+    if let Some(state) = captured {
+        let refused = |error: super::qmp::QmpError| format!("it cannot go on from there: {error}");
+        qmp.load_state(state).await.map_err(refused)?;
+        qmp.cont().await.map_err(refused)?;
+    }
+    Ok(qmp)
 }
 
 /// Takes everything back, and says what went wrong in QEMU's own words where it spoke.
 async fn give_up(started: Started, plan: &LaunchPlan, message: String) -> VmmError {
     // Its last words are complete only once it is gone; one that hangs has none to wait for.
     let gone = std::time::Duration::from_millis(200);
-    if tokio::time::timeout(gone, started.process.wait())
+    if tokio::time::timeout(gone, started.spawned.process.wait())
         .await
         .is_err()
-        && let Err(error) = started.process.kill()
+        && let Err(error) = started.spawned.process.kill()
     {
-        tracing::error!(%error, pid = started.record.pid, "a QEMU that does not answer cannot be killed");
+        tracing::error!(%error, pid = started.spawned.record.pid, "a QEMU that does not answer cannot be killed");
     }
-    if tokio::time::timeout(super::CLEANUP_LIMIT, started.process.wait())
+    if tokio::time::timeout(super::CLEANUP_LIMIT, started.spawned.process.wait())
         .await
         .is_err()
     {
-        tracing::error!(pid = started.record.pid, "a killed QEMU does not go");
+        tracing::error!(
+            pid = started.spawned.record.pid,
+            "a killed QEMU does not go"
+        );
     }
     clean_up(&started.helpers, started.cgroup.as_ref()).await;
     state::remove_all_files(&plan.dir);
-    let words = started.output.tail(OUTPUT_TOLD);
+    let words = started.spawned.output.tail(OUTPUT_TOLD);
     if let Some(port) = command::taken_port(plan, &words) {
         return VmmError::PortTaken(port);
     }
@@ -141,13 +157,10 @@ fn spawn(
     let mut helpers = Vec::new();
     let result = spawn_in(tools, plan, cgroup.as_ref(), &mut helpers, fences);
     match result {
-        Ok((launched, output, record, backend)) => Ok(Started {
-            process: launched,
+        Ok(spawned) => Ok(Started {
+            spawned,
             helpers,
             cgroup,
-            output,
-            record,
-            backend,
         }),
         Err(error) => {
             runtime.block_on(clean_up(&helpers, cgroup.as_ref()));
@@ -157,7 +170,17 @@ fn spawn(
     }
 }
 
-type Spawned = (ProcessHandle, OutputBox, VmRecord, BackendRecord);
+/// The monitor's process and what goes with it.
+struct Spawned {
+    process: ProcessHandle,
+    output: OutputBox,
+    record: VmRecord,
+    backend: BackendRecord,
+    /// The files of a machine that is to be captured.
+    kept: Option<CaptureFiles>,
+    /// What a fork's devices go on from.
+    captured: Option<File>,
+}
 
 fn spawn_in(
     tools: &Tools,
@@ -181,10 +204,30 @@ fn spawn_in(
     let mut handles = command::Handles {
         qmp: hand_over(listen(state::QMP_SOCKET)?.into()),
         channel: hand_over(listen(state::CHANNEL_SOCKET)?.into()),
-        kernel: hand_over(readable(&plan.boot.kernel, foreign_user)?.into()),
-        initramfs: hand_over(readable(&plan.boot.initramfs, foreign_user)?.into()),
         ..command::Handles::default()
     };
+    let memory_file = |result: io::Result<File>| {
+        result.map_err(|error| failed("making the guest's memory")(error.to_string()))
+    };
+    let mut kept = None;
+    let mut captured = None;
+    match &plan.start {
+        Start::Linux(boot) => {
+            let kernel = hand_over(readable(&boot.kernel, foreign_user)?.into());
+            let initramfs = hand_over(readable(&boot.initramfs, foreign_user)?.into());
+            handles.boot = Some((kernel, initramfs));
+            if plan.capturable {
+                let memory = memory_file(sealable_memory_file(plan.memory.0))?;
+                let state = memory_file(sealable_memory_file(0))?;
+                handles.memory = Some(hand_over(memory_file(memory.try_clone())?.into()));
+                kept = Some(CaptureFiles { memory, state });
+            }
+        }
+        Start::Fork(capture) => {
+            handles.memory = Some(hand_over(memory_file(capture.memory())?.into()));
+            captured = Some(memory_file(capture.state())?);
+        }
+    }
     for disk in &plan.disks {
         let file = File::options()
             .read(true)
@@ -263,7 +306,14 @@ fn spawn_in(
         Ok(record)
     });
     match record {
-        Ok(record) => Ok((process, output, record, backend)),
+        Ok(record) => Ok(Spawned {
+            process,
+            output,
+            record,
+            backend,
+            kept,
+            captured,
+        }),
         Err(error) => {
             helpers.push(process);
             Err(failed("noting the launch")(error.to_string()))

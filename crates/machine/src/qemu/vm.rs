@@ -16,7 +16,8 @@ use super::console::ConsoleTail;
 use super::qmp::{Qmp, QmpError, RunState};
 use super::state::{self, BackendRecord};
 use super::{command, io_error};
-use crate::{ChannelStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use crate::{Capture, CaptureInfo, ChannelStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,6 +53,16 @@ pub(super) struct Parts {
     pub(super) process: ProcessHandle,
     pub(super) helpers: Vec<ProcessHandle>,
     pub(super) output: Option<OutputBox>,
+    /// What a capture is made of, in a machine that is to be captured.
+    pub(super) capture: Option<(CaptureInfo, CaptureFiles)>,
+}
+
+/// The files into which a machine that is to be captured writes itself.
+pub(super) struct CaptureFiles {
+    /// Its memory.
+    pub(super) memory: File,
+    /// Everything else.
+    pub(super) state: File,
 }
 
 /// A machine in QEMU.
@@ -355,6 +366,39 @@ impl Vm for QemuVm {
         }
         self.inner.held.store(false, Ordering::Relaxed);
         self.inner.qmp.cont().await.map_err(self.control("resume"))
+    }
+
+    async fn capture(&self) -> Result<Capture, VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        let Some((info, files)) = &self.inner.parts.capture else {
+            return Err(VmmError::Unsupported {
+                kind: self.inner.parts.record.kind,
+                reason: "this machine was not launched to be captured".to_owned(),
+            });
+        };
+        self.inner.held.store(true, Ordering::Relaxed);
+        let control = self.control("the capture");
+        self.inner.qmp.stop().await.map_err(&control)?;
+        let saved = self.inner.qmp.save_state(&files.state).await;
+        saved.map_err(&control)?;
+        self.inner.decide(VmEnd::Killed);
+        // Its end is awaited below, however it comes about.
+        if self.inner.qmp.quit().await.is_err() {
+            self.kill().await?;
+        }
+        if tokio::time::timeout(KILL_LIMIT, self.told()).await.is_err() {
+            self.kill().await?;
+        }
+        let seal = || {
+            let (memory, state) = (files.memory.try_clone()?, files.state.try_clone()?);
+            Capture::seal(info.clone(), memory, state)
+        };
+        seal().map_err(|error| VmmError::Control {
+            operation: "the capture",
+            message: error.to_string(),
+        })
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use vistara_host::facts;
 use vistara_machine::{
-    Adoption, ChannelStream, Disk, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+    Adoption, ChannelStream, Disk, LaunchPlan, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };
 
 /// What the guest writes to its console when it begins.
@@ -435,6 +435,72 @@ pub(crate) async fn thirty_machines_come_and_go_and_nothing_is_left(subject: &dy
     }
 }
 
+pub(crate) async fn a_captured_machine_is_gone_and_its_forks_answer(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    if let Err(reason) = &vmm.capabilities().capture {
+        println!("SKIP: it cannot capture: {reason}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.capturable = true;
+    let vm = launch(&*vmm, &plan).await;
+    Lines::open(&*vm).await.echo("before").await;
+    let capture = Arc::new(soon("capturing", vm.capture()).await.unwrap());
+    assert_eq!(vm.wait().await, VmEnd::Killed);
+    assert!(matches!(vm.capture().await.err().unwrap(), VmmError::Ended));
+    assert_eq!(subject.leftovers(&*vm)(), [] as [&str; 0]);
+    let mut forks = Vec::new();
+    for _ in 0..3 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = subject.plan(dir.path());
+        plan.start = Start::Fork(Arc::clone(&capture));
+        let vm = launch(&*vmm, &plan).await;
+        let mut lines = Lines::open(&*vm).await;
+        lines.echo("after").await;
+        forks.push((vm, lines, dir));
+    }
+    // The capture may be dropped while its forks run.
+    drop(capture);
+    for (vm, lines, _dir) in &mut forks {
+        lines.echo("still").await;
+        vm.kill().await.unwrap();
+        assert_eq!(subject.leftovers(&**vm)(), [] as [&str; 0]);
+    }
+}
+
+pub(crate) async fn a_capture_is_refused_where_it_was_not_planned_or_does_not_fit(
+    subject: &dyn Subject,
+) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    if vmm.capabilities().capture.is_err() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vm = launch(&*vmm, &subject.plan(dir.path())).await;
+    let refused = vm.capture().await.err().unwrap();
+    assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
+    // Nothing has happened to it.
+    Lines::open(&*vm).await.echo("alive").await;
+    vm.kill().await.unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.capturable = true;
+    let vm = launch(&*vmm, &plan).await;
+    Lines::open(&*vm).await.echo("ready").await;
+    let capture = soon("capturing", vm.capture()).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.start = Start::Fork(Arc::new(capture));
+    plan.vcpus += 1;
+    let refused = soon("launching", vmm.launch(&plan)).await.err().unwrap();
+    assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
+    assert_eq!(files_in(dir.path()), [] as [&str; 0]);
+}
+
 /// The suite's tests for one subject: `conformance!(subject_expression)`.
 #[macro_export]
 macro_rules! conformance {
@@ -454,6 +520,8 @@ macro_rules! conformance {
             the_console_gives_its_end_and_no_more_than_asked
             a_launch_whose_record_was_lost_is_swept_away
             thirty_machines_come_and_go_and_nothing_is_left
+            a_captured_machine_is_gone_and_its_forks_answer
+            a_capture_is_refused_where_it_was_not_planned_or_does_not_fit
         );
     };
     (@tests $subject:expr; $($name:ident)*) => {

@@ -41,6 +41,15 @@ impl Server {
                 };
                 self.say(&answer);
             }
+            ToGuest::Prepare {
+                request,
+                read_ahead,
+            } => {
+                if let (Some(machine), false) = (&mut self.machine, self.configured) {
+                    machine.prepare_for_capture(&read_ahead);
+                }
+                self.answer(request, Ok(()));
+            }
             ToGuest::Spawn { id, spec } => {
                 let answer = match self.spawn(id, &spec) {
                     Ok((pid, at_us)) => ToHost::Spawned { id, pid, at_us },
@@ -195,6 +204,7 @@ impl Server {
             .map_err(|message| refused(RefusalKind::Invalid, message))?;
         // Half a configuration is not undone: the guest is of no use after that, and is not asked again.
         self.configured = true;
+        self.link.be_patient();
         let warnings = match &mut self.machine {
             Some(machine) => machine.configure(&config)?,
             None => Vec::new(),

@@ -1,0 +1,125 @@
+use super::*;
+use std::fs;
+
+fn info(memory: u64) -> CaptureInfo {
+    CaptureInfo {
+        kind: VmmKind::Fake,
+        version: "1".to_owned(),
+        accelerator: Accelerator::Tcg,
+        cpu: String::new(),
+        vcpus: 1,
+        memory: Bytes(memory),
+        disks: vec![true, false],
+        nic: true,
+    }
+}
+
+/// A capture with a few bytes here and there in 8 MiB, the last one included.
+fn sample() -> Capture {
+    let memory = files::sealable_memory_file(8 << 20).unwrap();
+    for (at, text) in [
+        (0, "first"),
+        ((1 << 20) - 2, "across pieces"),
+        ((8 << 20) - 4, "last"),
+    ] {
+        memory.write_all_at(text.as_bytes(), at).unwrap();
+    }
+    let state = files::sealable_memory_file(6).unwrap();
+    state.write_all_at(b"device", 0).unwrap();
+    Capture::seal(info(8 << 20), memory, state).unwrap()
+}
+
+fn bytes(mut file: File) -> Vec<u8> {
+    use std::io::Seek;
+    let mut all = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut all).unwrap();
+    all
+}
+
+#[test]
+fn what_was_written_is_read_again_and_takes_no_more_room_than_its_data() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sample();
+    capture.write(dir.path()).unwrap();
+    let again = Capture::read(dir.path()).unwrap();
+    assert_eq!(again.info(), capture.info());
+    assert!(bytes(again.memory().unwrap()) == bytes(capture.memory().unwrap()));
+    assert_eq!(bytes(again.state().unwrap()), b"device");
+    let held = fs::metadata(dir.path().join(MEMORY)).unwrap().blocks() * 512;
+    assert!(held <= 4 * PIECE as u64, "{held} bytes");
+}
+
+#[test]
+fn nobody_can_write_to_what_forks_read() {
+    let capture = sample();
+    let memory = capture.memory().unwrap();
+    assert!(memory.write_all_at(b"x", 0).is_err());
+    assert!(memory.set_len(0).is_err());
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory));
+    let opened = File::options().read(true).write(true).open(path).unwrap();
+    assert!(opened.write_all_at(b"x", 0).is_err());
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_is_found_before_use() {
+    let dir = tempfile::tempdir().unwrap();
+    sample().write(dir.path()).unwrap();
+    for (name, at) in [
+        (MEMORY, 0),
+        (MEMORY, 4 << 20),
+        (MEMORY, (8 << 20) - 1),
+        (STATE, 3),
+    ] {
+        let path = dir.path().join(name);
+        let good = fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        bad[at] ^= 4;
+        fs::write(&path, &bad).unwrap();
+        let error = Capture::read(dir.path()).unwrap_err();
+        assert!(
+            matches!(error, CaptureError::Damaged { .. }),
+            "{name} {at}: {error}"
+        );
+        fs::write(&path, &good[..good.len() - 1]).unwrap();
+        let error = Capture::read(dir.path()).unwrap_err();
+        assert!(
+            matches!(error, CaptureError::Damaged { .. }),
+            "{name} cut: {error}"
+        );
+        fs::write(&path, &good).unwrap();
+    }
+    Capture::read(dir.path()).unwrap();
+}
+
+#[test]
+fn a_description_of_another_version_or_none_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let nothing = Capture::read(dir.path()).unwrap_err();
+    assert!(matches!(nothing, CaptureError::Io { .. }), "{nothing}");
+    sample().write(dir.path()).unwrap();
+    let path = dir.path().join(ABOUT);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    let foreign = Capture::read(dir.path()).unwrap_err();
+    assert!(
+        matches!(foreign, CaptureError::Foreign { found: 2, .. }),
+        "{foreign}"
+    );
+    fs::write(&path, &text[..text.len() / 2]).unwrap();
+    let damaged = Capture::read(dir.path()).unwrap_err();
+    assert!(matches!(damaged, CaptureError::Damaged { .. }), "{damaged}");
+}
+
+#[test]
+fn a_fork_of_another_shape_is_told_what_differs() {
+    let one = info(8 << 20);
+    let mut other = one.clone();
+    assert_eq!(one.difference(&other), None);
+    other.vcpus = 2;
+    assert!(one.difference(&other).unwrap().contains("CPUs"));
+    let mut other = one.clone();
+    other.version = "2".to_owned();
+    assert!(one.difference(&other).unwrap().contains("version"));
+}
