@@ -2,7 +2,7 @@
 
 use vistara_model::{Bytes, Cpus};
 
-/// Least guest memory: below it Debian's kernel does not reach the agent.
+/// Least memory of a Linux guest: below it Debian's kernel does not reach the agent.
 pub const MEMORY_MIN: Bytes = Bytes::mib(80);
 /// Least writable layer: an ext4 file system of less has no room for files.
 pub const DISK_MIN: Bytes = Bytes::mib(16);
@@ -20,6 +20,8 @@ pub struct Demand {
     pub cpus: Cpus,
     /// Guest memory.
     pub memory: Bytes,
+    /// The least with which it boots: [`MEMORY_MIN`] for a Linux guest, [`crate::unikernel_memory_floor`] for a unikernel.
+    pub memory_min: Bytes,
     /// Writable layer.
     pub disk: Bytes,
 }
@@ -40,11 +42,13 @@ pub struct Capacity {
 pub enum AdmissionError {
     /// Too little memory to boot.
     #[error(
-        "{asked} of memory is too little for a Linux guest, which needs {MEMORY_MIN}; raise --memory"
+        "{asked} of memory is too little for this guest, which needs {needed}; raise --memory"
     )]
     MemoryTooSmall {
         /// What was asked for.
         asked: Bytes,
+        /// What it needs.
+        needed: Bytes,
     },
     /// More memory than is free.
     #[error(
@@ -77,9 +81,10 @@ pub enum AdmissionError {
 /// # Errors
 /// [`AdmissionError`]: the first of its demands that cannot be met.
 pub fn admit(demand: Demand, capacity: Capacity) -> Result<(), AdmissionError> {
-    if demand.memory < MEMORY_MIN {
+    if demand.memory < demand.memory_min {
         return Err(AdmissionError::MemoryTooSmall {
             asked: demand.memory,
+            needed: demand.memory_min,
         });
     }
     let available = capacity
@@ -121,6 +126,7 @@ mod tests {
                 millis: cpus * 1000,
             },
             memory,
+            memory_min: MEMORY_MIN,
             disk,
         }
     }
@@ -131,6 +137,15 @@ mod tests {
             admit(demand(Bytes::mib(512), 2, Bytes::gib(10)), HOST),
             Ok(())
         );
+    }
+
+    #[test]
+    fn a_unikernel_is_admitted_with_less_than_a_linux_guest_needs() {
+        let small = Demand {
+            memory_min: Bytes::mib(16),
+            ..demand(Bytes::mib(24), 1, Bytes::gib(1))
+        };
+        assert_eq!(admit(small, HOST), Ok(()));
     }
 
     #[test]

@@ -9,10 +9,14 @@ mod command;
 mod idle;
 mod lifecycle;
 mod lookup;
+mod retry;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
-pub use choice::{Choice, ChoiceError, choose};
+pub use choice::{
+    Choice, ChoiceError, NETWORK_FLOOR, PLAIN_FLOOR, Request, choose, unikernel_memory_floor,
+};
 pub use command::{Program, ProgramError, program};
 pub use idle::{IdlePolicy, Presence};
 pub use lifecycle::{Effect, Event, Lifecycle, VmGone};
 pub use lookup::{LookupError, lookup};
+pub use retry::{AfterUnikernel, Ended, after_unikernel};

@@ -66,8 +66,8 @@ pub struct HostFacts {
     pub qemu: Option<String>,
     /// Firecracker's version, where it is installed.
     pub firecracker: Option<String>,
-    /// Whether a Nanos kernel is known to the node.
-    pub nanos_kernel: bool,
+    /// The name of the Nanos kernel in use, where there is one.
+    pub nanos_kernel: Option<String>,
     /// The name of the Linux guest kernel in use, where there is one.
     pub linux_kernel: Option<String>,
     /// Processors online.

@@ -4,6 +4,7 @@
 //! decisions live in `vistara-control`.
 
 mod exit;
+mod facts;
 mod host;
 mod ids;
 mod image;
@@ -13,6 +14,10 @@ mod signal;
 mod spec;
 
 pub use exit::{EndReason, ExitStatus};
+pub use facts::{
+    Confidence, Correction, Evidence, ImageFacts, Library, Linkage, MayCreate, ProcessFacts,
+    ProgramFacts, ProgramKind, Runtime,
+};
 pub use host::{Accelerator, HostFacts, KvmVerdict, Need, NeedState, VmmKind};
 pub use ids::{Digest, Generation, IdError, MachineId, MachineName};
 pub use image::{Architecture, ImageConfig, ImageRef, ImageRefError};

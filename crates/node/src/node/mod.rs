@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, RunRequest};
-use vistara_control::{Capacity, Choice, Demand, Program, admit, choose, lookup, program};
+use vistara_control::{
+    Capacity, Choice, Demand, MEMORY_MIN, Program, Request, admit, choose, lookup, program,
+};
 use vistara_image::{Image, ImageStore};
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::boot::{KernelStore, LinuxPayload, UpperLayer};
@@ -182,7 +184,7 @@ impl Node {
             qemu: version(VmmKind::Qemu),
             // Its backend is not part of this version, so its presence on the host does not matter.
             firecracker: None,
-            nanos_kernel: false,
+            nanos_kernel: None,
             linux_kernel: kernel.map(|kernel| kernel.record.name),
             cpus: vistara_host::facts::cpus(),
             memory_available: Bytes(vistara_host::facts::memory_available().unwrap_or(0)),
@@ -226,7 +228,7 @@ impl Node {
             .hint("pull or import the image for this architecture"));
         }
         let program = program(&spec, &image.config)?;
-        let choice = choose(spec.hypervisor, &self.facts())?;
+        let choice = choose(&Request::of(&spec, &program), None, &self.facts())?;
         Ok((image, spec, program, choice))
     }
 
@@ -246,6 +248,7 @@ impl Node {
             Demand {
                 cpus: spec.cpus,
                 memory: spec.memory,
+                memory_min: MEMORY_MIN,
                 disk: spec.disk,
             },
             Capacity {

@@ -1,0 +1,278 @@
+//! The choice of hypervisor: what was asked × what is known of the program × what this host can do → a backend, and the
+//! reasons in words.
+//!
+//! Two questions, one after the other. *What is booted*: a Nanos unikernel for one self-contained program that neither makes
+//! processes nor wants anything that a unikernel lacks (`unikernel` has the rules), a Linux guest for all others. *What boots
+//! it*: Firecracker wherever KVM really works and it is there, else QEMU with KVM, else QEMU with emulation.
+//!
+//! `auto` errs on the side of Linux: a program that is wrongly given a Linux guest is slower, one that is wrongly given a
+//! unikernel may lose its work. Who asks for `nanovms` by name is believed, and refused only what cannot be.
+
+mod unikernel;
+
+#[cfg(test)]
+mod tests;
+
+pub use unikernel::{NETWORK_FLOOR, PLAIN_FLOOR, unikernel_memory_floor};
+
+use crate::Program;
+use vistara_model::{
+    Accelerator, Backend, Bytes, HostFacts, Hypervisor, ImageFacts, KvmVerdict, MachineSpec,
+    Network, Payload, Signal, VmmKind,
+};
+
+/// What was chosen, and each rule that fired, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// As users name it; never [`Hypervisor::Auto`].
+    pub hypervisor: Hypervisor,
+    /// Monitor, payload and accelerator.
+    pub backend: Backend,
+    /// The rules, as sentences.
+    pub reasons: Vec<String>,
+}
+
+/// Why no hypervisor can serve a request here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ChoiceError {
+    /// The one asked for cannot run here.
+    #[error("{hypervisor} cannot run this here: {reason}")]
+    Unavailable {
+        /// The one asked for.
+        hypervisor: Hypervisor,
+        /// Why not.
+        reason: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// There is none at all.
+    #[error("no hypervisor can run here: {reason}")]
+    NoneAvailable {
+        /// Why not.
+        reason: String,
+        /// What to do about it.
+        hint: String,
+    },
+}
+
+impl ChoiceError {
+    /// What to type next.
+    pub fn hint(&self) -> &str {
+        match self {
+            ChoiceError::Unavailable { hint, .. } | ChoiceError::NoneAvailable { hint, .. } => hint,
+        }
+    }
+}
+
+/// What of a request matters to the choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// What the user asked for.
+    pub hypervisor: Hypervisor,
+    /// The program gets a terminal.
+    pub tty: bool,
+    /// Standard input is kept open.
+    pub stdin: bool,
+    /// Directories of the host are mounted.
+    pub host_directories: bool,
+    /// Somebody will want to run further programs in the machine.
+    pub exec: bool,
+    /// A graphics processor is wanted.
+    pub gpu: bool,
+    /// The user in the OCI form; empty for root.
+    pub user: String,
+    /// The signal that asks it to end.
+    pub stop_signal: Signal,
+    /// A Linux guest kernel by name, where one was asked for.
+    pub linux_kernel: Option<String>,
+    /// Guest memory.
+    pub memory: Bytes,
+    /// There is a network beside loopback.
+    pub network: bool,
+    /// The task may be run a second time, from its beginning, without harm.
+    pub retry_safe: bool,
+}
+
+impl Request {
+    /// From a validated request and the program that came out of it. `retry_safe` is false, `exec` and `gpu` too, since a
+    /// spec does not say them yet: set them afterwards where they are known.
+    pub fn of(spec: &MachineSpec, program: &Program) -> Request {
+        Request {
+            hypervisor: spec.hypervisor,
+            tty: spec.tty.is_some(),
+            stdin: spec.stdin,
+            host_directories: !spec.volumes.is_empty(),
+            exec: false,
+            gpu: false,
+            user: program.user.clone(),
+            stop_signal: program.stop_signal,
+            linux_kernel: spec.kernel.clone(),
+            memory: spec.memory,
+            network: spec.network == Network::User || !spec.ports.is_empty(),
+            retry_safe: false,
+        }
+    }
+}
+
+/// Chooses the hypervisor for one request. Without facts of the image `auto` gives a Linux guest, and `nanovms` is refused.
+///
+/// # Errors
+/// [`ChoiceError`] where the one asked for, or any at all, cannot run on this host, or cannot run this.
+pub fn choose(
+    request: &Request,
+    image: Option<&ImageFacts>,
+    host: &HostFacts,
+) -> Result<Choice, ChoiceError> {
+    let asked = request.hypervisor;
+    let unavailable = |reason: String, hint: &str| ChoiceError::Unavailable {
+        hypervisor: asked,
+        reason,
+        hint: hint.to_owned(),
+    };
+    let mut reasons = Vec::new();
+    match asked {
+        Hypervisor::Auto => automatic(request, image, host),
+        Hypervisor::Qemu => {
+            reasons.push("qemu was asked for".to_owned());
+            let backend = qemu(Payload::Linux, host, &mut reasons)
+                .map_err(|reason| unavailable(reason, "apt-get install qemu-system-x86"))?;
+            Ok(Choice {
+                hypervisor: Hypervisor::Qemu,
+                backend,
+                reasons,
+            })
+        }
+        Hypervisor::Firecracker => {
+            reasons.push("firecracker was asked for".to_owned());
+            let backend = firecracker(Payload::Linux, host, &mut reasons).map_err(|reason| {
+                unavailable(reason, "leave --hypervisor out, or see `vistara doctor`")
+            })?;
+            Ok(Choice {
+                hypervisor: Hypervisor::Firecracker,
+                backend,
+                reasons,
+            })
+        }
+        Hypervisor::Nanovms => {
+            reasons.push("nanovms was asked for".to_owned());
+            match unikernel::asked_for(request, image, host) {
+                Ok(warnings) => reasons.extend(warnings),
+                Err(no) => return Err(unavailable(no.reason, no.hint)),
+            }
+            let backend = monitor(Payload::Nanos, host, &mut reasons).map_err(|reason| {
+                unavailable(
+                    reason,
+                    "apt-get install qemu-system-x86, then `vistara doctor`",
+                )
+            })?;
+            Ok(Choice {
+                hypervisor: Hypervisor::Nanovms,
+                backend,
+                reasons,
+            })
+        }
+    }
+}
+
+fn automatic(
+    request: &Request,
+    image: Option<&ImageFacts>,
+    host: &HostFacts,
+) -> Result<Choice, ChoiceError> {
+    let mut reasons = Vec::new();
+    let payload = match unikernel::fits(request, image, host) {
+        Ok(why) => {
+            reasons.extend(why);
+            Payload::Nanos
+        }
+        Err(why_not) => {
+            reasons.extend(
+                why_not
+                    .into_iter()
+                    .map(|reason| format!("Linux guest: {reason}")),
+            );
+            Payload::Linux
+        }
+    };
+    let backend =
+        monitor(payload, host, &mut reasons).map_err(|reason| ChoiceError::NoneAvailable {
+            reason,
+            hint: "apt-get install qemu-system-x86, then `vistara doctor`".to_owned(),
+        })?;
+    let hypervisor = match (payload, backend.vmm) {
+        (Payload::Nanos, _) => Hypervisor::Nanovms,
+        (Payload::Linux, VmmKind::Firecracker) => Hypervisor::Firecracker,
+        (Payload::Linux, VmmKind::Qemu | VmmKind::Fake) => Hypervisor::Qemu,
+    };
+    Ok(Choice {
+        hypervisor,
+        backend,
+        reasons,
+    })
+}
+
+/// The best monitor for a payload.
+fn monitor(
+    payload: Payload,
+    host: &HostFacts,
+    reasons: &mut Vec<String>,
+) -> Result<Backend, String> {
+    match firecracker(payload, host, reasons) {
+        Ok(backend) => Ok(backend),
+        Err(why_not) => {
+            reasons.push(format!("not firecracker: {why_not}"));
+            qemu(payload, host, reasons)
+                .map_err(|_| "neither QEMU nor Firecracker is usable".to_owned())
+        }
+    }
+}
+
+fn firecracker(
+    payload: Payload,
+    host: &HostFacts,
+    reasons: &mut Vec<String>,
+) -> Result<Backend, String> {
+    let Some(version) = &host.firecracker else {
+        return Err("it is not available on this node".to_owned());
+    };
+    match &host.kvm {
+        KvmVerdict::Works => {
+            reasons.push(format!(
+                "firecracker {version} is present and KVM really runs a guest"
+            ));
+            Ok(Backend {
+                vmm: VmmKind::Firecracker,
+                payload,
+                accelerator: Accelerator::Kvm,
+            })
+        }
+        KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => {
+            Err(format!("it needs KVM, and {why}"))
+        }
+    }
+}
+
+fn qemu(payload: Payload, host: &HostFacts, reasons: &mut Vec<String>) -> Result<Backend, String> {
+    let Some(version) = &host.qemu else {
+        return Err("QEMU is not installed".to_owned());
+    };
+    let accelerator = match &host.kvm {
+        KvmVerdict::Works => {
+            reasons.push(format!(
+                "qemu {version} with KVM, which really runs a guest here"
+            ));
+            Accelerator::Kvm
+        }
+        KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => {
+            reasons.push(format!(
+                "qemu {version} with emulation (TCG), since KVM is no use: {why}"
+            ));
+            Accelerator::Tcg
+        }
+    };
+    Ok(Backend {
+        vmm: VmmKind::Qemu,
+        payload,
+        accelerator,
+    })
+}

@@ -1,0 +1,471 @@
+//! The choice as a specification: tables of what is asked and known, and what is chosen.
+
+use super::*;
+use vistara_model::{
+    Architecture, Confidence, Correction, Evidence, Linkage, MayCreate, ProcessFacts, ProgramFacts,
+    ProgramKind,
+};
+
+fn host(kvm: KvmVerdict, qemu: bool, firecracker: bool, nanos: bool) -> HostFacts {
+    HostFacts {
+        kvm,
+        qemu: qemu.then(|| "7.2".to_owned()),
+        firecracker: firecracker.then(|| "1.7".to_owned()),
+        nanos_kernel: nanos.then(|| "0.1.54".to_owned()),
+        linux_kernel: Some("6.1".to_owned()),
+        cpus: 2,
+        memory_available: Bytes::gib(8),
+    }
+}
+
+fn works() -> KvmVerdict {
+    KvmVerdict::Works
+}
+fn broken() -> KvmVerdict {
+    KvmVerdict::Broken("guests hang".to_owned())
+}
+fn absent() -> KvmVerdict {
+    KvmVerdict::Absent("there is no /dev/kvm".to_owned())
+}
+
+fn asked(hypervisor: Hypervisor) -> Request {
+    Request {
+        hypervisor,
+        tty: false,
+        stdin: false,
+        host_directories: false,
+        exec: false,
+        gpu: false,
+        user: String::new(),
+        stop_signal: Signal::TERM,
+        linux_kernel: None,
+        memory: Bytes::mib(512),
+        network: true,
+        retry_safe: false,
+    }
+}
+
+/// A program of which nothing speaks against a unikernel.
+fn plain() -> ImageFacts {
+    ImageFacts {
+        program: ProgramFacts {
+            path: "/usr/bin/p".to_owned(),
+            file: "/usr/bin/p".to_owned(),
+            kind: ProgramKind::Elf,
+            executable: "/usr/bin/p".to_owned(),
+            architecture: Some(Architecture("amd64".to_owned())),
+            linkage: Some(Linkage::Dynamic),
+            loader: Some("/lib64/ld-linux-x86-64.so.2".to_owned()),
+            libraries: Vec::new(),
+            missing: Vec::new(),
+            runtimes: Vec::new(),
+            processes: ProcessFacts {
+                may_create: MayCreate::No,
+                confidence: Confidence::Certain,
+                doubt: None,
+                evidence: Vec::new(),
+            },
+            whole_system: Vec::new(),
+            size: Bytes::mib(2),
+        },
+        correction: None,
+        entries: 100,
+        size: Bytes::mib(3),
+    }
+}
+
+fn evidence(what: &str) -> Vec<Evidence> {
+    vec![Evidence {
+        what: what.to_owned(),
+        file: "/usr/bin/p".to_owned(),
+    }]
+}
+
+/// Asked, KVM, QEMU there, Firecracker there → monitor and accelerator; no facts of an image, so a Linux guest.
+#[test]
+fn the_monitor_follows_the_table() {
+    use Accelerator::{Kvm, Tcg};
+    use Hypervisor::{Auto, Firecracker, Qemu};
+    use VmmKind::{Firecracker as Fc, Qemu as Qm};
+    let table = [
+        (Auto, works(), true, true, Some((Fc, Kvm))),
+        (Auto, works(), false, true, Some((Fc, Kvm))),
+        (Auto, works(), true, false, Some((Qm, Kvm))),
+        (Auto, broken(), true, true, Some((Qm, Tcg))),
+        (Auto, absent(), true, true, Some((Qm, Tcg))),
+        (Auto, absent(), true, false, Some((Qm, Tcg))),
+        (Auto, broken(), false, true, None),
+        (Auto, works(), false, false, None),
+        (Qemu, works(), true, true, Some((Qm, Kvm))),
+        (Qemu, broken(), true, false, Some((Qm, Tcg))),
+        (Qemu, works(), false, true, None),
+        (Firecracker, works(), true, true, Some((Fc, Kvm))),
+        (Firecracker, broken(), true, true, None),
+        (Firecracker, absent(), true, true, None),
+        (Firecracker, works(), true, false, None),
+    ];
+    for nanos in [false, true] {
+        for (hypervisor, kvm, qemu, firecracker, expected) in table.clone() {
+            let facts = host(kvm, qemu, firecracker, nanos);
+            let choice = choose(&asked(hypervisor), None, &facts).ok();
+            let chosen = choice
+                .as_ref()
+                .map(|it| (it.backend.vmm, it.backend.accelerator));
+            assert_eq!(chosen, expected, "{hypervisor} on {facts:?}");
+            assert!(choice.is_none_or(|it| it.backend.payload == Payload::Linux));
+        }
+    }
+}
+
+/// A unikernel is booted by the same monitor by the same rule.
+#[test]
+fn a_unikernel_takes_the_best_monitor_too() {
+    use Accelerator::{Kvm, Tcg};
+    for (kvm, firecracker, expected) in [
+        (works(), true, (VmmKind::Firecracker, Kvm)),
+        (works(), false, (VmmKind::Qemu, Kvm)),
+        (broken(), true, (VmmKind::Qemu, Tcg)),
+    ] {
+        for hypervisor in [Hypervisor::Auto, Hypervisor::Nanovms] {
+            let host = host(kvm.clone(), true, firecracker, true);
+            let choice = choose(&asked(hypervisor), Some(&plain()), &host).unwrap();
+            assert_eq!(choice.hypervisor, Hypervisor::Nanovms);
+            assert_eq!(choice.backend.payload, Payload::Nanos);
+            assert_eq!((choice.backend.vmm, choice.backend.accelerator), expected);
+        }
+    }
+}
+
+/// What a row changes of a plain request and a plain program.
+type Change = fn(&mut Request, &mut ImageFacts);
+
+#[derive(Debug, PartialEq, Eq)]
+enum ByName {
+    Runs,
+    Warned,
+    Refused,
+}
+
+/// What is different → what `auto` boots, and what becomes of `--hypervisor nanovms`; a word that the reason must have.
+#[test]
+fn the_payload_follows_the_table() {
+    use ByName::{Refused, Runs, Warned};
+    use Payload::{Linux, Nanos};
+    let table: &[(&str, Change, Payload, ByName, &str)] = &[
+        ("a plain program", |_, _| {}, Nanos, Runs, "nothing in it"),
+        (
+            "a terminal",
+            |r, _| r.tty = true,
+            Linux,
+            Refused,
+            "terminal",
+        ),
+        (
+            "standard input",
+            |r, _| r.stdin = true,
+            Linux,
+            Refused,
+            "standard input",
+        ),
+        (
+            "host directories",
+            |r, _| r.host_directories = true,
+            Linux,
+            Refused,
+            "directories",
+        ),
+        (
+            "exec",
+            |r, _| r.exec = true,
+            Linux,
+            Refused,
+            "further programs",
+        ),
+        ("a GPU", |r, _| r.gpu = true, Linux, Refused, "GPU"),
+        (
+            "a Linux kernel by name",
+            |r, _| r.linux_kernel = Some("6.1".into()),
+            Linux,
+            Refused,
+            "kernel",
+        ),
+        (
+            "the user root",
+            |r, _| r.user = "root".into(),
+            Nanos,
+            Runs,
+            "nothing in it",
+        ),
+        (
+            "the user 0:0",
+            |r, _| r.user = "0:0".into(),
+            Nanos,
+            Runs,
+            "nothing in it",
+        ),
+        (
+            "another user",
+            |r, _| r.user = "www-data".into(),
+            Linux,
+            Warned,
+            "www-data",
+        ),
+        (
+            "another stop signal",
+            |r, _| r.stop_signal = Signal::INT,
+            Linux,
+            Warned,
+            "SIGTERM",
+        ),
+        (
+            "little memory",
+            |r, _| r.memory = Bytes::mib(20),
+            Linux,
+            Refused,
+            "memory",
+        ),
+        (
+            "no network needs less",
+            |r, _| (r.memory, r.network) = (Bytes::mib(20), false),
+            Nanos,
+            Runs,
+            "nothing in it",
+        ),
+        (
+            "a missing program",
+            |_, i| i.program.kind = ProgramKind::Missing,
+            Linux,
+            Refused,
+            "has no",
+        ),
+        (
+            "a script",
+            |_, i| {
+                i.program.kind = ProgramKind::Script {
+                    words: vec!["/bin/sh".into()],
+                }
+            },
+            Linux,
+            Refused,
+            "script",
+        ),
+        (
+            "no executable",
+            |_, i| {
+                i.program.kind = ProgramKind::Other {
+                    why: "is not a file".into(),
+                }
+            },
+            Linux,
+            Refused,
+            "not a file",
+        ),
+        (
+            "a 32-bit program",
+            |_, i| i.program.architecture = Some(Architecture("386".into())),
+            Linux,
+            Refused,
+            "386",
+        ),
+        (
+            "a missing library",
+            |_, i| i.program.missing = vec!["libz.so.1".into()],
+            Linux,
+            Refused,
+            "libz",
+        ),
+        (
+            "mounts",
+            |_, i| i.program.whole_system = evidence("mount"),
+            Linux,
+            Warned,
+            "mount",
+        ),
+        (
+            "forks",
+            |_, i| may(i, MayCreate::Yes, Confidence::Certain, "fork"),
+            Linux,
+            Warned,
+            "fork",
+        ),
+        (
+            "forks, safe to retry",
+            |r, i| {
+                r.retry_safe = true;
+                may(i, MayCreate::Yes, Confidence::Likely, "fork");
+            },
+            Linux,
+            Warned,
+            "fork",
+        ),
+        (
+            "cannot be seen",
+            |_, i| {
+                may(i, MayCreate::Yes, Confidence::Guess, "x");
+                i.program.processes.evidence.clear();
+            },
+            Linux,
+            Warned,
+            "cannot be told",
+        ),
+        (
+            "runs commands",
+            |_, i| may(i, MayCreate::OnDemand, Confidence::Certain, "system"),
+            Linux,
+            Warned,
+            "system",
+        ),
+        (
+            "runs commands, safe to retry",
+            |r, i| {
+                r.retry_safe = true;
+                may(i, MayCreate::OnDemand, Confidence::Certain, "system");
+            },
+            Nanos,
+            Runs,
+            "again on Linux",
+        ),
+        (
+            "a library forks",
+            |_, i| may(i, MayCreate::InLibraries, Confidence::Likely, "fork"),
+            Linux,
+            Warned,
+            "library",
+        ),
+        (
+            "a library forks, safe to retry",
+            |r, i| {
+                r.retry_safe = true;
+                may(i, MayCreate::InLibraries, Confidence::Likely, "fork");
+            },
+            Nanos,
+            Runs,
+            "library",
+        ),
+        (
+            "likely no processes",
+            |_, i| i.program.processes.confidence = Confidence::Likely,
+            Nanos,
+            Runs,
+            "likely",
+        ),
+        (
+            "a guess",
+            |_, i| i.program.processes.confidence = Confidence::Guess,
+            Linux,
+            Warned,
+            "but",
+        ),
+        (
+            "corrected",
+            |_, i| {
+                i.correction = Some(Correction {
+                    seen: "it tried to make a process".into(),
+                })
+            },
+            Linux,
+            Warned,
+            "tried",
+        ),
+        (
+            "corrected, safe to retry",
+            |r, i| {
+                r.retry_safe = true;
+                i.correction = Some(Correction {
+                    seen: "it said \"ENOSYS\"".into(),
+                });
+            },
+            Linux,
+            Warned,
+            "before",
+        ),
+    ];
+    let host = host(works(), true, false, true);
+    for (what, change, payload, by_name, word) in table {
+        let (mut request, mut image) = (asked(Hypervisor::Auto), plain());
+        change(&mut request, &mut image);
+        let choice = choose(&request, Some(&image), &host).unwrap();
+        assert_eq!(
+            choice.backend.payload, *payload,
+            "{what}: {:?}",
+            choice.reasons
+        );
+        let said = choice.reasons.join("; ");
+        assert!(said.contains(word), "{what}: {said}");
+        request.hypervisor = Hypervisor::Nanovms;
+        let named = match choose(&request, Some(&image), &host) {
+            Err(error) => {
+                assert!(!error.hint().is_empty(), "{what}");
+                Refused
+            }
+            Ok(choice) if choice.reasons.iter().any(|it| it.starts_with("warning")) => Warned,
+            Ok(_) => Runs,
+        };
+        assert_eq!(named, *by_name, "{what} by name");
+    }
+}
+
+fn may(image: &mut ImageFacts, may_create: MayCreate, confidence: Confidence, what: &str) {
+    image.program.processes = ProcessFacts {
+        may_create,
+        confidence,
+        doubt: None,
+        evidence: evidence(what),
+    };
+}
+
+#[test]
+fn without_a_nanos_kernel_auto_uses_linux_and_says_so_in_one_line() {
+    let host = host(works(), true, true, false);
+    let choice = choose(&asked(Hypervisor::Auto), Some(&plain()), &host).unwrap();
+    assert_eq!(choice.backend.payload, Payload::Linux);
+    let said = choice.reasons.iter().filter(|it| it.contains("Nanos"));
+    assert_eq!(said.count(), 1, "{:?}", choice.reasons);
+    let error = choose(&asked(Hypervisor::Nanovms), Some(&plain()), &host).unwrap_err();
+    assert!(error.hint().contains("vistara kernel add nanos"), "{error}");
+}
+
+#[test]
+fn a_refusal_of_nanovms_names_the_reason_and_the_other_way() {
+    let mut request = asked(Hypervisor::Nanovms);
+    request.tty = true;
+    let host = host(works(), true, true, true);
+    let error = choose(&request, Some(&plain()), &host).unwrap_err();
+    assert!(error.to_string().contains("terminal"), "{error}");
+    assert!(error.hint().contains("--hypervisor firecracker"), "{error}");
+}
+
+#[test]
+fn an_image_that_nobody_has_looked_at_gets_a_linux_guest() {
+    let host = host(works(), true, true, true);
+    let choice = choose(&asked(Hypervisor::Auto), None, &host).unwrap();
+    assert_eq!(choice.backend.payload, Payload::Linux);
+    assert!(choose(&asked(Hypervisor::Nanovms), None, &host).is_err());
+}
+
+#[test]
+fn a_broken_kvm_is_named_in_the_reasons() {
+    let host = host(broken(), true, true, false);
+    let choice = choose(&asked(Hypervisor::Auto), None, &host).unwrap();
+    let named = choice.reasons.iter().any(|it| it.contains("guests hang"));
+    assert!(named, "{:?}", choice.reasons);
+}
+
+#[test]
+fn a_refusal_says_what_to_type_next() {
+    let host = host(absent(), false, false, false);
+    let error = choose(&asked(Hypervisor::Auto), None, &host).unwrap_err();
+    assert!(error.hint().contains("apt-get install"), "{error}");
+}
+
+#[test]
+fn the_memory_floor_grows_with_the_network_the_files_and_the_program() {
+    let mut image = plain();
+    let plain_floor = unikernel_memory_floor(&image, false);
+    assert!(unikernel_memory_floor(&image, true) > plain_floor);
+    image.entries = 8000;
+    let many_files = unikernel_memory_floor(&image, false);
+    assert!(many_files > plain_floor);
+    image.program.size = Bytes::mib(100);
+    assert!(unikernel_memory_floor(&image, false).0 >= many_files.0 + (90 << 20));
+}

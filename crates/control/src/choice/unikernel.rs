@@ -1,0 +1,301 @@
+//! Whether a request fits a unikernel: the rules.
+//!
+//! A rule speaks about the request or about the program, and is one of two kinds. *Impossible*: a unikernel cannot do it,
+//! whoever asks. *Doubtful*: it may go wrong; `auto` then takes Linux, and who asked for `nanovms` is warned.
+
+use super::Request;
+use vistara_model::{
+    Architecture, Bytes, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind,
+    Signal,
+};
+
+/// Least memory of a unikernel without network: a C program in Nanos 0.1.5x needs 12 MiB, which leaves it four for itself.
+pub const PLAIN_FLOOR: Bytes = Bytes::mib(16);
+/// Least memory with network: the queues of virtio-net on a microvm take most of it (80 MiB measured).
+pub const NETWORK_FLOOR: Bytes = Bytes::mib(88);
+/// Nanos keeps its file system's metadata in memory: 20,000 files were measured to need 256 MiB in all.
+const FLOOR_BYTES_PER_ENTRY: u64 = (244 << 20) / 20_000;
+/// Entries beyond which an image does not travel whole, so that no more than these are on the disk
+/// (`vistara_image::WHOLE_ENTRIES_MAX`).
+const ENTRIES_MAX: u64 = 8192;
+/// Of what speaks against a program, so much is said.
+const SHOWN_MAX: usize = 3;
+
+/// Why a unikernel cannot be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct No {
+    pub(super) reason: String,
+    pub(super) hint: &'static str,
+}
+
+const LINUX: &str = "use --hypervisor firecracker, or leave --hypervisor out";
+
+/// What the rules found.
+#[derive(Debug, Default)]
+struct Findings {
+    impossible: Vec<No>,
+    doubtful: Vec<String>,
+    /// What speaks for it.
+    fitting: Vec<String>,
+}
+
+impl Findings {
+    fn never(&mut self, reason: impl Into<String>) {
+        self.never_but(reason, LINUX);
+    }
+
+    fn never_but(&mut self, reason: impl Into<String>, hint: &'static str) {
+        let reason = reason.into();
+        self.impossible.push(No { reason, hint });
+    }
+
+    fn doubt(&mut self, reason: impl Into<String>) {
+        self.doubtful.push(reason.into());
+    }
+}
+
+/// The least memory with which a program of this image boots as a unikernel, its own needs for data not counted.
+pub fn unikernel_memory_floor(image: &ImageFacts, network: bool) -> Bytes {
+    let base = if network { NETWORK_FLOOR } else { PLAIN_FLOOR };
+    let files = image.entries.min(ENTRIES_MAX) * FLOOR_BYTES_PER_ENTRY;
+    // The program and its libraries are read into memory as they run; files are cached beside, and may be dropped.
+    Bytes(base.0 + files + image.program.size.0)
+}
+
+/// For `auto`: the reasons why a unikernel fits, or all those why it does not.
+pub(super) fn fits(
+    request: &Request,
+    image: Option<&ImageFacts>,
+    host: &HostFacts,
+) -> Result<Vec<String>, Vec<String>> {
+    let Some(kernel) = &host.nanos_kernel else {
+        return Err(vec![
+            "it runs any image, and there is no Nanos kernel on this node to choose".to_owned(),
+        ]);
+    };
+    let findings = judge(request, image);
+    if findings.impossible.is_empty() && findings.doubtful.is_empty() {
+        let mut why = findings.fitting;
+        why.push(format!("a Nanos kernel is on this node ({kernel})"));
+        return Ok(why);
+    }
+    Err(findings
+        .impossible
+        .into_iter()
+        .map(|no| no.reason)
+        .chain(findings.doubtful)
+        .collect())
+}
+
+/// For `nanovms`: the warnings, or the first reason why it cannot be.
+pub(super) fn asked_for(
+    request: &Request,
+    image: Option<&ImageFacts>,
+    host: &HostFacts,
+) -> Result<Vec<String>, No> {
+    if host.nanos_kernel.is_none() {
+        return Err(No {
+            reason: "there is no Nanos kernel on this node".to_owned(),
+            hint: "vistara kernel add nanos FILE, or leave --hypervisor out to run it in a Linux guest",
+        });
+    }
+    if image.is_none() {
+        return Err(No {
+            reason: "the image has not been looked at".to_owned(),
+            hint: LINUX,
+        });
+    }
+    let findings = judge(request, image);
+    match findings.impossible.into_iter().next() {
+        Some(no) => Err(no),
+        None => Ok(findings
+            .doubtful
+            .into_iter()
+            .map(|doubt| format!("warning: {doubt}"))
+            .collect()),
+    }
+}
+
+fn judge(request: &Request, image: Option<&ImageFacts>) -> Findings {
+    let mut findings = Findings::default();
+    wishes(request, &mut findings);
+    match image {
+        Some(image) => {
+            program(&image.program, &mut findings);
+            processes(request, image, &mut findings);
+            let floor = unikernel_memory_floor(image, request.network);
+            if request.memory < floor {
+                findings.never_but(
+                    format!(
+                        "a unikernel of this program needs {floor} of memory, more than {}",
+                        request.memory
+                    ),
+                    "raise --memory, or leave --hypervisor out",
+                );
+            }
+        }
+        None => findings.doubt("the image has not been looked at"),
+    }
+    findings
+}
+
+/// What the request wants.
+fn wishes(request: &Request, findings: &mut Findings) {
+    let impossible = [
+        (
+            request.tty,
+            "a terminal was asked for, and a unikernel has none",
+        ),
+        (
+            request.stdin,
+            "standard input was asked for, and a unikernel's is at its end from the start",
+        ),
+        (
+            request.exec,
+            "further programs are to run in the machine, and a unikernel runs one",
+        ),
+        (
+            request.host_directories,
+            "directories of this host were asked for, and a unikernel cannot share them",
+        ),
+        (request.gpu, "a GPU was asked for"),
+    ];
+    for (wanted, reason) in impossible {
+        if wanted {
+            findings.never(reason);
+        }
+    }
+    if let Some(kernel) = &request.linux_kernel {
+        findings.never(format!("the Linux kernel {kernel:?} was asked for"));
+    }
+    if !is_root(&request.user) {
+        findings.doubt(format!(
+            "it is to run as the user {:?}, and in a unikernel all is root",
+            request.user
+        ));
+    }
+    if request.stop_signal != Signal::TERM {
+        findings.doubt(format!(
+            "it is to be stopped by {}, and a unikernel is told by SIGTERM only",
+            request.stop_signal
+        ));
+    }
+}
+
+/// Whether this user, in the OCI form, is root. A group beside it changes nothing in a unikernel.
+fn is_root(user: &str) -> bool {
+    matches!(user.split(':').next(), None | Some("" | "root" | "0"))
+}
+
+/// What the program is.
+fn program(facts: &ProgramFacts, findings: &mut Findings) {
+    match &facts.kind {
+        ProgramKind::Elf => {}
+        ProgramKind::Script { words } => findings.never(format!(
+            "{} is a script for {}, and a unikernel runs one executable, not an interpreter with it",
+            facts.path,
+            words.join(" ")
+        )),
+        ProgramKind::Missing => findings.never(format!("the image has no {:?}", facts.path)),
+        ProgramKind::Other { why } => findings.never(format!("{} {why}", facts.path)),
+    }
+    if facts.kind != ProgramKind::Elf {
+        return;
+    }
+    if let Some(architecture) = &facts.architecture
+        && *architecture != Architecture("amd64".to_owned())
+        && *architecture != Architecture("arm64".to_owned())
+    {
+        findings.never(format!(
+            "{} is made for {architecture}, and Nanos runs programs of 64 bits for amd64 and arm64",
+            facts.path
+        ));
+    }
+    if !facts.missing.is_empty() {
+        findings.never(format!(
+            "{} needs {}, which the image does not have",
+            facts.path,
+            list(&facts.missing)
+        ));
+    }
+    if !facts.whole_system.is_empty() {
+        findings.doubt(format!(
+            "it uses what only a whole Linux system has: {}",
+            list(&facts.whole_system)
+        ));
+    }
+}
+
+/// Whether it makes processes.
+fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
+    let facts = &image.program;
+    if facts.kind != ProgramKind::Elf {
+        return;
+    }
+    if let Some(correction) = &image.correction {
+        findings.doubt(format!(
+            "it was tried as a unikernel before, and {}",
+            correction.seen
+        ));
+        return;
+    }
+    let processes = &facts.processes;
+    let seen = list(&processes.evidence);
+    let about = match (facts.linkage, &facts.runtimes[..]) {
+        (Some(linkage), []) => format!("one {linkage} program"),
+        (Some(linkage), runtimes) => format!("one {linkage} program ({})", list(runtimes)),
+        (None, _) => "one program".to_owned(),
+    };
+    match processes.may_create {
+        MayCreate::Yes if processes.evidence.is_empty() => findings.doubt(format!(
+            "whether it makes processes cannot be told: {}",
+            processes.doubt.as_deref().unwrap_or("it cannot be seen")
+        )),
+        MayCreate::Yes => findings.doubt(format!(
+            "it may make processes, which a unikernel cannot: {seen} ({})",
+            processes.confidence
+        )),
+        MayCreate::OnDemand | MayCreate::InLibraries => {
+            let what = if processes.may_create == MayCreate::OnDemand {
+                format!("it runs shell commands if it is told to: {seen}")
+            } else {
+                format!("a library that it loads may make processes: {seen}")
+            };
+            if request.retry_safe {
+                findings.fitting.push(format!(
+                    "Nanos unikernel: {about}; {what}, but it may be run again on Linux if it does"
+                ));
+            } else {
+                findings.doubt(format!(
+                    "{what} (a task marked safe to retry would be tried)"
+                ));
+            }
+        }
+        MayCreate::No if processes.confidence >= Confidence::Likely => {
+            findings.fitting.push(format!(
+                "Nanos unikernel: {about}, and nothing in it or its {} libraries makes processes ({})",
+                facts.libraries.len(),
+                processes.confidence
+            ));
+        }
+        MayCreate::No => findings.doubt(format!(
+            "nothing that makes processes was found in it, but {}",
+            processes.doubt.as_deref().unwrap_or("that is a guess")
+        )),
+    }
+}
+
+fn list(items: &[impl std::fmt::Display]) -> String {
+    let shown: Vec<String> = items
+        .iter()
+        .take(SHOWN_MAX)
+        .map(ToString::to_string)
+        .collect();
+    let more = items.len().saturating_sub(SHOWN_MAX);
+    let shown = shown.join(", ");
+    if more == 0 {
+        shown
+    } else {
+        format!("{shown} and {more} more")
+    }
+}
