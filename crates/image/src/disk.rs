@@ -6,7 +6,7 @@
 use crate::compress::{Hashing, Unpacked, refusal_in};
 use crate::merge::{Content, Tree};
 use crate::squashfs::set_root;
-use crate::tar::{Fields, TarError, TarReader, TarWriter};
+use crate::tar::{Entry, Fields, TarError, TarReader, TarWriter};
 use crate::{ImageError, Limits, Progress, ProgressSink, Refusal};
 use std::collections::HashMap;
 use std::fs::File;
@@ -59,13 +59,13 @@ impl LayerFile {
         format!("layer {}", self.digest.short())
     }
 
-    fn open(&self, left: u64, limits: &Limits) -> Result<Unpacked, ImageError> {
+    pub(crate) fn open(&self, left: u64, limits: &Limits) -> Result<Unpacked, ImageError> {
         let io = |error| ImageError::io("read the layer", &self.path, error);
         let file = File::open(&self.path).map_err(io)?;
         Unpacked::new(file, self.size, left, limits).map_err(io)
     }
 
-    fn failed(&self, error: TarError) -> ImageError {
+    pub(crate) fn failed(&self, error: TarError) -> ImageError {
         match error {
             TarError::Refused(why) => ImageError::refused(self.subject(), why),
             TarError::Io(error) => match refusal_in(&error) {
@@ -76,6 +76,56 @@ impl LayerFile {
     }
 }
 
+/// What all layers of one image may still take.
+struct Left {
+    bytes: u64,
+    entries: u64,
+    names: u64,
+}
+
+impl Left {
+    fn all(limits: &Limits) -> Left {
+        Left {
+            bytes: limits.image_bytes_max.0,
+            entries: limits.entries_max,
+            names: limits.names_bytes_max.0,
+        }
+    }
+}
+
+/// Reads the headers of one layer.
+fn headers<R: Read>(
+    layer: &LayerFile,
+    reader: &mut TarReader<R>,
+    left: &mut Left,
+    limits: &Limits,
+    cancel: &Cancel,
+) -> Result<Vec<Entry>, ImageError> {
+    let mut entries = Vec::new();
+    while let Some(entry) = reader.next().map_err(|error| layer.failed(error))? {
+        cancel.check()?;
+        if left.entries == 0 {
+            let why = Refusal::Limit {
+                what: "files and directories",
+                limit: limits.entries_max,
+            };
+            return Err(ImageError::refused(layer.subject(), why));
+        }
+        left.entries -= 1;
+        // All entries of a layer are held until it is applied: what they hold is bounded here, before the next is read.
+        let Some(names) = left.names.checked_sub(entry.names_bytes()) else {
+            let why = Refusal::Limit {
+                what: "bytes of paths, link targets and extended attributes",
+                limit: limits.names_bytes_max.0,
+            };
+            return Err(ImageError::refused(layer.subject(), why));
+        };
+        left.names = names;
+        entries.push(entry);
+    }
+    Ok(entries)
+}
+
 /// Reads and checks all layers. Gives the merged tree, and each layer's digest when unpacked.
 pub(crate) fn index(
     layers: &[LayerFile],
@@ -84,34 +134,11 @@ pub(crate) fn index(
 ) -> Result<(Tree, Vec<Digest>), ImageError> {
     let mut tree = Tree::new(limits);
     let mut diff_ids = Vec::new();
-    let mut left = limits.image_bytes_max.0;
-    let mut entries_left = limits.entries_max;
-    let mut names_left = limits.names_bytes_max.0;
+    let mut left = Left::all(limits);
     for layer in layers {
-        let mut hashing = Hashing::new(layer.open(left, limits)?);
+        let mut hashing = Hashing::new(layer.open(left.bytes, limits)?);
         let mut reader = TarReader::new(&mut hashing, limits);
-        let mut entries = Vec::new();
-        while let Some(entry) = reader.next().map_err(|error| layer.failed(error))? {
-            cancel.check()?;
-            if entries_left == 0 {
-                let why = Refusal::Limit {
-                    what: "files and directories",
-                    limit: limits.entries_max,
-                };
-                return Err(ImageError::refused(layer.subject(), why));
-            }
-            entries_left -= 1;
-            // All entries of a layer are held until it is applied: what they hold is bounded here, before the next is read.
-            let Some(left) = names_left.checked_sub(entry.names_bytes()) else {
-                let why = Refusal::Limit {
-                    what: "bytes of paths, link targets and extended attributes",
-                    limit: limits.names_bytes_max.0,
-                };
-                return Err(ImageError::refused(layer.subject(), why));
-            };
-            names_left = left;
-            entries.push(entry);
-        }
+        let entries = headers(layer, &mut reader, &mut left, limits, cancel)?;
         // A layer's end is vouched for by its digest; a plain tar has only its own end marker.
         if layer.diff_id.is_none() && !reader.saw_end_marker() {
             let why = Refusal::Tar {
@@ -133,7 +160,7 @@ pub(crate) fn index(
             ));
         }
         diff_ids.push(found);
-        left = left.saturating_sub(bytes);
+        left.bytes = left.bytes.saturating_sub(bytes);
         tree.apply_layer(entries)
             .map_err(|why| ImageError::refused(layer.subject(), why))?;
     }
@@ -146,6 +173,21 @@ pub(crate) fn index(
         );
     }
     Ok((tree, diff_ids))
+}
+
+/// The merged tree of layers that [`index`] has accepted before: the same, without the digests, which cost most of it.
+pub(crate) fn tree(layers: &[LayerFile], limits: &Limits) -> Result<Tree, ImageError> {
+    let mut tree = Tree::new(limits);
+    let mut left = Left::all(limits);
+    for layer in layers {
+        let mut reader = TarReader::new(layer.open(left.bytes, limits)?, limits);
+        let entries = headers(layer, &mut reader, &mut left, limits, &Cancel::default())?;
+        tree.apply_layer(entries)
+            .map_err(|why| ImageError::refused(layer.subject(), why))?;
+    }
+    tree.add_mount_points()
+        .map_err(|why| ImageError::refused("the image", why))?;
+    Ok(tree)
 }
 
 /// The packer, killed when dropped before its end.

@@ -7,12 +7,15 @@
 //! it is filed under; what a registry or an archive sent is parsed with bounds ([`Limits`]) and never panics; an image that
 //! is refused leaves nothing behind.
 //!
+//! Beside the disk leaves what is known of a program in it (`facts`), and the selection of files for a unikernel's disk.
+//!
 //! Left to others: when to pull (the caller's policy), the writable layer above the root disk, and which hypervisor fits.
 
 mod compress;
 mod credentials;
 mod disk;
 mod error;
+mod facts;
 mod image;
 mod import;
 mod limits;
@@ -24,9 +27,15 @@ mod registry;
 mod squashfs;
 mod store;
 pub mod tar;
+mod unikernel;
 
 pub use error::{ErrorKind, ImageError, Refusal};
+pub use facts::Asked;
 pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
 pub use limits::Limits;
 pub use progress::{Progress, ProgressSink};
 pub use store::ImageStore;
+pub use unikernel::{
+    NanosEntry, NanosKind, NanosTree, Selection, VisitFiles, WHOLE_BYTES_MAX, WHOLE_ENTRIES_MAX,
+    Wishes,
+};

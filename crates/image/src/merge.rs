@@ -16,7 +16,7 @@ use crate::{Limits, Refusal};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Links followed for one path, as the kernel's MAXSYMLINKS.
-const LINKS_MAX: usize = 40;
+pub(crate) const LINKS_MAX: usize = 40;
 /// Bytes of one name; squashfs and every Linux file system agree.
 const NAME_BYTES_MAX: usize = 255;
 /// Owners and groups that a squashfs can tell apart.
@@ -105,7 +105,7 @@ pub struct Visit<'a> {
     pub inode: &'a Inode,
 }
 
-const ROOT: u32 = 0;
+pub(crate) const ROOT: u32 = 0;
 
 impl Tree {
     /// A root directory and nothing in it.
@@ -220,7 +220,7 @@ impl Tree {
     }
 
     /// Children in reverse order, as a stack takes them.
-    fn child_nodes(&self, node: u32) -> Vec<u32> {
+    pub(crate) fn child_nodes(&self, node: u32) -> Vec<u32> {
         match &self.nodes[node as usize].children {
             Some(children) => children.values().rev().copied().collect(),
             None => Vec::new(),
@@ -240,6 +240,12 @@ impl Tree {
         names.join(&b'/')
     }
 
+    /// A node and the directories above it, without the root.
+    pub(crate) fn lineage(&self, node: u32) -> impl Iterator<Item = u32> {
+        let above = move |node: &u32| Some(self.nodes[*node as usize].parent);
+        std::iter::successors(Some(node), above).take_while(|node| *node != ROOT)
+    }
+
     fn too_many(&self) -> Refusal {
         Refusal::Limit {
             what: "files and directories",
@@ -247,7 +253,8 @@ impl Tree {
         }
     }
 
-    fn child(&self, node: u32, name: &[u8]) -> Option<u32> {
+    /// A directory's child of this name.
+    pub(crate) fn child(&self, node: u32, name: &[u8]) -> Option<u32> {
         self.nodes[node as usize]
             .children
             .as_ref()?
@@ -255,7 +262,8 @@ impl Tree {
             .copied()
     }
 
-    fn content(&self, node: u32) -> &Content {
+    /// What a node's inode holds.
+    pub(crate) fn content(&self, node: u32) -> &Content {
         &self.inodes[self.nodes[node as usize].inode as usize].content
     }
 

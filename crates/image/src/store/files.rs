@@ -4,6 +4,7 @@
 //! blobs/sha256/HEX   verified blobs            partial/HEX   downloads to be taken up again
 //! disks/KEY.sqfs     root disks                tmp/          work under way
 //! images/HEX.json    one record an image       names.json    which name is which image
+//! facts/HEX.json     what is known of its programs
 //! locks/             advisory locks (flock)
 //! ```
 //!
@@ -57,7 +58,15 @@ impl Drop for Temp {
 
 impl Files {
     pub(crate) fn open(root: &Path) -> Result<Files, ImageError> {
-        for part in ["blobs/sha256", "partial", "disks", "images", "tmp", "locks"] {
+        for part in [
+            "blobs/sha256",
+            "partial",
+            "disks",
+            "images",
+            "facts",
+            "tmp",
+            "locks",
+        ] {
             let path = root.join(part);
             fs::create_dir_all(&path)
                 .map_err(|error| ImageError::io("make the directory", &path, error))?;
@@ -93,6 +102,10 @@ impl Files {
 
     pub(crate) fn record(&self, id: &Digest) -> PathBuf {
         self.root.join("images").join(format!("{}.json", id.hex()))
+    }
+
+    pub(crate) fn facts(&self, id: &Digest) -> PathBuf {
+        self.root.join("facts").join(format!("{}.json", id.hex()))
     }
 
     pub(crate) fn names(&self) -> PathBuf {
@@ -228,6 +241,17 @@ impl Files {
                 Err(TryLockError::Error(error)) => return Err(self.lock_failed(error)),
             }
         }
+        Ok(Guard {
+            _file: file,
+            _inner: None,
+        })
+    }
+
+    /// As [`Files::work`], for those who only read blobs and may block: it waits while somebody removes.
+    pub(crate) fn work_blocking(&self) -> Result<Guard, ImageError> {
+        let file = self.lock_file("work")?;
+        file.lock_shared()
+            .map_err(|error| self.lock_failed(error))?;
         Ok(Guard {
             _file: file,
             _inner: None,

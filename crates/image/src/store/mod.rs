@@ -5,13 +5,14 @@
 
 mod complete;
 mod files;
+mod programs;
 mod records;
 mod sweep;
 
 pub(crate) use complete::{Added, Arrived, ArrivedConfig, blocking, complete};
-pub(crate) use files::{Files, publish_path};
+pub(crate) use files::{Files, Guard, publish_path};
 
-use crate::disk::{self, LayerFile};
+use crate::disk;
 use crate::{Image, ImageError, Limits, ProgressSink, Pruned, PullOptions, Removed, RootDisk};
 use crate::{import, pull};
 use records::Index;
@@ -190,16 +191,7 @@ impl ImageStore {
         if let Some(disk) = ready() {
             return Ok(disk);
         }
-        let layers: Vec<LayerFile> = image
-            .layers
-            .iter()
-            .map(|layer| LayerFile {
-                path: self.files.blob(&layer.digest),
-                digest: layer.digest.clone(),
-                size: layer.size_bytes,
-                diff_id: Some(layer.diff_id.clone()),
-            })
-            .collect();
+        let layers = self.layer_files(image);
         let (files, limits) = (Arc::clone(&self.files), Arc::clone(&self.limits));
         let progress = progress.clone();
         blocking(move |cancel| {

@@ -77,6 +77,7 @@ pub(super) fn remove(
     };
     if last && !used {
         unlink(&files.record(&record.id))?;
+        unlink(&files.facts(&record.id))?;
         drop(guard);
         let blobs: Vec<Digest> = record.blobs().cloned().collect();
         match drop_unneeded(files, &blobs, std::slice::from_ref(&record.disk))? {
@@ -107,6 +108,7 @@ pub(super) fn prune(
         index.write_names(files, &guard)?;
         for id in &pruned.images {
             pruned.bytes += unlink(&files.record(id))?;
+            pruned.bytes += unlink(&files.facts(id))?;
         }
     }
     let Some(_alone) = files.try_alone()? else {
