@@ -47,12 +47,17 @@ impl Series {
 struct Report {
     /// Counted runs of each side.
     count: u32,
-    /// From starting `vistara run` to the first byte of the program's output.
+    /// From starting `vistara run` to the first byte of the program's output; its machines are forked from a template
+    /// wherever they would be for a user.
     vistara: Series,
+    /// The same with `--no-template`: the machine boots.
+    cold: Series,
     /// From starting the monitor to the first line of the bare guest.
     raw: Series,
-    /// The first median by the second.
+    /// The median of `vistara` by that of `raw`.
     ratio: f64,
+    /// The median of `cold` by that of `raw`.
+    cold_ratio: f64,
     /// What the CLI and the node add around the monitor's launch and the guest: from starting the CLI to the monitor's
     /// launch, and from the node's hearing of the output to its coming out of the CLI.
     overhead: Series,
@@ -103,6 +108,7 @@ pub(crate) async fn bench(
         .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"));
     let scratch = tempdir(places)?;
     let mut ours = Vec::new();
+    let mut cold = Vec::new();
     let mut raw = Vec::new();
     let mut overhead = Vec::new();
     for round in 0..WARM_UP + count {
@@ -114,19 +120,23 @@ pub(crate) async fn bench(
             scratch.as_ref(),
         )
         .map_err(|error| Failure::because("the bare monitor did not come up", error))?;
-        let (whole, around) = one_run(client, places, &name).await?;
+        let (booted, _) = one_run(client, places, &name, &["--no-template"]).await?;
+        let (whole, around) = one_run(client, places, &name, &[]).await?;
         if round >= WARM_UP {
             raw.push(millis(bare));
+            cold.push(millis(booted));
             ours.push(millis(whole));
             overhead.push(around);
         }
     }
     let (node_resident_bytes, node_resident_bytes_per_machine) = memory(client, &name).await?;
-    let (vistara, raw) = (Series::of(ours), Series::of(raw));
+    let (vistara, cold, raw) = (Series::of(ours), Series::of(cold), Series::of(raw));
     let report = Report {
         count: *count,
         ratio: vistara.median / raw.median,
+        cold_ratio: cold.median / raw.median,
         vistara,
+        cold,
         raw,
         overhead: Series::of(overhead),
         vmm: choice.vmm,
@@ -194,6 +204,7 @@ async fn one_run(
     client: &Client,
     places: &Places,
     image: &str,
+    flags: &[&str],
 ) -> Result<(Duration, f64), Failure> {
     let failed = |error: std::io::Error| Failure::because("cannot run vistara", error);
     let name = format!("bench-{}", std::process::id());
@@ -203,7 +214,9 @@ async fn one_run(
         .arg(&places.socket)
         .arg("--state-dir")
         .arg(&places.state_dir)
-        .args(["run", "--quiet", "--name", &name, image, "echo", "up"])
+        .args(["run", "--quiet", "--name", &name])
+        .args(flags)
+        .args([image, "echo", "up"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -228,7 +241,7 @@ async fn one_run(
             .find(|timing| timing.step == step)
             .map(|timing| timing.begin_ms)
     };
-    let inside = match (at("launch"), at("first output")) {
+    let inside = match (at("launch").or(at("fork")), at("first output")) {
         (Some(launch), Some(output)) => output - launch,
         _ => return Err(Failure::new("the node told no timings")),
     };
@@ -302,7 +315,7 @@ fn table(report: &Report) -> String {
         )
     };
     format!(
-        "{} with {}, guest kernel {}, {} runs of each, in turn\n\n{:<34}{:>9}{:>9}{:>9}\n{}{}{}\nratio of the medians: {:.3}\nthe node's memory: {}, and {} for each machine\n",
+        "{} with {}, guest kernel {}, {} runs of each, in turn\n\n{:<34}{:>9}{:>9}{:>9}\n{}{}{}{}\nratio of the medians: {:.3}, booted {:.3}\nthe node's memory: {}, and {} for each machine\n",
         report.vmm,
         report.accelerator,
         report.kernel,
@@ -312,9 +325,11 @@ fn table(report: &Report) -> String {
         "median",
         "max",
         row("vistara run, to the first output", report.vistara),
+        row("the same, booted (--no-template)", report.cold),
         row("bare monitor, to the first line", report.raw),
         row("of the first, CLI and node", report.overhead),
         report.ratio,
+        report.cold_ratio,
         Bytes(report.node_resident_bytes),
         Bytes(report.node_resident_bytes_per_machine),
     )

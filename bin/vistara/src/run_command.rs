@@ -364,7 +364,12 @@ async fn summarize(
             });
         }
     }
+    let template = detail.as_ref().and_then(|detail| detail.template.clone());
     if options.timings {
+        eprint_line(&match &template {
+            Some(key) => format!("forked from template {key}"),
+            None => "booted".to_owned(),
+        });
         eprint_line(timings_text(&steps).trim_end());
     }
     if options.json {
@@ -385,6 +390,7 @@ async fn summarize(
             "exit_code": exit_code,
             "message": message,
             "choice": last.choice,
+            "template": template,
             "started_at": last.started_at,
             "ended_at": last.ended_at,
             "timings": steps,

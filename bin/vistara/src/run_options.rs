@@ -102,6 +102,9 @@ pub(crate) struct RunOptions {
     /// Guest kernel, as `vistara kernel ls` names it
     #[arg(long, value_name = "KERNEL")]
     pub(crate) kernel: Option<String>,
+    /// Boot the machine, even where it could be forked from a template
+    #[arg(long)]
+    pub(crate) no_template: bool,
     /// After the end, say on standard error how long each step of the start took
     #[arg(long)]
     pub(crate) timings: bool,
@@ -212,6 +215,7 @@ impl RunOptions {
             hypervisor: self.hypervisor.clone(),
             stop_signal: self.stop_signal.clone(),
             kernel: self.kernel.clone(),
+            no_template: self.no_template,
             labels: self
                 .labels
                 .iter()

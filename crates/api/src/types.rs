@@ -108,6 +108,8 @@ pub struct RunRequest {
     pub stop_signal: Option<String>,
     /// Guest kernel by name.
     pub kernel: Option<String>,
+    /// Boot the machine, even where it could be forked from a template.
+    pub no_template: bool,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
     /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the
@@ -217,6 +219,8 @@ pub struct MachineDetail {
     pub auto_remove: bool,
     /// Guest kernel by name.
     pub kernel: Option<String>,
+    /// The template it was forked from; absent where it booted.
+    pub template: Option<String>,
     /// Process id of the monitor, while it runs.
     pub vmm_pid: Option<u32>,
     /// Which fences hold the monitor.

@@ -126,6 +126,7 @@ mod tests {
             hypervisor: Hypervisor::Auto,
             stop_signal: None,
             kernel: None,
+            no_template: false,
             labels: Default::default(),
         }
     }

@@ -273,6 +273,9 @@ pub struct MachineSpec {
     pub stop_signal: Option<Signal>,
     /// Guest kernel by name; the node's default where absent.
     pub kernel: Option<String>,
+    /// Whether it must boot, rather than be forked from a template.
+    #[serde(default)]
+    pub no_template: bool,
     /// Free labels.
     pub labels: std::collections::BTreeMap<String, String>,
 }

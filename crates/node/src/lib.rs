@@ -15,6 +15,7 @@ mod node;
 mod options;
 mod request;
 mod service;
+mod templates;
 mod view;
 
 pub use fault::NodeError;

@@ -117,6 +117,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         hypervisor: parse_or(request.hypervisor.as_ref(), Default::default())?,
         stop_signal: request.stop_signal.as_deref().map(parse).transpose()?,
         kernel: request.kernel.clone(),
+        no_template: request.no_template,
         labels: request.labels.clone(),
     })
 }

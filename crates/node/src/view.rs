@@ -100,6 +100,7 @@ pub(crate) fn detail(snapshot: &Snapshot, dir: &std::path::Path) -> MachineDetai
         tty: spec.tty.is_some(),
         auto_remove: spec.auto_remove,
         kernel: record.kernel.clone(),
+        template: record.template.clone(),
         vmm_pid: record.vm.as_ref().map(|vm| vm.pid),
         fences: record
             .vm

@@ -1,7 +1,7 @@
 //! The task that owns one machine. It carries out what the lifecycle says, keeps the record, and publishes it.
 
 use super::handle::{COMMANDS_MAX, Shared};
-use super::prepare::prepare;
+use super::prepare::{Launched, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
 use super::{Command, Handle, Record, Snapshot, Step};
@@ -38,7 +38,7 @@ const LAST_WORDS_BOUND: Duration = Duration::from_secs(5);
 pub(crate) const STOP_GRACE: Duration = Duration::from_secs(10);
 
 /// A launched machine with the steps that led to it, or what went wrong, in words for the user.
-type Prepared = Result<(Arc<dyn Vm>, Vec<Step>), String>;
+type Prepared = Result<Launched, String>;
 
 /// Where a machine comes from.
 pub(crate) enum Origin {
@@ -161,7 +161,7 @@ impl Actor {
                     self.dir.clone(),
                 );
                 self.prepared = Some(tokio::spawn(async move {
-                    prepare(&node.mechanisms(), &record, &dir, zero).await
+                    prepare(&node, &record, &dir, zero).await
                 }));
             }
             Origin::Earlier => self.find_out().await,
@@ -209,9 +209,10 @@ impl Actor {
             Some(command) = self.commands.recv() => self.command(command).await,
             Some(news) = self.news.1.recv() => self.hear(news).await,
             result = joined(&mut self.prepared) => match result.and_then(|result| result) {
-                Ok((vm, steps)) => {
-                    self.add_steps(steps);
-                    self.take_up(vm);
+                Ok(launched) => {
+                    self.add_steps(launched.steps);
+                    self.record.template = launched.template;
+                    self.take_up(launched.vm);
                     self.on(Event::Launched).await;
                 }
                 Err(message) => self.on(Event::PrepareFailed(message)).await,

@@ -17,5 +17,6 @@ mod session;
 pub(crate) use actor::{Actor, Origin, STOP_GRACE};
 pub(crate) use handle::{Command, Handle, HeldInput, Snapshot};
 pub(crate) use names::made_up_name;
+pub(crate) use prepare::UID_BASE;
 pub(crate) use record::{Loaded, Record, Step, load, machine_dirs, make_dir, now_ns};
 pub(crate) use session::exit_status;

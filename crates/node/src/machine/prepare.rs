@@ -3,15 +3,19 @@
 use super::Record;
 use super::record::Step;
 use crate::fault::{Fault, chain};
-use crate::node::Mechanisms;
+use crate::node::Node;
+use crate::templates::{Blueprint, Template};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
+use vistara_host::files::clone_sparse;
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
-use vistara_machine::{Disk, Fence, GuestShare, LaunchPlan, Nic, Vm};
+use vistara_machine::{
+    Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic, Start, Vm, Vmm, VmmError,
+};
 use vistara_model::{Bytes, MachineId, Network};
 
 /// What a monitor may use beside its guest's memory, with room to spare over what backends are known to need
@@ -21,7 +25,7 @@ const OVERHEAD: Bytes = Bytes::mib(512);
 const MONITOR_PIDS: u32 = 128;
 /// First user id on the host for monitors; each machine's slot is added. Above what people, services and subordinate
 /// ids of containers usually have.
-const UID_BASE: u32 = 1_879_048_192;
+pub(crate) const UID_BASE: u32 = 1_879_048_192;
 /// Random bytes that a guest gets at its start.
 const ENTROPY_BYTES: usize = 64;
 
@@ -80,60 +84,190 @@ fn share_tag(index: usize) -> String {
     format!("volume{index}")
 }
 
+/// A machine whose monitor runs.
+pub(crate) struct Launched {
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) steps: Vec<Step>,
+    /// The template it was forked from, if it did not boot.
+    pub(crate) template: Option<String>,
+}
+
+/// A failure's words for the user.
+fn told(fault: Fault) -> String {
+    match fault.0.hint {
+        Some(hint) => format!("{}; {hint}", fault.0.message),
+        None => fault.0.message,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| error.to_string())?
+        .map_err(told)
+}
+
 /// Makes everything ready and launches. The message of a failure is for the user.
 pub(crate) async fn prepare(
-    mechanisms: &Mechanisms,
+    node: &Node,
     record: &Record,
     dir: &Path,
     zero: Instant,
-) -> Result<(Arc<dyn Vm>, Vec<Step>), String> {
+) -> Result<Launched, String> {
+    let mechanisms = &node.mechanisms();
     let mut watch = Stopwatch::new(zero);
-    let fault = |fault: Fault| match fault.0.hint {
-        Some(hint) => format!("{}; {hint}", fault.0.message),
-        None => fault.0.message,
-    };
     let begin = Instant::now();
     let image = mechanisms
         .images
         .find(record.image_id.as_ref())
-        .map_err(|error| fault(error.into()))?
+        .map_err(|error| told(error.into()))?
         .ok_or_else(|| format!("image {} is gone", record.spec.image.familiar()))?;
     let root = mechanisms
         .images
         .root_disk(&image, &ProgressSink::none())
         .await
-        .map_err(|error| fault(error.into()))?;
+        .map_err(|error| told(error.into()))?;
     watch.note("root disk", begin);
-
-    let begin = Instant::now();
-    let overlay = dir.join(OVERLAY);
-    let (boot, overlay) = {
-        let mechanisms = mechanisms.clone();
-        let (kernel, size) = (record.kernel.clone(), record.spec.disk);
-        let work = move || {
-            mechanisms.overlays.create(size, &overlay)?;
-            let boot = mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)?;
-            Ok::<_, Fault>((boot, overlay))
-        };
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(fault)?
+    let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
+        format!(
+            "{} is not on this node any more; see `vistara doctor`",
+            record.backend.vmm
+        )
+    })?;
+    let boot = {
+        let (mechanisms, kernel) = (mechanisms.clone(), record.kernel.clone());
+        blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
-    watch.note("overlay and kernel", begin);
+    let overlay = dir.join(OVERLAY);
+    let mut plan = plan(record, dir, root.path, overlay.clone(), boot.clone());
+    plan.fence.uid_gid = mechanisms
+        .is_root
+        .then_some((UID_BASE + record.slot, UID_BASE + record.slot));
+
+    // Shared directories cannot be captured; a template's machine has none.
+    if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
+        let begin = Instant::now();
+        let blueprint = Blueprint {
+            image_id: record.image_id.clone(),
+            image: record.spec.image.familiar(),
+            kernel: record.kernel.clone().unwrap_or_default(),
+            plan: plan.clone(),
+            boot,
+            disk: record.spec.disk,
+            vmm: Arc::clone(&vmm),
+            overlays: mechanisms.overlays.clone(),
+            read_ahead: read_ahead(record),
+            boot_bound: node.boot_bound(),
+        };
+        let templates = node.templates();
+        if let Some(template) = templates.get_or_make(blueprint).await {
+            watch.note("template", begin);
+            match fork(vmm.as_ref(), &plan, &template, &mut watch).await {
+                Ok(vm) => {
+                    return Ok(Launched {
+                        vm: Arc::from(vm),
+                        steps: watch.into_steps(),
+                        template: Some(template.key.clone()),
+                    });
+                }
+                // Booting would not help.
+                Err(error @ VmmError::PortTaken(_)) => return Err(chain(&error)),
+                Err(error) => {
+                    tracing::warn!(
+                        machine = %record.id, template = template.key, error = chain(&error),
+                        "a fork failed: the template is dropped, and the machine boots"
+                    );
+                    let _ = std::fs::remove_file(&overlay);
+                    blocking(move || {
+                        templates.remove(&template.key);
+                        Ok(())
+                    })
+                    .await?;
+                }
+            }
+        }
+    }
 
     let begin = Instant::now();
+    let (overlays, size) = (mechanisms.overlays.clone(), record.spec.disk);
+    blocking(move || Ok(overlays.create(size, &overlay)?)).await?;
+    watch.note("writable disk", begin);
+    let begin = Instant::now();
+    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
+    watch.note("launch", begin);
+    Ok(Launched {
+        vm: Arc::from(vm),
+        steps: watch.into_steps(),
+        template: None,
+    })
+}
+
+/// Starts the machine from a template: with a copy of its disk, and its memory as it was.
+async fn fork(
+    vmm: &dyn Vmm,
+    plan: &LaunchPlan,
+    template: &Template,
+    watch: &mut Stopwatch,
+) -> Result<Box<dyn Vm>, VmmError> {
+    let begin = Instant::now();
+    for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+        let (from, to) = (template.overlay.clone(), disk.path.clone());
+        let io = |source: std::io::Error| VmmError::Io {
+            operation: "copying the template's disk",
+            path: template.overlay.clone(),
+            source,
+        };
+        tokio::task::spawn_blocking(move || clone_sparse(&from, &to))
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(io)?;
+    }
+    watch.note("writable disk", begin);
+    let begin = Instant::now();
+    let mut plan = plan.clone();
+    plan.start = Start::Fork(Arc::clone(&template.capture));
+    let vm = vmm.launch(&plan).await?;
+    watch.note("fork", begin);
+    Ok(vm)
+}
+
+/// Where the program may lie: what a template's guest reads before it is captured.
+fn read_ahead(record: &Record) -> Vec<String> {
+    let Some(program) = record.argv.first() else {
+        return Vec::new();
+    };
+    if program.starts_with('/') {
+        return vec![program.clone()];
+    }
+    let path = record.env.iter().find(|variable| variable.name == "PATH");
+    path.map_or("", |variable| &variable.value)
+        .split(':')
+        .filter(|dir| dir.starts_with('/'))
+        .map(|dir| format!("{}/{program}", dir.trim_end_matches('/')))
+        .collect()
+}
+
+fn plan(
+    record: &Record,
+    dir: &Path,
+    root: std::path::PathBuf,
+    overlay: std::path::PathBuf,
+    boot: LinuxBoot,
+) -> LaunchPlan {
     let spec = &record.spec;
-    let plan = LaunchPlan {
+    LaunchPlan {
         id: record.id.clone(),
         dir: dir.to_owned(),
         accelerator: record.backend.accelerator,
         vcpus: spec.cpus.vcpus(),
         memory: spec.memory,
-        boot,
+        start: Start::Linux(boot),
+        capturable: false,
         disks: vec![
             Disk {
-                path: root.path,
+                path: root,
                 read_only: true,
             },
             Disk {
@@ -156,24 +290,13 @@ pub(crate) async fn prepare(
             })
             .collect(),
         fence: Fence {
-            uid_gid: mechanisms
-                .is_root
-                .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),
+            uid_gid: None,
             memory_max: Bytes(spec.memory.0.saturating_add(OVERHEAD.0)),
             pids_max: MONITOR_PIDS + spec.cpus.vcpus(),
             // Whole CPUs are bounded by the number of virtual ones already.
             cpu_millis: (!spec.cpus.millis.is_multiple_of(1000)).then_some(spec.cpus.millis),
         },
-    };
-    let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
-        format!(
-            "{} is not on this node any more; see `vistara doctor`",
-            record.backend.vmm
-        )
-    })?;
-    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
-    watch.note("launch", begin);
-    Ok((Arc::from(vm), watch.into_steps()))
+    }
 }
 
 /// What a machine's guest is told before it runs anything.
@@ -184,7 +307,8 @@ pub(crate) fn guest_config(record: &Record, now_ns: u64) -> Result<GuestConfig, 
     let network = match spec.network {
         Network::None => None,
         Network::User => Some(NetworkConfig {
-            mac: None,
+            // A fork's device still has its template's address.
+            mac: Some(mac(&record.id)),
             addresses: vec![(IpAddr::V4(GUEST_ADDRESS), PREFIX)],
             gateways: vec![IpAddr::V4(GATEWAY)],
             dns: vec![IpAddr::V4(NAME_SERVER)],

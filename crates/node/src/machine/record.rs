@@ -55,6 +55,9 @@ pub(crate) struct Record {
     pub(crate) started_ns: Option<u64>,
     pub(crate) ended_ns: Option<u64>,
     pub(crate) vm: Option<VmRecord>,
+    /// The template it was forked from, if it did not boot.
+    #[serde(default)]
+    pub(crate) template: Option<String>,
     pub(crate) timings: Vec<Step>,
 }
 

@@ -92,8 +92,12 @@ impl Session {
             {
                 Ok((agent, welcome)) => {
                     if !greeted {
-                        self.tell(News::Steps(self.guest_steps(&welcome.timings)))
-                            .await;
+                        let steps = match self.record.template {
+                            // The stages of a fork's guest were its template's.
+                            Some(_) => self.host_step("greeting", begin),
+                            None => self.guest_steps(&welcome.timings),
+                        };
+                        self.tell(News::Steps(steps)).await;
                     }
                     let first = !std::mem::replace(&mut greeted, true);
                     bound = RECONNECT_BOUND;

@@ -5,9 +5,9 @@ use crate::fault::chain;
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Loaded, Origin, Record, load, machine_dirs};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use vistara_control::{Event, VmGone};
-use vistara_machine::{Adoption, Vm, VmEnd, Vmm};
+use vistara_machine::{Adoption, Vm, VmEnd};
 use vistara_model::{EndReason, MachineId, MachineState};
 
 /// What became of an earlier node's machine.
@@ -103,15 +103,7 @@ impl Node {
 
     /// Ends what a crash between a launch and its record may have left.
     async fn sweep(&self, id: &MachineId, dir: &Path) -> Result<(), String> {
-        let vmms: Vec<Arc<dyn Vmm>> = {
-            let vmms = self
-                .mechanisms
-                .vmms
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            vmms.values().cloned().collect()
-        };
-        for vmm in vmms {
+        for vmm in self.all_vmms() {
             vmm.sweep(id, dir).await.map_err(|error| chain(&error))?;
         }
         Ok(())

@@ -9,6 +9,7 @@ use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::options::NodeOptions;
+use crate::templates::Templates;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -88,6 +89,7 @@ pub(crate) struct Node {
     pub(crate) options: NodeOptions,
     pub(crate) started_ns: u64,
     mechanisms: Mechanisms,
+    templates: Arc<Templates>,
     kvm: Mutex<KvmVerdict>,
     machines: Mutex<Machines>,
     /// Held for the node's life: one node serves a state directory.
@@ -128,6 +130,7 @@ impl Node {
             "kernels",
             "overlays",
             "initramfs",
+            "templates",
             "tmp",
         ] {
             make_private_dir(&state.join(name))?;
@@ -146,17 +149,31 @@ impl Node {
             options,
             started_ns: now_ns(),
             mechanisms,
+            templates: Arc::new(Templates::new(state.join("templates"))),
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,
         });
         node.detect(false).await;
+        // What was half made may still run, in a monitor that had to be found first.
+        node.templates.take_stock(&node.all_vmms()).await;
         node.adopt_all().await;
         Ok(node)
     }
 
     pub(crate) fn mechanisms(&self) -> Mechanisms {
         self.mechanisms.clone()
+    }
+
+    pub(crate) fn templates(&self) -> Arc<Templates> {
+        Arc::clone(&self.templates)
+    }
+
+    /// Every monitor that is usable here.
+    fn all_vmms(&self) -> Vec<Arc<dyn Vmm>> {
+        let vmms = self.mechanisms.vmms.lock();
+        let vmms = vmms.unwrap_or_else(PoisonError::into_inner);
+        vmms.values().cloned().collect()
     }
 
     pub(crate) fn boot_bound(&self) -> Duration {
@@ -296,6 +313,7 @@ impl Node {
             started_ns: None,
             ended_ns: None,
             vm: None,
+            template: None,
             timings: Vec::new(),
         };
         let dir = self.machine_dir(&id);
