@@ -7,9 +7,11 @@
 use super::evidence::{self, Group};
 use super::scan;
 use memchr::memmem;
+use object::Endianness;
 use object::elf;
-use object::read::elf::{Dyn as _, FileHeader as _, ProgramHeader as _, Sym as _};
-use object::{Endianness, StringTable};
+use object::read::elf::{
+    Dyn as _, FileHeader as _, ProgramHeader as _, SectionHeader as _, Sym as _,
+};
 use std::collections::BTreeSet;
 use vistara_model::{Architecture, Linkage, Runtime};
 
@@ -21,6 +23,10 @@ const NEEDED_MAX: usize = 512;
 const SYMBOLS_MAX: usize = 4_000_000;
 /// Program headers that are looked at: linkers make about a dozen.
 const SEGMENTS_MAX: usize = 256;
+/// Entries of a dynamic section that are looked at: linkers make some thirty, and one for each library.
+const DYNAMIC_MAX: usize = 4096;
+/// Bytes of a symbol's name that are looked at: one more than the longest of interest.
+const SYMBOL_BYTES_MAX: usize = 32;
 /// Bytes of one name or path in a file: the kernel's PATH_MAX.
 const TEXT_BYTES_MAX: usize = 4096;
 
@@ -100,8 +106,10 @@ pub(super) fn read(bytes: &[u8], own: bool) -> Result<Summary, &'static str> {
         runtimes: Vec::new(),
     };
     for segment in segments {
-        if let Ok(Some(path)) = segment.interpreter(endian, bytes) {
-            summary.loader = text(path);
+        if segment.p_type(endian) == elf::PT_INTERP
+            && let Ok(path) = segment.data(endian, bytes)
+        {
+            summary.loader = until_nul(path, TEXT_BYTES_MAX).and_then(text);
         }
     }
     dynamic(&mut summary, endian, segments, bytes);
@@ -116,12 +124,18 @@ pub(super) fn read(bytes: &[u8], own: bool) -> Result<Summary, &'static str> {
     if own {
         if summary.architecture.0 == "amd64" {
             summary.scanned = true;
+            // Segments may overlap in a hostile file; all code of a real one is there once.
+            let mut left = bytes.len();
             for segment in segments {
                 if segment.p_type(endian) == elf::PT_LOAD
                     && segment.p_flags(endian).contains(elf::PF_X)
                     && let Ok(code) = segment.data(endian, bytes)
                 {
-                    summary.code.extend(scan::amd64(code));
+                    summary.scanned &= code.len() <= left && scan::amd64(code, &mut summary.code);
+                    left = left.saturating_sub(code.len());
+                    if !summary.scanned {
+                        break;
+                    }
                 }
             }
         }
@@ -166,6 +180,13 @@ fn architecture(machine: u16) -> Architecture {
     })
 }
 
+/// The bytes before the first NUL, which must be within the bound: a search through the whole file for each of many
+/// names would take for ever.
+fn until_nul(bytes: &[u8], bytes_max: usize) -> Option<&[u8]> {
+    let start = bytes.get(..bytes_max).unwrap_or(bytes);
+    start.get(..memchr::memchr(0, start)?)
+}
+
 fn text(bytes: &[u8]) -> Option<String> {
     if bytes.is_empty() || bytes.len() > TEXT_BYTES_MAX {
         return None;
@@ -184,6 +205,7 @@ fn dynamic(
         .iter()
         .find_map(|segment| segment.dynamic(endian, bytes).ok().flatten());
     let Some(entries) = entries else { return };
+    let entries = entries.get(..DYNAMIC_MAX).unwrap_or(entries);
     let value = |wanted: elf::DynamicTag| {
         entries
             .iter()
@@ -201,7 +223,10 @@ fn dynamic(
             .then(|| segment.p_offset(endian).checked_add(within))?
     });
     let Some(offset) = offset else { return };
-    let strings: StringTable<'_> = StringTable::new(bytes, offset, offset.saturating_add(length));
+    let strings = usize::try_from(offset).ok().and_then(|at| bytes.get(at..));
+    let Some(strings) = strings else { return };
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    let strings = strings.get(..length).unwrap_or(strings);
     for entry in entries {
         let tag = entry.d_tag(endian);
         if tag == elf::DT_NULL {
@@ -216,10 +241,12 @@ fn dynamic(
         } else {
             continue;
         };
-        let Ok(at) = u32::try_from(entry.d_val(endian)) else {
-            continue;
-        };
-        let Some(found) = strings.get(at).ok().and_then(text) else {
+        let Some(found) = usize::try_from(entry.d_val(endian))
+            .ok()
+            .and_then(|at| strings.get(at..))
+            .and_then(|rest| until_nul(rest, TEXT_BYTES_MAX))
+            .and_then(text)
+        else {
             continue;
         };
         if list.len() >= NEEDED_MAX {
@@ -247,6 +274,10 @@ fn symbols(summary: &mut Summary, header: &Header, endian: Endianness, bytes: &[
     let Ok(table) = sections.symbols(endian, bytes, table) else {
         return;
     };
+    let strings = sections
+        .section(table.string_section())
+        .and_then(|section| section.data(endian, bytes))
+        .unwrap_or_default();
     let mut found = BTreeSet::new();
     for symbol in table.iter().take(SYMBOLS_MAX) {
         // The first, empty entry of a table says nothing.
@@ -255,7 +286,8 @@ fn symbols(summary: &mut Summary, header: &Header, endian: Endianness, bytes: &[
         if undefined != dynamic {
             continue;
         }
-        if let Ok(name) = symbol.name(endian, table.strings())
+        let name = strings.get(symbol.st_name(endian) as usize..);
+        if let Some(name) = name.and_then(|rest| until_nul(rest, SYMBOL_BYTES_MAX))
             && let Some(known) = evidence::known(name, dynamic)
         {
             found.insert(known);

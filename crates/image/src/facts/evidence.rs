@@ -262,7 +262,7 @@ fn nothing_found(
         ),
         Linkage::Static | Linkage::StaticPie => (
             Confidence::Guess,
-            Some("it is static and without symbols, and its processor's code is not scanned"),
+            Some("it is static and without symbols, and its code cannot be scanned"),
         ),
     }
 }

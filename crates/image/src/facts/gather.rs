@@ -23,7 +23,7 @@ const ELF_BYTES_MAX: u64 = 384 << 20;
 /// Interpreters of interpreters, as the kernel's bound.
 const SCRIPTS_MAX: usize = 4;
 /// Libraries of one program, those of libraries included. Large desktop programs load about 300.
-const LIBRARIES_MAX: usize = 2048;
+const LIBRARIES_MAX: usize = 1024;
 /// Rounds over the layers; chains of libraries in real images end before ten.
 const ROUNDS_MAX: usize = 32;
 /// Bytes of a configuration file of the loader.

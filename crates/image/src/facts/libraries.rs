@@ -16,11 +16,11 @@ const MULTIARCH: &[(&str, &str)] = &[
     ("riscv64", "riscv64-linux-gnu"),
 ];
 /// Directories that the configuration may name; Debian's names about ten.
-const CONFIGURED_MAX: usize = 256;
+const CONFIGURED_MAX: usize = 64;
 /// Files of `/etc/ld.so.conf.d` that are read.
 const CONF_FILES_MAX: usize = 128;
 /// Directories in which one library is looked for, for hostile run paths.
-const PLACES_MAX: usize = 1024;
+const PLACES_MAX: usize = 160;
 
 /// The file that asks for a library.
 pub(super) struct Asker<'a> {

@@ -4,7 +4,7 @@
 use crate::merge::{Content, LINKS_MAX, ROOT, Tree};
 
 /// Components that one lookup walks, those of links included: beyond any real path, and a bound for hostile ones.
-const STEPS_MAX: usize = 4096;
+const STEPS_MAX: usize = 1024;
 
 /// Something that was found.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,6 +10,8 @@ use std::collections::BTreeSet;
 /// Bytes before a `syscall` in which its number is looked for: compilers load it a few instructions before, among the other
 /// arguments.
 const WINDOW: usize = 48;
+/// System calls of one piece of code that are looked at: a static program has some hundreds, the largest some thousands.
+const CALLS_MAX: usize = 1 << 20;
 /// The flags with which glibc's `fork` calls clone: CHILD_SETTID, CHILD_CLEARTID and SIGCHLD.
 const FORK_FLAGS: [u8; 4] = 0x0120_0011_u32.to_le_bytes();
 
@@ -36,10 +38,12 @@ impl Hit {
     }
 }
 
-/// Scans code for x86-64.
-pub(super) fn amd64(code: &[u8]) -> BTreeSet<Hit> {
-    let mut hits = BTreeSet::new();
-    for at in memmem::find_iter(code, b"\x0f\x05") {
+/// Scans code for x86-64. False where it has more of the instruction than code can have.
+pub(super) fn amd64(code: &[u8], hits: &mut BTreeSet<Hit>) -> bool {
+    for (count, at) in memmem::find_iter(code, b"\x0f\x05").enumerate() {
+        if count >= CALLS_MAX {
+            return false;
+        }
         let before = &code[at.saturating_sub(WINDOW)..at];
         // The last load of eax before the instruction is the one that counts.
         let Some(number) = last_load(before) else {
@@ -64,7 +68,7 @@ pub(super) fn amd64(code: &[u8]) -> BTreeSet<Hit> {
             _ => {}
         }
     }
-    hits
+    true
 }
 
 /// The number that is last loaded into eax or rax: `mov $n,%eax`, `mov $n,%rax`, or `push $n; pop %rax`.
@@ -85,22 +89,34 @@ fn last_load(before: &[u8]) -> Option<u32> {
 mod tests {
     use super::*;
 
+    fn scan(code: &[u8]) -> BTreeSet<Hit> {
+        let mut hits = BTreeSet::new();
+        assert!(amd64(code, &mut hits));
+        hits
+    }
+
+    #[test]
+    fn nothing_but_the_instruction_is_no_code() {
+        let code = [0x0f, 0x05].repeat(CALLS_MAX + 1);
+        assert!(!amd64(&code, &mut BTreeSet::new()));
+    }
+
     #[test]
     fn the_number_that_is_loaded_last_before_a_system_call_counts() {
         let execve = [0xb8, 56, 0, 0, 0, 0x90, 0xb8, 59, 0, 0, 0, 0x0f, 0x05];
-        assert_eq!(amd64(&execve), BTreeSet::from([Hit::Execve]));
+        assert_eq!(scan(&execve), BTreeSet::from([Hit::Execve]));
         let short = [0x6a, 58, 0x58, 0x0f, 0x05];
-        assert_eq!(amd64(&short), BTreeSet::from([Hit::Vfork]));
+        assert_eq!(scan(&short), BTreeSet::from([Hit::Vfork]));
         let long = [0x48, 0xc7, 0xc0, 57, 0, 0, 0, 0x0f, 0x05];
-        assert_eq!(amd64(&long), BTreeSet::from([Hit::Fork]));
+        assert_eq!(scan(&long), BTreeSet::from([Hit::Fork]));
     }
 
     #[test]
     fn a_clone_is_a_process_only_with_the_flags_of_fork() {
         let thread = [0xb8, 56, 0, 0, 0, 0x0f, 0x05];
-        assert!(amd64(&thread).is_empty());
+        assert!(scan(&thread).is_empty());
         let fork = [0xbf, 0x11, 0, 0x20, 1, 0xb8, 56, 0, 0, 0, 0x0f, 0x05];
-        assert_eq!(amd64(&fork), BTreeSet::from([Hit::CloneProcess]));
+        assert_eq!(scan(&fork), BTreeSet::from([Hit::CloneProcess]));
     }
 
     #[test]
@@ -108,6 +124,6 @@ mod tests {
         let mut code = vec![0xb8, 59, 0, 0, 0];
         code.extend([0x90; WINDOW]);
         code.extend([0x0f, 0x05]);
-        assert!(amd64(&code).is_empty());
+        assert!(scan(&code).is_empty());
     }
 }
