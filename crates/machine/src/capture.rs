@@ -323,13 +323,33 @@ fn read_about(dir: &Path) -> Result<About, CaptureError> {
 /// every piece that is not, with their bytes together.
 fn copy_memory(from: &File, to: &File, len: u64) -> io::Result<(blake3::Hash, u64)> {
     to.set_len(len)?;
+    digest_pieces(from, len, |at, part| to.write_all_at(part, at))
+}
+
+/// The digest of a file's length and of place and content of everything in it that is not zero, in hexadecimal: the same
+/// wherever its holes are. Blocks on files, for as long as its data take to be read.
+///
+/// # Errors
+/// The system's.
+pub fn sparse_digest(file: &File) -> io::Result<String> {
+    let len = file.metadata()?.len();
+    let (digest, _) = digest_pieces(file, len, |_, _| Ok(()))?;
+    Ok(digest.to_hex().to_string())
+}
+
+/// Shows every piece that is not zero to `each`, with its place, and gives the digest of all that and their bytes together.
+fn digest_pieces(
+    from: &File,
+    len: u64,
+    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<(blake3::Hash, u64)> {
     let mut digest = blake3::Hasher::new();
     digest.update(&len.to_le_bytes());
     let mut piece = vec![0; PIECE];
-    let mut copied = 0;
+    let mut bytes = 0;
     let mut at = 0;
     while let Some((start, end)) = files::next_data(from, at, len)? {
-        // Pieces lie at multiples of their size, so that the same memory gives the same pieces wherever its holes are.
+        // Pieces lie at multiples of their size, so that the same content gives the same pieces wherever its holes are.
         at = start - start % PIECE as u64;
         while at < end.min(len) {
             let want = usize::try_from(len - at).unwrap_or(PIECE).min(PIECE);
@@ -338,13 +358,13 @@ fn copy_memory(from: &File, to: &File, len: u64) -> io::Result<(blake3::Hash, u6
             if part.iter().any(|byte| *byte != 0) {
                 digest.update(&at.to_le_bytes());
                 digest.update(part);
-                to.write_all_at(part, at)?;
-                copied += want as u64;
+                each(at, part)?;
+                bytes += want as u64;
             }
             at += want as u64;
         }
     }
-    Ok((digest.finalize(), copied))
+    Ok((digest.finalize(), bytes))
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ pub mod fake;
 pub mod qemu;
 mod vmm;
 
-pub use capture::{Capture, CaptureError, CaptureInfo};
+pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};
 pub use vmm::{
-    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic,
-    Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot,
+    NanosBoot, Nic, OutputStream, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };

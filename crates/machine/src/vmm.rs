@@ -22,6 +22,9 @@ use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, VmmKind};
 /// The host's end of the channel to the agent in a guest.
 pub type ChannelStream = tokio::net::UnixStream;
 
+/// What a guest without an agent prints. It ends with the machine. A guest whose output nobody reads waits.
+pub type OutputStream = tokio::net::unix::pipe::Receiver;
+
 /// What a backend can do, so that a plan is refused early and with a reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -54,11 +57,21 @@ pub struct LinuxBoot {
     pub cmdline: String,
 }
 
+/// How a Nanos unikernel is started. There is no agent in it: [`Vm::open_channel`] is refused, what it prints comes by
+/// [`Vm::open_output`], and what it is told it finds on its first disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NanosBoot {
+    /// The kernel.
+    pub kernel: PathBuf,
+}
+
 /// From what a machine starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Start {
     /// A Linux guest boots.
     Linux(LinuxBoot),
+    /// A unikernel boots.
+    Nanos(NanosBoot),
     /// A captured machine goes on where it was when it was captured. The plan's shape (processors, memory, disks, network
     /// interface) must be that machine's, and its disks must hold what that machine's held at that moment.
     Fork(Arc<Capture>),
@@ -289,6 +302,29 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// [`VmmError::Ended`] once the machine is gone.
     async fn open_channel(&self) -> Result<ChannelStream, VmmError>;
+
+    /// Opens what a unikernel prints: every byte that nobody has read yet, also after the machine's end. Two readers share
+    /// the bytes, so that there should be one.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`] in a machine with an agent, [`VmmError::Io`].
+    fn open_output(&self) -> Result<OutputStream, VmmError> {
+        Err(VmmError::Unsupported {
+            kind: self.record().kind,
+            reason: "a guest with an agent has no output of its own".to_owned(),
+        })
+    }
+
+    /// Asks the guest to end, as a power button does. What it makes of it is its own affair.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    async fn press_power_button(&self) -> Result<(), VmmError> {
+        Err(VmmError::Unsupported {
+            kind: self.record().kind,
+            reason: "its machines have no power button".to_owned(),
+        })
+    }
 
     /// Holds the guest still; on a paused machine it does nothing.
     ///

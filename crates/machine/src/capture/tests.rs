@@ -123,3 +123,32 @@ fn a_fork_of_another_shape_is_told_what_differs() {
     other.version = "2".to_owned();
     assert!(one.difference(&other).unwrap().contains("version"));
 }
+
+#[test]
+fn a_files_digest_follows_its_content_and_not_its_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(dir.path().join(name))
+            .unwrap()
+    };
+    let sparse = file("sparse");
+    sparse.set_len(4 << 20).unwrap();
+    sparse.write_all_at(b"content", 3 << 20).unwrap();
+    let dense = file("dense");
+    dense.write_all_at(&vec![0; 4 << 20], 0).unwrap();
+    dense.write_all_at(b"content", 3 << 20).unwrap();
+    let digest = sparse_digest(&sparse).unwrap();
+    assert_eq!(digest, sparse_digest(&dense).unwrap());
+    dense.write_all_at(b"C", 3 << 20).unwrap();
+    assert_ne!(digest, sparse_digest(&dense).unwrap());
+    sparse.set_len((4 << 20) + 1).unwrap();
+    assert_ne!(digest, sparse_digest(&sparse).unwrap());
+    let moved = file("moved");
+    moved.set_len(4 << 20).unwrap();
+    moved.write_all_at(b"content", 2 << 20).unwrap();
+    assert_ne!(digest, sparse_digest(&moved).unwrap());
+}

@@ -24,10 +24,14 @@ pub(super) const TRANSLATION_CACHE_MIB: u32 = 128;
 pub(super) struct Handles {
     /// Listening socket of the machine protocol.
     pub(super) qmp: i32,
-    /// Listening socket of the agent's channel.
-    pub(super) channel: i32,
-    /// The kernel and the initramfs, where they are booted.
-    pub(super) boot: Option<(i32, i32)>,
+    /// Listening socket of the agent's channel, where there is an agent.
+    pub(super) channel: Option<i32>,
+    /// The kernel, where one is booted.
+    pub(super) kernel: Option<i32>,
+    /// The initramfs, where there is one.
+    pub(super) initramfs: Option<i32>,
+    /// The writer's end of a unikernel's output.
+    pub(super) output: Option<i32>,
     /// The file that is the guest's memory, where it is one.
     pub(super) memory: Option<i32>,
     /// One for each disk of the plan.
@@ -51,6 +55,11 @@ pub(super) fn arguments(
     // ACPI stays on: distributions' kernels find virtio-mmio devices only through it.
     let mut machine = "microvm,acpi=on,dump-guest-core=off,mem-merge=off".to_owned();
     let fork = matches!(plan.start, Start::Fork(_));
+    let nanos = matches!(plan.start, Start::Nanos(_));
+    if nanos {
+        // It finds its devices' interrupts at the first controller only.
+        machine.push_str(",ioapic2=off");
+    }
     if let Some(fd) = handles.memory {
         // The captured machine writes to the file; its forks keep what they change to themselves.
         let share = if fork { "off" } else { "on" };
@@ -93,19 +102,35 @@ pub(super) fn arguments(
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
     );
-    if let (Start::Linux(boot), Some((kernel, initramfs))) = (&plan.start, handles.boot) {
+    if let Some(kernel) = handles.kernel {
         option("-kernel", format!("/proc/self/fd/{kernel}"));
+    }
+    if let Some(initramfs) = handles.initramfs {
         option("-initrd", format!("/proc/self/fd/{initramfs}"));
+    }
+    if let Start::Linux(boot) = &plan.start {
         option("-append", kernel_command_line(plan, boot, tsc_khz));
     }
     if fork {
         // It waits for the captured state, and then to be told to go on.
         option("-incoming", "defer".to_owned());
     }
-    option(
-        "-chardev",
-        format!("ringbuf,id={CONSOLE},size={CONSOLE_RING}"),
-    );
+    match handles.output {
+        Some(fd) => {
+            let set = plan.disks.len();
+            option("-add-fd", format!("fd={fd},set={set}"));
+            option(
+                "-chardev",
+                format!("file,id={CONSOLE},path=/dev/fdset/{set},append=on"),
+            );
+            // By this it tells failures of its kernel from ends of its program, which restart the machine instead.
+            option("-device", "isa-debug-exit".to_owned());
+        }
+        None => option(
+            "-chardev",
+            format!("ringbuf,id={CONSOLE},size={CONSOLE_RING}"),
+        ),
+    }
     option("-serial", format!("chardev:{CONSOLE}"));
     option(
         "-chardev",
@@ -113,15 +138,17 @@ pub(super) fn arguments(
     );
     option("-mon", "chardev=qmp,mode=control".to_owned());
     option("-global", "virtio-mmio.force-legacy=false".to_owned());
-    option(
-        "-chardev",
-        format!("socket,id=agent,fd={},server=on,wait=off", handles.channel),
-    );
-    option("-device", "virtio-serial-device".to_owned());
-    option(
-        "-device",
-        format!("virtserialport,chardev=agent,name={CHANNEL_NAME}"),
-    );
+    if let Some(channel) = handles.channel {
+        option(
+            "-chardev",
+            format!("socket,id=agent,fd={channel},server=on,wait=off"),
+        );
+        option("-device", "virtio-serial-device".to_owned());
+        option(
+            "-device",
+            format!("virtserialport,chardev=agent,name={CHANNEL_NAME}"),
+        );
+    }
     option("-device", "virtio-rng-device".to_owned());
     if let Some(nic) = &plan.nic {
         option("-netdev", user_network(nic));
@@ -280,7 +307,7 @@ mod tests {
         ];
         let handles = Handles {
             disks: vec![8, 9],
-            boot: Some((5, 6)),
+            kernel: Some(5),
             ..Handles::default()
         };
         let text = text(&plan, &handles);

@@ -172,7 +172,7 @@ impl QemuVmm {
             self.capabilities.shares.clone().map_err(unsupported)?;
         }
         let fork = match &plan.start {
-            Start::Linux(_) => false,
+            Start::Linux(_) | Start::Nanos(_) => false,
             Start::Fork(capture) => {
                 if let Some(difference) = capture.info().difference(&info(&self.tools, plan)) {
                     return Err(unsupported(format!(
@@ -182,6 +182,12 @@ impl QemuVmm {
                 true
             }
         };
+        let nanos = matches!(plan.start, Start::Nanos(_));
+        if nanos && (plan.capturable || !plan.shares.is_empty()) {
+            return Err(unsupported(
+                "capturing a unikernel, or sharing directories with one".to_owned(),
+            ));
+        }
         if (fork || plan.capturable) && !plan.shares.is_empty() {
             return Err(unsupported(
                 "capturing or forking a machine with shared directories".to_owned(),
@@ -330,6 +336,7 @@ impl Vmm for QemuVmm {
             // Its standard error; readable where we are its user or root.
             output: OutputBox::reopen(Path::new(&format!("/proc/{}/fd/2", record.pid))).ok(),
             process,
+            printed: state::open_output(dir),
             // The files were the earlier process's.
             capture: None,
         };

@@ -248,6 +248,13 @@ impl Qmp {
             .map_err(|_| QmpError::Late)?
     }
 
+    /// Presses the machine's power button.
+    pub(super) async fn power_down(&self) -> Result<(), QmpError> {
+        self.execute("system_powerdown", Value::Null)
+            .await
+            .map(drop)
+    }
+
     /// Ends QEMU. It may be gone before it has answered.
     pub(super) async fn quit(&self) -> Result<(), QmpError> {
         match self.execute("quit", Value::Null).await {

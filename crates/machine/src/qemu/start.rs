@@ -83,6 +83,7 @@ pub(super) async fn start(
                 process,
                 helpers: started.helpers,
                 output: Some(output),
+                printed: state::open_output(&plan.dir),
                 capture: kept.map(|files| (super::info(tools, plan), files)),
             };
             Ok(QemuVm::new(parts, qmp, false))
@@ -203,25 +204,36 @@ fn spawn_in(
     let foreign_user = plan.fence.uid_gid.is_some();
     let mut handles = command::Handles {
         qmp: hand_over(listen(state::QMP_SOCKET)?.into()),
-        channel: hand_over(listen(state::CHANNEL_SOCKET)?.into()),
         ..command::Handles::default()
     };
     let memory_file = |result: io::Result<File>| {
         result.map_err(|error| failed("making the guest's memory")(error.to_string()))
     };
+    if !matches!(plan.start, Start::Nanos(_)) {
+        handles.channel = Some(hand_over(listen(state::CHANNEL_SOCKET)?.into()));
+    }
     let mut kept = None;
     let mut captured = None;
     match &plan.start {
         Start::Linux(boot) => {
-            let kernel = hand_over(readable(&boot.kernel, foreign_user)?.into());
-            let initramfs = hand_over(readable(&boot.initramfs, foreign_user)?.into());
-            handles.boot = Some((kernel, initramfs));
+            handles.kernel = Some(hand_over(readable(&boot.kernel, foreign_user)?.into()));
+            let initramfs = readable(&boot.initramfs, foreign_user)?;
+            handles.initramfs = Some(hand_over(initramfs.into()));
             if plan.capturable {
                 let memory = memory_file(sealable_memory_file(plan.memory.0))?;
                 let state = memory_file(sealable_memory_file(0))?;
                 handles.memory = Some(hand_over(memory_file(memory.try_clone())?.into()));
                 kept = Some(CaptureFiles { memory, state });
             }
+        }
+        Start::Nanos(boot) => {
+            handles.kernel = Some(hand_over(readable(&boot.kernel, foreign_user)?.into()));
+            let path = plan.dir.join(state::OUTPUT_PIPE);
+            let (writer, both) =
+                output_pipe(&path).map_err(super::io_error("making the pipe", &path))?;
+            handles.output = Some(hand_over(writer.into()));
+            // Held and never used: a pipe without a reader would make QEMU throw away what is printed.
+            hand_over(both.into());
         }
         Start::Fork(capture) => {
             handles.memory = Some(hand_over(memory_file(capture.memory())?.into()));
@@ -352,6 +364,20 @@ fn serve(
     // QEMU sets the mode it wants; it takes a blocking one.
     stream.set_nonblocking(false).map_err(text)?;
     Ok(stream.into())
+}
+
+/// Bytes that a unikernel may print before it waits for a reader: what the system lets anybody have.
+const OUTPUT_PIPE_BYTES: usize = 1 << 20;
+
+/// A named pipe: its writer's end, and one that is both.
+fn output_pipe(path: &Path) -> io::Result<(File, File)> {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    let both = File::options().read(true).write(true).open(path)?;
+    let writer = File::options().write(true).open(path)?;
+    // Some systems bound what a user may have in pipes; it is less then.
+    let _ = rustix::pipe::fcntl_setpipe_size(&both, OUTPUT_PIPE_BYTES);
+    Ok((writer, both))
 }
 
 /// A file that the monitor's user can open again by `/proc/self/fd`: itself where everybody may read it, else a copy in

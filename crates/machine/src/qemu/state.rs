@@ -11,6 +11,8 @@ use vistara_host::process::ProcessIdentity;
 pub(super) const CHANNEL_SOCKET: &str = "agent.sock";
 /// Socket of QEMU's machine protocol.
 pub(super) const QMP_SOCKET: &str = "qmp.sock";
+/// Pipe of a unikernel's output. QEMU holds both its ends, so that it neither fails nor forgets while no node reads.
+pub(super) const OUTPUT_PIPE: &str = "output.pipe";
 /// The record of a machine, written as soon as it runs: a node that dies before it has written its own can still end it.
 const LAUNCH_FILE: &str = "launch.json";
 /// How the machine ended, written before it is ended: the next node reads it if this one does not live to tell.
@@ -39,6 +41,14 @@ impl BackendRecord {
         };
         self.helpers.iter().map(identity).collect()
     }
+}
+
+/// The reader's end of the pipe of a unikernel's output; nothing where the machine has none.
+pub(super) fn open_output(dir: &Path) -> Option<fs::File> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(dir.join(OUTPUT_PIPE), flags, Mode::empty());
+    opened.ok().map(fs::File::from)
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
@@ -83,7 +93,7 @@ pub(super) fn read_console(dir: &Path) -> Vec<u8> {
 
 /// Removes the sockets and the launch's record, which mean nothing once the machine is gone.
 pub(super) fn remove_live_files(dir: &Path) {
-    for name in [CHANNEL_SOCKET, QMP_SOCKET, LAUNCH_FILE] {
+    for name in [CHANNEL_SOCKET, QMP_SOCKET, OUTPUT_PIPE, LAUNCH_FILE] {
         match fs::remove_file(dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%error, name, dir = %dir.display(), "a file of a machine stays");

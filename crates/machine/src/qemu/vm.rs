@@ -16,7 +16,9 @@ use super::console::ConsoleTail;
 use super::qmp::{Qmp, QmpError, RunState};
 use super::state::{self, BackendRecord};
 use super::{command, io_error};
-use crate::{Capture, CaptureInfo, ChannelStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use crate::{
+    Capture, CaptureInfo, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,6 +55,8 @@ pub(super) struct Parts {
     pub(super) process: ProcessHandle,
     pub(super) helpers: Vec<ProcessHandle>,
     pub(super) output: Option<OutputBox>,
+    /// The reader's end of a unikernel's output; held so that what it printed outlasts the machine.
+    pub(super) printed: Option<File>,
     /// What a capture is made of, in a machine that is to be captured.
     pub(super) capture: Option<(CaptureInfo, CaptureFiles)>,
 }
@@ -207,6 +211,13 @@ impl Inner {
     }
 
     fn process_is_over(&self, end: std::io::Result<ProcessEnd>) {
+        if let (Some(_), Ok(ProcessEnd::Exited(status))) = (&self.parts.printed, &end)
+            && let Some(end) = unikernel_end(*status)
+            // What QEMU says of itself is never said in the guest's name.
+            && self.complaint().is_empty()
+        {
+            return self.decide(end);
+        }
         let how = match end {
             Ok(ProcessEnd::Exited(code)) => format!("QEMU ended by itself with exit code {code}"),
             Ok(ProcessEnd::Signaled(signal)) => format!("QEMU was ended by signal {signal}"),
@@ -221,16 +232,19 @@ impl Inner {
         } else {
             ""
         };
-        let printed = self
-            .parts
-            .output
-            .as_ref()
-            .map(|output| output.tail(OUTPUT_TOLD))
-            .filter(|text| !text.is_empty())
-            .map_or(String::new(), |text| format!(": {text}"));
+        let printed = match self.complaint() {
+            text if text.is_empty() => text,
+            text => format!(": {text}"),
+        };
         self.decide(VmEnd::Crashed {
             message: format!("{how}{reason}{printed}"),
         });
+    }
+
+    /// What QEMU has printed.
+    fn complaint(&self) -> String {
+        let output = self.parts.output.as_ref();
+        output.map_or(String::new(), |output| output.tail(OUTPUT_TOLD))
     }
 
     /// Follows the guest until it is over; its end is decided then, and QEMU still waits. Pends for ever where QEMU does not
@@ -313,6 +327,10 @@ impl Inner {
 
     /// Takes new console output from QEMU, and keeps it: QEMU has it no longer then.
     async fn pull_console(&self) {
+        // A unikernel's console is its output.
+        if self.parts.printed.is_some() {
+            return;
+        }
         let mut console = self.console.lock().await;
         match self
             .qmp
@@ -329,6 +347,22 @@ impl Inner {
     }
 }
 
+/// The code with which Nanos ends through `isa-debug-exit` when its kernel has failed.
+const KERNEL_FAILED: i32 = 126;
+
+/// The end of a unikernel that ended QEMU itself, by its debugging device: with an odd status, twice its code and one.
+fn unikernel_end(status: i32) -> Option<VmEnd> {
+    if status & 1 == 0 {
+        return None;
+    }
+    Some(match status >> 1 {
+        KERNEL_FAILED => VmEnd::GuestPanic {
+            message: "the unikernel's kernel failed".to_owned(),
+        },
+        _ => VmEnd::GuestOff,
+    })
+}
+
 #[async_trait::async_trait]
 impl Vm for QemuVm {
     fn record(&self) -> &VmRecord {
@@ -338,6 +372,12 @@ impl Vm for QemuVm {
     async fn open_channel(&self) -> Result<ChannelStream, VmmError> {
         if self.ended() {
             return Err(VmmError::Ended);
+        }
+        if self.inner.parts.printed.is_some() {
+            return Err(VmmError::Unsupported {
+                kind: self.inner.parts.record.kind,
+                reason: "there is no agent in a unikernel".to_owned(),
+            });
         }
         let dir = &self.inner.parts.dir;
         let stream =
@@ -350,6 +390,29 @@ impl Vm for QemuVm {
                 source,
             )),
         }
+    }
+
+    fn open_output(&self) -> Result<OutputStream, VmmError> {
+        let parts = &self.inner.parts;
+        let Some(printed) = &parts.printed else {
+            return Err(VmmError::Unsupported {
+                kind: parts.record.kind,
+                reason: "a guest with an agent has no output of its own".to_owned(),
+            });
+        };
+        let path = parts.dir.join(state::OUTPUT_PIPE);
+        printed
+            .try_clone()
+            .and_then(OutputStream::from_file)
+            .map_err(io_error("opening", &path))
+    }
+
+    async fn press_power_button(&self) -> Result<(), VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        let pressed = self.inner.qmp.power_down().await;
+        pressed.map_err(self.control("the power button"))
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
@@ -395,6 +458,8 @@ impl Vm for QemuVm {
             let (memory, state) = (files.memory.try_clone()?, files.state.try_clone()?);
             Capture::seal(info.clone(), memory, state)
         };
+        // How it ended says nothing to anybody: its state is the capture's now.
+        state::remove_all_files(&self.inner.parts.dir);
         seal().map_err(|error| VmmError::Control {
             operation: "the capture",
             message: error.to_string(),

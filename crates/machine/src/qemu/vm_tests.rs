@@ -59,6 +59,7 @@ async fn a_guest_whose_end_was_asked_for_in_vain_is_asked_again() {
         process,
         helpers: vec![],
         output: None,
+        printed: None,
         capture: None,
     };
     let vm = QemuVm::new(parts, Qmp::handshake(ours).await.unwrap(), false);
