@@ -20,7 +20,7 @@ pub struct Demand {
     pub cpus: Cpus,
     /// Guest memory.
     pub memory: Bytes,
-    /// The least with which it boots: [`MEMORY_MIN`] for a Linux guest, [`crate::unikernel_memory_floor`] for a unikernel.
+    /// The least with which it boots: [`MEMORY_MIN`] for a Linux guest; for a unikernel, what its disk's maker says.
     pub memory_min: Bytes,
     /// Writable layer.
     pub disk: Bytes,
@@ -41,9 +41,7 @@ pub struct Capacity {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AdmissionError {
     /// Too little memory to boot.
-    #[error(
-        "{asked} of memory is too little for this guest, which needs {needed}; raise --memory"
-    )]
+    #[error("{asked} of memory is too little for this guest, which needs {needed}; raise --memory")]
     MemoryTooSmall {
         /// What was asked for.
         asked: Bytes,

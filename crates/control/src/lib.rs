@@ -6,16 +6,16 @@
 mod admission;
 mod choice;
 mod command;
+mod eviction;
 mod idle;
 mod lifecycle;
 mod lookup;
 mod retry;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
-pub use choice::{
-    Choice, ChoiceError, NETWORK_FLOOR, PLAIN_FLOOR, Request, choose, unikernel_memory_floor,
-};
+pub use choice::{Choice, ChoiceError, Request, choose};
 pub use command::{Program, ProgramError, program};
+pub use eviction::{Held, evict, unused_since};
 pub use idle::{IdlePolicy, Presence};
 pub use lifecycle::{Effect, Event, Lifecycle, VmGone};
 pub use lookup::{LookupError, lookup};

@@ -1,7 +1,7 @@
 //! Which files a unikernel's disk needs.
 //!
 //! An image of ordinary size travels whole ([`Selection::Whole`]): nothing can be missing then, data files included. The
-//! price is memory, since Nanos keeps its file system's metadata there (20,000 files need 256 MiB), and the time to write
+//! price is memory, since Nanos keeps its file system's metadata there, and the time to write
 //! the disk once; so a large image gives only the part that a program is known to need ([`Selection::Part`]): itself, its
 //! loader and libraries, the directory it lies in unless that is a general one, its working directory, every path that its
 //! arguments and environment name, and the small files that a C library reads. Interpreters' own libraries are not part of
@@ -19,11 +19,11 @@ use std::io::{self, Read};
 use std::path::Path;
 use vistara_model::{Bytes, EnvVar, ProgramFacts};
 
-/// Names of an image that still travels whole: Debian with a few packages has 5,000 to 8,000, and these take about 100 MiB
-/// of a unikernel's memory.
-pub const WHOLE_ENTRIES_MAX: u64 = 8192;
-/// Bytes of an image that still travels whole: a disk of this size is written in about a second.
-pub const WHOLE_BYTES_MAX: Bytes = Bytes::mib(256);
+/// Names of an image that still travels whole: Debian with a few packages has 5,000 to 8,000. At 4 KiB each, as
+/// `vistara-nanos` reckons, these are at most 64 MiB of a unikernel's memory.
+pub const WHOLE_ENTRIES_MAX: u64 = 16_384;
+/// Bytes of an image that still travels whole: a disk of this size is written within some seconds, once.
+pub const WHOLE_BYTES_MAX: Bytes = Bytes::mib(512);
 
 /// Files and directories that programs expect on any system; small.
 const NECESSITIES: &[&str] = &[
@@ -134,7 +134,7 @@ pub struct NanosEntry {
     pub kind: NanosKind,
     /// Whether somebody may execute it.
     pub executable: bool,
-    /// The same for names of one file: a hard link, which a unikernel's disk has to copy.
+    /// The same for all names of one file: hard links of one another.
     pub inode: u32,
 }
 
@@ -164,13 +164,18 @@ impl NanosTree {
         &self.selection
     }
 
-    /// Bytes of all files; a file with several names counts with each, since each is a copy.
+    /// Bytes of all files; a file with several names counts once.
     pub fn bytes(&self) -> Bytes {
-        let size = |entry: &NanosEntry| match entry.kind {
-            NanosKind::File { size } => size,
-            NanosKind::Directory | NanosKind::Symlink { .. } => 0,
-        };
-        Bytes(self.entries.iter().map(size).fold(0, u64::saturating_add))
+        let mut seen = BTreeSet::new();
+        let mut bytes = 0_u64;
+        for entry in &self.entries {
+            if let NanosKind::File { size } = entry.kind
+                && seen.insert(entry.inode)
+            {
+                bytes = bytes.saturating_add(size);
+            }
+        }
+        Bytes(bytes)
     }
 
     /// Gives the content of every file once, in the order in which layers have them: `visit` gets the indexes into

@@ -588,6 +588,7 @@ async fn a_small_image_travels_whole_and_its_files_are_read_once() {
     let entries = tree.entries();
     let position = |path: &str| entries.iter().position(|it| it.path == path.as_bytes());
     assert_eq!(position("dev/null"), None);
+    assert!(tree.bytes() > facts.program.size);
     assert!(position("tmp").is_some());
     let link = &entries[position("srv/link").unwrap()];
     assert_eq!(
@@ -623,7 +624,7 @@ async fn a_large_image_gives_what_the_program_needs() {
     root.add("/srv/app/data/one", b"1");
     root.add("/etc/app.conf", b"x");
     root.add("/etc/passwd", b"root:x:0:0::/:/bin/sh\n");
-    for number in 0..9000 {
+    for number in 0..17_000 {
         root.add(&format!("/usr/share/many/{number}"), b"");
     }
     let Some((_directory, store, image)) = root.import().await else {

@@ -13,12 +13,10 @@ mod unikernel;
 #[cfg(test)]
 mod tests;
 
-pub use unikernel::{NETWORK_FLOOR, PLAIN_FLOOR, unikernel_memory_floor};
-
 use crate::Program;
 use vistara_model::{
     Accelerator, Backend, Bytes, HostFacts, Hypervisor, ImageFacts, KvmVerdict, MachineSpec,
-    Network, Payload, Signal, VmmKind,
+    Payload, Signal, VmmKind,
 };
 
 /// What was chosen, and each rule that fired, in order.
@@ -87,15 +85,16 @@ pub struct Request {
     pub linux_kernel: Option<String>,
     /// Guest memory.
     pub memory: Bytes,
-    /// There is a network beside loopback.
-    pub network: bool,
+    /// The least with which this program boots as a unikernel, as the crate that makes the disks knows it; where it is not
+    /// given, memory is no rule.
+    pub unikernel_memory_min: Option<Bytes>,
     /// The task may be run a second time, from its beginning, without harm.
     pub retry_safe: bool,
 }
 
 impl Request {
-    /// From a validated request and the program that came out of it. `retry_safe` is false, `exec` and `gpu` too, since a
-    /// spec does not say them yet: set them afterwards where they are known.
+    /// From a validated request and the program that came out of it. `retry_safe`, `exec` and `gpu` are false, since a spec
+    /// does not say them yet, and `unikernel_memory_min` is not given: set them afterwards where they are known.
     pub fn of(spec: &MachineSpec, program: &Program) -> Request {
         Request {
             hypervisor: spec.hypervisor,
@@ -108,7 +107,7 @@ impl Request {
             stop_signal: program.stop_signal,
             linux_kernel: spec.kernel.clone(),
             memory: spec.memory,
-            network: spec.network == Network::User || !spec.ports.is_empty(),
+            unikernel_memory_min: None,
             retry_safe: false,
         }
     }

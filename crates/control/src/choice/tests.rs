@@ -40,7 +40,7 @@ fn asked(hypervisor: Hypervisor) -> Request {
         stop_signal: Signal::TERM,
         linux_kernel: None,
         memory: Bytes::mib(512),
-        network: true,
+        unikernel_memory_min: Some(Bytes::mib(64)),
         retry_safe: false,
     }
 }
@@ -223,13 +223,6 @@ fn the_payload_follows_the_table() {
             Linux,
             Refused,
             "memory",
-        ),
-        (
-            "no network needs less",
-            |r, _| (r.memory, r.network) = (Bytes::mib(20), false),
-            Nanos,
-            Runs,
-            "nothing in it",
         ),
         (
             "a missing program",
@@ -456,16 +449,4 @@ fn a_refusal_says_what_to_type_next() {
     let host = host(absent(), false, false, false);
     let error = choose(&asked(Hypervisor::Auto), None, &host).unwrap_err();
     assert!(error.hint().contains("apt-get install"), "{error}");
-}
-
-#[test]
-fn the_memory_floor_grows_with_the_network_the_files_and_the_program() {
-    let mut image = plain();
-    let plain_floor = unikernel_memory_floor(&image, false);
-    assert!(unikernel_memory_floor(&image, true) > plain_floor);
-    image.entries = 8000;
-    let many_files = unikernel_memory_floor(&image, false);
-    assert!(many_files > plain_floor);
-    image.program.size = Bytes::mib(100);
-    assert!(unikernel_memory_floor(&image, false).0 >= many_files.0 + (90 << 20));
 }

@@ -5,19 +5,9 @@
 
 use super::Request;
 use vistara_model::{
-    Architecture, Bytes, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind,
-    Signal,
+    Architecture, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind, Signal,
 };
 
-/// Least memory of a unikernel without network: a C program in Nanos 0.1.5x needs 12 MiB, which leaves it four for itself.
-pub const PLAIN_FLOOR: Bytes = Bytes::mib(16);
-/// Least memory with network: the queues of virtio-net on a microvm take most of it (80 MiB measured).
-pub const NETWORK_FLOOR: Bytes = Bytes::mib(88);
-/// Nanos keeps its file system's metadata in memory: 20,000 files were measured to need 256 MiB in all.
-const FLOOR_BYTES_PER_ENTRY: u64 = (244 << 20) / 20_000;
-/// Entries beyond which an image does not travel whole, so that no more than these are on the disk
-/// (`vistara_image::WHOLE_ENTRIES_MAX`).
-const ENTRIES_MAX: u64 = 8192;
 /// Of what speaks against a program, so much is said.
 const SHOWN_MAX: usize = 3;
 
@@ -52,14 +42,6 @@ impl Findings {
     fn doubt(&mut self, reason: impl Into<String>) {
         self.doubtful.push(reason.into());
     }
-}
-
-/// The least memory with which a program of this image boots as a unikernel, its own needs for data not counted.
-pub fn unikernel_memory_floor(image: &ImageFacts, network: bool) -> Bytes {
-    let base = if network { NETWORK_FLOOR } else { PLAIN_FLOOR };
-    let files = image.entries.min(ENTRIES_MAX) * FLOOR_BYTES_PER_ENTRY;
-    // The program and its libraries are read into memory as they run; files are cached beside, and may be dropped.
-    Bytes(base.0 + files + image.program.size.0)
 }
 
 /// For `auto`: the reasons why a unikernel fits, or all those why it does not.
@@ -123,16 +105,6 @@ fn judge(request: &Request, image: Option<&ImageFacts>) -> Findings {
         Some(image) => {
             program(&image.program, &mut findings);
             processes(request, image, &mut findings);
-            let floor = unikernel_memory_floor(image, request.network);
-            if request.memory < floor {
-                findings.never_but(
-                    format!(
-                        "a unikernel of this program needs {floor} of memory, more than {}",
-                        request.memory
-                    ),
-                    "raise --memory, or leave --hypervisor out",
-                );
-            }
         }
         None => findings.doubt("the image has not been looked at"),
     }
@@ -167,6 +139,17 @@ fn wishes(request: &Request, findings: &mut Findings) {
     }
     if let Some(kernel) = &request.linux_kernel {
         findings.never(format!("the Linux kernel {kernel:?} was asked for"));
+    }
+    if let Some(floor) = request.unikernel_memory_min
+        && request.memory < floor
+    {
+        findings.never_but(
+            format!(
+                "a unikernel of this program needs {floor} of memory, more than {}",
+                request.memory
+            ),
+            "raise --memory, or leave --hypervisor out",
+        );
     }
     if !is_root(&request.user) {
         findings.doubt(format!(

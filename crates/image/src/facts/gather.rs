@@ -214,13 +214,19 @@ fn link(
         Content::File { size, .. } => *size,
         _ => 0,
     };
+    // A loader is often asked for as a library too; nothing counts twice.
+    let mut files = HashSet::from([tree.inode_number(node)]);
     let mut size = size_of(node);
     let mut missing = Vec::new();
     if summary.linkage == Linkage::Dynamic
         && let Some(loader) = &summary.loader
     {
         match paths::find(tree, "/", loader) {
-            Some(found) => size += size_of(found.node),
+            Some(found) => {
+                if files.insert(tree.inode_number(found.node)) {
+                    size += size_of(found.node);
+                }
+            }
             None => missing.push(loader.clone()),
         }
     }
@@ -266,7 +272,9 @@ fn link(
             let place = paths::text(tree, found.node);
             next.extend(ask(tree, search, of, paths::parent(&place), &mut known));
             let bytes = size_of(found.node);
-            size += bytes;
+            if files.insert(tree.inode_number(found.node)) {
+                size += bytes;
+            }
             loaded.push(Loaded {
                 library: Library {
                     name: it.name,
