@@ -19,4 +19,4 @@ pub use disk::{BootDisk, DiskError, DiskOptions, Geometry, PartitionTable, Volum
 pub use kernel::{KernelError, KernelFacts};
 pub use klog::{KlogError, Record};
 pub use manifest::{Manifest, ManifestError};
-pub use memory::{MachineKind, MemoryFacts};
+pub use memory::{MachineKind, MemoryFacts, safe_size};

@@ -147,9 +147,8 @@ impl Manifest {
             let arguments = self.arguments.iter().map(Value::text).collect();
             put("arguments", Value::Vector(arguments));
         }
-        if !self.environment.is_empty() {
-            put("environment", self.environment()?);
-        }
+        // Even if there is none: kernel modules stop the kernel where they find no environment.
+        put("environment", self.environment()?);
         if let Some(directory) = &self.working_directory {
             absolute("working directory", directory)?;
             put("cwd", Value::text(directory));
@@ -330,7 +329,9 @@ mod tests {
     #[test]
     fn what_is_not_asked_for_is_not_written() {
         let keys = manifest().keys().unwrap();
-        assert_eq!(keys, [(b"program".to_vec(), Value::text("/bin/hello"))]);
+        let program = (b"program".to_vec(), Value::text("/bin/hello"));
+        let environment = (b"environment".to_vec(), Value::Tuple(Vec::new()));
+        assert_eq!(keys, [program, environment]);
     }
 
     #[test]

@@ -12,9 +12,10 @@ mod machine;
 
 use machine::{Boot, Lab};
 use std::io::Read;
-use vistara_nanos::manifest::{Mount, MountSource};
-use vistara_nanos::tfs::{Label, Limits, Node, VolumeId};
-use vistara_nanos::{Manifest, disk};
+use std::net::Ipv4Addr;
+use vistara_nanos::manifest::{KlibsFrom, Mount, MountSource, Network};
+use vistara_nanos::tfs::{Label, Limits, Node, Value, VolumeId};
+use vistara_nanos::{MachineKind, Manifest, MemoryFacts, disk};
 
 /// A program that shows what it was given: arguments, variables, the directory it is in, then ends with its first argument.
 const SHOW: &str = r#"
@@ -198,7 +199,14 @@ fn the_kernel_mounts_twenty_thousand_files_and_one_of_many_megabytes() {
     ]
     .map(|text| text.as_bytes().to_vec())
     .to_vec();
-    boot.memory_mib = 256;
+    let facts = MemoryFacts {
+        program_bytes: check.len() as u64,
+        files: 20_300,
+        network: false,
+        modules: false,
+        machine: MachineKind::QemuMicrovm,
+    };
+    boot.memory_mib = (facts.floor() >> 20) as u32;
     let end = lab.run(boot);
     for line in [
         "entries /many 200".to_string(),
@@ -252,8 +260,8 @@ int main(int argc, char **argv) {
         }
     } else if (!strcmp(argv[1], "many")) {
         check(mkdir("/vol/many", 0755), "mkdir");
-        for (int i = 0; i < 6000; i++) {
-            snprintf(path, sizeof path, "/vol/many/%0150d", i);
+        for (int i = 0; i < 3500; i++) {
+            snprintf(path, sizeof path, "/vol/many/%0230d", i);
             put(path, 0, "m", 1);
         }
     }
@@ -307,7 +315,7 @@ fn what_the_kernel_wrote_on_a_volume_is_read_back() {
         ("sparse", sparse),
         ("short", b"0123".to_vec()),
         ("churn-5990", b"x".to_vec()),
-        (&format!("many/{:0150}", 5999), b"m".to_vec()),
+        (&format!("many/{:0230}", 3499), b"m".to_vec()),
     ] {
         let Some(Node::File(handle)) = reader.lookup(path.as_bytes()).unwrap() else {
             panic!("no file {path}");
@@ -333,9 +341,132 @@ fn what_the_kernel_wrote_on_a_volume_is_read_back() {
         })
         .unwrap();
     println!("{names} names, a log of {} bytes", reader.log_bytes());
-    assert_eq!(names, 600 + 9 + 6001);
+    assert_eq!(names, 600 + 9 + 3501);
     // The kernel has linked further pieces.
     assert!(reader.log_bytes() > 1 << 20);
+}
+
+#[test]
+fn a_volume_that_is_mounted_read_only_is_not_written() {
+    let Some(lab) = Lab::find() else { return };
+    let change = lab.compile(CHANGE);
+    let volume = lab.volume("data", 64 << 20, &[("kept", b"begun ")]);
+    let before = std::fs::read(&volume).unwrap();
+    let mut boot = volume_boot(&change, "first");
+    // By its identity this time.
+    boot.manifest.mounts[0].volume = MountSource::Id(VolumeId([0x77; 16]));
+    boot.manifest.mounts[0].read_only = true;
+    boot.volumes.push(volume.clone());
+    let end = lab.run(boot);
+    assert!(
+        end.console.contains("Read-only file system"),
+        "{}",
+        end.console
+    );
+    assert_eq!(end.exit_code(), 1);
+    assert!(std::fs::read(&volume).unwrap() == before);
+}
+
+#[test]
+fn the_root_is_written_where_it_has_room_and_not_where_it_is_read_only() {
+    let Some(lab) = Lab::find() else { return };
+    let touch = lab.compile(
+        r#"
+#include <stdio.h>
+int main(void) {
+    static char block[1 << 16];
+    FILE *file = fopen("/new", "w");
+    if (!file) { perror("open"); return 9; }
+    for (int i = 0; i < 8; i++) if (fwrite(block, sizeof block, 1, file) != 1) { perror("write"); return 8; }
+    if (fclose(file)) { perror("close"); return 7; }
+    return 1;
+}
+"#,
+    );
+    for (read_only_root, code) in [(false, 1), (true, 9)] {
+        let manifest = Manifest {
+            read_only_root,
+            ..show_manifest(0)
+        };
+        let end = lab.run(Boot::new(manifest).with_program("show", &touch));
+        assert_eq!(end.exit_code(), code, "{}", end.console);
+    }
+}
+
+/// Shows the address of the first interface.
+const ADDRESS: &str = r#"
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <netinet/in.h>
+#include <stdio.h>
+int main(void) {
+    struct ifaddrs *all;
+    char text[64];
+    if (getifaddrs(&all)) { perror("getifaddrs"); return 9; }
+    for (; all; all = all->ifa_next)
+        if (all->ifa_addr && all->ifa_addr->sa_family == AF_INET)
+            printf("%s has %s\n", all->ifa_name,
+                inet_ntop(AF_INET, &((struct sockaddr_in *)all->ifa_addr)->sin_addr, text, sizeof text));
+    return 1;
+}
+"#;
+
+#[test]
+fn the_program_starts_with_its_address_fixed_or_given() {
+    let Some(lab) = Lab::find() else { return };
+    let show = lab.compile(ADDRESS);
+    let fixed = Network::Static {
+        address: Ipv4Addr::new(10, 0, 2, 77),
+        netmask: Ipv4Addr::new(255, 255, 255, 0),
+        gateway: Some(Ipv4Addr::new(10, 0, 2, 2)),
+    };
+    for (network, address) in [(fixed, "10.0.2.77"), (Network::Automatic, "10.0.2.15")] {
+        let manifest = Manifest {
+            network,
+            wait_for_address_s: Some(20),
+            ..show_manifest(0)
+        };
+        let mut boot = Boot::new(manifest).with_program("show", &show);
+        boot.network = true;
+        let facts = MemoryFacts {
+            program_bytes: show.len() as u64,
+            files: 2,
+            network: true,
+            modules: false,
+            machine: MachineKind::QemuMicrovm,
+        };
+        boot.memory_mib = (facts.floor() >> 20) as u32;
+        let end = lab.run(boot);
+        // The kernel ends names of interfaces with a byte of its own.
+        let wanted = format!("has {address}");
+        assert!(end.console.contains(&wanted), "{wanted}: {}", end.console);
+        assert_eq!(end.exit_code(), 1);
+    }
+}
+
+#[test]
+fn modules_are_loaded_from_the_boot_file_system() {
+    let Some(lab) = Lab::find() else { return };
+    let Some(module) = lab.klib("strace") else {
+        return;
+    };
+    let show = lab.compile(SHOW);
+    let manifest = Manifest {
+        klibs: Some(KlibsFrom::Boot),
+        ..show_manifest(5)
+    };
+    let mut boot = Boot::new(manifest).with_program("show", &show);
+    // The module then shows every system call.
+    boot.manifest.further = vec![(b"debugsyscalls".to_vec(), Value::text("t"))];
+    boot.memory_mib = 128;
+    boot.boot_files = vec![
+        ("kernel".into(), lab.kernel_file()),
+        ("klib/strace".into(), module),
+    ];
+    let end = lab.run(boot);
+    assert!(end.console.contains("argument 0 <show>"), "{}", end.console);
+    assert!(end.console.contains("brk(0x0"), "{}", end.console);
+    assert_eq!(end.exit_code(), 5, "{}", end.console);
 }
 
 /// What [`CHECK`] computes.

@@ -1,13 +1,15 @@
 //! One Nanos machine under QEMU without KVM: a disk of this crate, booted once.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Cursor};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use vistara_nanos::disk::{BootDisk, DiskOptions, Volume};
+use vistara_nanos::kernel::neutralise_pvh_note;
 use vistara_nanos::klog::{self, Record};
-use vistara_nanos::tfs::{Directory, Label, VolumeId, Writer};
+use vistara_nanos::tfs::{self, Directory, Label, VolumeId, Writer};
 use vistara_nanos::{KernelFacts, Manifest};
 
 /// How long a machine may take; a busy host without KVM needs some seconds.
@@ -29,6 +31,10 @@ pub(crate) struct Boot {
     pub(crate) hard_links: Vec<(String, String)>,
     pub(crate) volumes: Vec<PathBuf>,
     pub(crate) memory_mib: u32,
+    /// A network device with QEMU's own user-mode network.
+    pub(crate) network: bool,
+    /// What the boot file system has, if there is to be one.
+    pub(crate) boot_files: Vec<(String, Vec<u8>)>,
 }
 
 /// How it ended.
@@ -48,6 +54,8 @@ impl Boot {
             hard_links: Vec::new(),
             volumes: Vec::new(),
             memory_mib: 64,
+            network: false,
+            boot_files: Vec::new(),
         }
     }
 
@@ -90,8 +98,10 @@ impl Lab {
                 return None;
             }
         }
-        let facts = KernelFacts::read(&fs::read(&kernel).unwrap()).unwrap();
-        assert!(facts.pvh_entry.is_some());
+        let file = fs::read(&kernel).unwrap();
+        assert!(KernelFacts::read(&file).unwrap().pvh_entry.is_some());
+        let copy = neutralise_pvh_note(&file).unwrap();
+        assert_eq!(KernelFacts::read(&copy).unwrap().pvh_entry, None);
         Some(Lab {
             kernel,
             directory: tempfile::tempdir().unwrap(),
@@ -102,6 +112,21 @@ impl Lab {
     fn path(&self, kind: &str) -> PathBuf {
         let number = self.files.fetch_add(1, Ordering::Relaxed);
         self.directory.path().join(format!("{number}.{kind}"))
+    }
+
+    /// The kernel.
+    pub(crate) fn kernel_file(&self) -> Vec<u8> {
+        fs::read(&self.kernel).unwrap()
+    }
+
+    /// A module of the kernel, which lies in `klibs` beside it; none, with the reason on stdout, if it does not.
+    pub(crate) fn klib(&self, name: &str) -> Option<Vec<u8>> {
+        let path = self.kernel.with_file_name("klibs").join(name);
+        let read = fs::read(&path);
+        if let Err(error) = &read {
+            println!("SKIP: no module {}: {error}", path.display());
+        }
+        read.ok()
     }
 
     /// A static program out of C.
@@ -146,7 +171,15 @@ impl Lab {
             label: Label::none(),
             free_bytes: 0,
         };
-        let mut image = BootDisk::create(create(&disk), &options, &boot.manifest).unwrap();
+        let out = create(&disk);
+        let mut image = match boot.boot_files.is_empty() {
+            true => BootDisk::create(out, &options, &boot.manifest),
+            false => BootDisk::with_boot_files(out, &options, &boot.manifest, |tree| {
+                add_files(tree, &mut HashMap::new(), &boot.boot_files);
+                Ok(())
+            }),
+        }
+        .unwrap();
         fill(image.tree(), &boot);
         image.finish().unwrap();
         // An old record must not be taken for this run's.
@@ -194,6 +227,10 @@ impl Lab {
             ])
             .args(["-device", &format!("virtio-blk-device,drive=hd{index}")]);
         }
+        if boot.network {
+            qemu.args(["-netdev", "user,id=n0,restrict=on"])
+                .args(["-device", "virtio-net-device,netdev=n0"]);
+        }
         let output = qemu.stdin(Stdio::null()).output().unwrap();
         let mut console = String::from_utf8_lossy(&output.stdout).into_owned();
         console.push_str(&String::from_utf8_lossy(&output.stderr));
@@ -210,18 +247,11 @@ fn create(path: &Path) -> BufWriter<File> {
 }
 
 fn fill(tree: &mut Writer<BufWriter<File>>, boot: &Boot) {
-    let mut directories = std::collections::HashMap::new();
-    let mut files = std::collections::HashMap::new();
+    let mut directories = HashMap::new();
     for path in &boot.directories {
         directory(tree, &mut directories, path);
     }
-    for (path, content) in &boot.files {
-        let (parent, name) = split(path);
-        let parent = directory(tree, &mut directories, parent);
-        let length = content.len() as u64;
-        let file = tree.file(parent, name.as_bytes(), length, &mut Cursor::new(content));
-        files.insert(path, file.unwrap());
-    }
+    let files = add_files(tree, &mut directories, &boot.files);
     for (path, target) in &boot.symlinks {
         let (parent, name) = split(path);
         let parent = directory(tree, &mut directories, parent);
@@ -231,9 +261,26 @@ fn fill(tree: &mut Writer<BufWriter<File>>, boot: &Boot) {
     for (path, target) in &boot.hard_links {
         let (parent, name) = split(path);
         let parent = directory(tree, &mut directories, parent);
-        tree.hard_link(parent, name.as_bytes(), files[target])
+        tree.hard_link(parent, name.as_bytes(), files[target.as_str()])
             .unwrap();
     }
+}
+
+fn add_files<'a>(
+    tree: &mut Writer<BufWriter<File>>,
+    directories: &mut HashMap<String, Directory>,
+    contents: &'a [(String, Vec<u8>)],
+) -> HashMap<&'a str, tfs::File> {
+    let mut files = HashMap::new();
+    for (path, content) in contents {
+        let (parent, name) = split(path);
+        let parent = directory(tree, directories, parent);
+        let length = content.len() as u64;
+        let mut content = Cursor::new(content);
+        let file = tree.file(parent, name.as_bytes(), length, &mut content);
+        files.insert(path.as_str(), file.unwrap());
+    }
+    files
 }
 
 fn split(path: &str) -> (&str, &str) {
@@ -242,7 +289,7 @@ fn split(path: &str) -> (&str, &str) {
 
 fn directory(
     tree: &mut Writer<BufWriter<File>>,
-    known: &mut std::collections::HashMap<String, Directory>,
+    known: &mut HashMap<String, Directory>,
     path: &str,
 ) -> Directory {
     if path.is_empty() {
