@@ -2,6 +2,7 @@
 //! [`crate::run_options`].
 
 use crate::run_options::RunOptions;
+use crate::template_commands::TemplateOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -77,6 +78,8 @@ pub(crate) enum Command {
     Import(ImportOptions),
     /// Manage guest kernels
     Kernel(KernelOptions),
+    /// Manage templates: ready machines from which others are forked
+    Template(TemplateOptions),
     /// Say what this host has and lacks for running machines
     Doctor(DoctorOptions),
     /// Say which hypervisor a program would get, and why, without running it

@@ -23,6 +23,7 @@ mod run_command;
 mod run_options;
 mod session;
 mod stats_command;
+mod template_commands;
 mod text;
 
 use arguments::{Command, CommandLine};
@@ -150,6 +151,7 @@ async fn with_node(
         Command::Tag(options) => image_commands::tag(client, &options).await,
         Command::Import(options) => image_commands::import(client, &options).await,
         Command::Kernel(options) => kernel_commands::kernel(client, &options.command).await,
+        Command::Template(options) => template_commands::template(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
         Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
             Ok(0)

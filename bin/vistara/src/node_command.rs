@@ -41,6 +41,7 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         qemu: crate::environment::path(crate::environment::QEMU),
         virtiofsd: crate::environment::path(crate::environment::VIRTIOFSD),
         boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
+        template_limits: None,
     };
     match runtime.block_on(vistara_node::run(options)) {
         Ok(()) => Ok(()),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use vistara_api::client::StreamItem;
 use vistara_api::stream::StreamEvent;
 use vistara_api::{
-    AttachRequest, Choice, Client, ClientError, ErrorKind, Machine, PullRequest, RunRequest,
+    AttachRequest, Client, ClientError, ErrorKind, Explanation, Machine, PullRequest, RunRequest,
     StopRequest, Timing,
 };
 
@@ -32,7 +32,7 @@ pub(crate) async fn run(
             client.explain(request).await
         })
         .await?;
-        eprint_line(explain_text(&explanation.choice, &explanation.command).trim_end());
+        eprint_line(explain_text(&explanation).trim_end());
     }
     if options.detach {
         detached(client, options, &request).await
@@ -51,7 +51,7 @@ pub(crate) async fn explain(client: &Client, options: &RunOptions) -> Result<u8,
     if options.json {
         print_json(&explanation)?;
     } else {
-        print(&explain_text(&explanation.choice, &explanation.command))?;
+        print(&explain_text(&explanation))?;
     }
     Ok(0)
 }
@@ -413,14 +413,16 @@ fn timings_text(steps: &[Timing]) -> String {
     table(&["STEP", "BEGIN ms", "TOOK ms"], &rows)
 }
 
-fn explain_text(choice: &Choice, command: &[String]) -> String {
+fn explain_text(explanation: &Explanation) -> String {
+    let choice = &explanation.choice;
     let mut text = format!(
-        "hypervisor   {}\nmonitor      {}\npayload      {}\naccelerator  {}\ncommand      {}\n",
+        "hypervisor   {}\nmonitor      {}\npayload      {}\naccelerator  {}\ncommand      {}\nstart        {}\n",
         choice.hypervisor,
         choice.vmm,
         choice.payload,
         choice.accelerator,
-        command_line(command)
+        command_line(&explanation.command),
+        explanation.start
     );
     for (index, reason) in choice.reasons.iter().enumerate() {
         let head = if index == 0 { "because" } else { "" };

@@ -235,7 +235,7 @@ fn each<T>(texts: &[String], read: impl Fn(&str) -> Result<T, Failure>) -> Resul
 }
 
 /// An option whose text the model must be able to read; the node gets the text.
-fn checked<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<String, String> {
+pub(crate) fn checked<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<String, String> {
     text.parse::<T>()
         .map(|_| text.to_owned())
         .map_err(|error| error.to_string())

@@ -430,7 +430,7 @@ pub struct RemovedImage {
     pub deleted: Option<String>,
 }
 
-/// `POST /v1/images/prune`.
+/// `POST /v1/images/prune` and `POST /v1/templates/prune`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pruned {
     /// What was removed.
@@ -470,6 +470,74 @@ pub struct AddKernelRequest {
     pub default: bool,
 }
 
+/// A ready machine, captured before it ran anything, from which others are forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// Its name: a digest of everything that a fork shares with it.
+    pub key: String,
+    /// The image's name.
+    pub image: String,
+    /// The image's id.
+    pub image_id: String,
+    /// The guest kernel's name.
+    pub kernel: String,
+    /// The monitor and its version.
+    pub vmm: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory of the guest.
+    pub memory_bytes: u64,
+    /// Size of the guest's writable layer.
+    pub disk_bytes: u64,
+    /// Whether the guest has a network interface.
+    pub network: bool,
+    /// When it was made.
+    pub created_at: String,
+    /// When it was used last.
+    pub used_at: String,
+    /// How long it took to be made.
+    pub making_ms: u64,
+    /// What it takes on the node's disk; zero where it is not written yet, or could not be.
+    pub stored_bytes: u64,
+    /// What it takes of the host's memory; zero until it is used.
+    pub resident_bytes: u64,
+    /// Machines forked from it that have not ended. They do not need it any more.
+    pub machines: u64,
+}
+
+/// `POST /v1/templates`: what the machines are like that are to be forked. Everything but the image has `run`'s default.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CreateTemplateRequest {
+    /// Image name, id, or id prefix.
+    pub image: String,
+    /// The program that its guest reads ahead; the image's own where empty. It is not run.
+    pub command: Vec<String>,
+    /// CPUs, such as `"1.5"`.
+    pub cpus: Option<String>,
+    /// Memory, such as `"512m"`.
+    pub memory: Option<String>,
+    /// Size of the writable layer, such as `"10g"`.
+    pub disk: Option<String>,
+    /// `user` (default) or `none`.
+    pub network: Option<String>,
+    /// Guest kernel by name.
+    pub kernel: Option<String>,
+    /// `auto`, `firecracker`, `nanovms` or `qemu`.
+    pub hypervisor: Option<String>,
+}
+
+/// The answer to `POST /v1/templates`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CreatedTemplate {
+    /// The template, ready.
+    pub template: Template,
+    /// Whether it was made for this request; it was there before otherwise.
+    pub created: bool,
+    /// How long this request took.
+    pub took_ms: u64,
+}
+
 /// One line of `GET /v1/doctor`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Need {
@@ -501,4 +569,6 @@ pub struct Explanation {
     pub choice: Choice,
     /// The full command line.
     pub command: Vec<String>,
+    /// How it would start, in words: forked, from which template, or booted, and why.
+    pub start: String,
 }

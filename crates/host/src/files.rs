@@ -16,13 +16,21 @@ use std::path::Path;
 /// # Errors
 /// The system's; `AlreadyExists` where `destination` is there.
 pub fn clone_sparse(source: &Path, destination: &Path) -> io::Result<()> {
-    let from = File::open(source)?;
+    clone_sparse_file(&File::open(source)?, destination)
+}
+
+/// As [`clone_sparse`], of a file that is open: whatever became of its name meanwhile. Any number may copy from one
+/// descriptor at once.
+///
+/// # Errors
+/// As [`clone_sparse`].
+pub fn clone_sparse_file(source: &File, destination: &Path) -> io::Result<()> {
     let to = File::options()
         .write(true)
         .create_new(true)
         .open(destination)?;
     rustix::fs::fchmod(&to, Mode::RUSR | Mode::WUSR)?;
-    let copied = fill(&from, &to);
+    let copied = fill(source, &to);
     if copied.is_err() {
         // The copy's own error matters more than a failure to take it back.
         let _ = std::fs::remove_file(destination);

@@ -19,7 +19,7 @@ mod templates;
 mod view;
 
 pub use fault::NodeError;
-pub use options::{NodeOptions, Vmms};
+pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use service::{openapi, run};
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;

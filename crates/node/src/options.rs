@@ -33,6 +33,32 @@ pub struct NodeOptions {
     pub virtiofsd: Option<PathBuf>,
     /// How long a guest may take to answer after its start.
     pub boot_bound: Duration,
+    /// What templates may take together; absent for what suits this host.
+    pub template_limits: Option<TemplateLimits>,
+}
+
+/// What templates may take together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TemplateLimits {
+    /// Of the host's memory.
+    pub memory_bytes: u64,
+    /// Of the disk.
+    pub disk_bytes: u64,
+}
+
+/// Share of the host's memory that templates may hold: forks use the same pages, so that it is not lost to them.
+const TEMPLATES_MEMORY_SHARE: u64 = 8;
+/// Bytes on disk: some fifty templates of usual machines.
+const TEMPLATES_DISK_BYTES: u64 = 4 << 30;
+
+impl TemplateLimits {
+    /// What suits this host.
+    pub fn of_this_host() -> TemplateLimits {
+        TemplateLimits {
+            memory_bytes: vistara_host::facts::memory_total().unwrap_or(0) / TEMPLATES_MEMORY_SHARE,
+            disk_bytes: TEMPLATES_DISK_BYTES,
+        }
+    }
 }
 
 impl NodeOptions {

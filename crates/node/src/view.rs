@@ -1,8 +1,9 @@
 //! From what the node keeps to what the interface shows.
 
 use crate::machine::{Record, Snapshot, Step};
+use crate::templates::Listed;
 use jiff::Timestamp;
-use vistara_api::{Choice, Image, Kernel, Machine, MachineDetail, Need, Timing};
+use vistara_api::{Choice, Image, Kernel, Machine, MachineDetail, Need, Template, Timing};
 use vistara_model::{NeedState, Network, VolumeMount};
 
 /// Nanoseconds since 1970 as RFC 3339.
@@ -129,6 +130,27 @@ pub(crate) fn image(image: &vistara_image::Image, machines: u64) -> Image {
         env: image.config.env.clone(),
         user: image.config.user.clone(),
         working_dir: image.config.working_dir.clone(),
+        machines,
+    }
+}
+
+pub(crate) fn template(listed: &Listed, machines: u64) -> Template {
+    let kept = &listed.kept;
+    Template {
+        key: kept.key.clone(),
+        image: kept.image.clone(),
+        image_id: kept.image_id.to_string(),
+        kernel: kept.kernel.clone(),
+        vmm: kept.vmm.clone(),
+        vcpus: kept.vcpus,
+        memory_bytes: kept.memory_bytes,
+        disk_bytes: kept.disk_bytes,
+        network: kept.network,
+        created_at: time(kept.created_ns),
+        used_at: time(listed.used_ns),
+        making_ms: kept.making_us / 1000,
+        stored_bytes: listed.disk_bytes,
+        resident_bytes: listed.resident_bytes,
         machines,
     }
 }

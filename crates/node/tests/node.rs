@@ -678,6 +678,7 @@ async fn an_image_in_use_stays_and_a_second_node_leaves_the_first_alone() {
         qemu: None,
         virtiofsd: None,
         boot_bound: Duration::from_secs(1),
+        template_limits: None,
     })
     .await;
     assert!(
@@ -699,6 +700,7 @@ async fn a_node_without_work_leaves_and_takes_its_socket_with_it() {
         qemu: None,
         virtiofsd: None,
         boot_bound: Duration::from_secs(1),
+        template_limits: None,
     };
     let socket = options.socket.clone();
     tokio::time::timeout(BOUND, vistara_node::run(options))

@@ -4,13 +4,13 @@ use super::Record;
 use super::record::Step;
 use crate::fault::{Fault, chain};
 use crate::node::Node;
-use crate::templates::{Blueprint, Template};
+use crate::templates::{Blueprint, Shape, Template};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
-use vistara_host::files::clone_sparse;
+use vistara_host::files::clone_sparse_file;
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
 use vistara_machine::{
@@ -20,9 +20,9 @@ use vistara_model::{Bytes, MachineId, Network};
 
 /// What a monitor may use beside its guest's memory, with room to spare over what backends are known to need
 /// (`vistara_machine::qemu::OVERHEAD_MAX`).
-const OVERHEAD: Bytes = Bytes::mib(512);
+pub(crate) const OVERHEAD: Bytes = Bytes::mib(512);
 /// Processes and threads of a monitor: its virtual CPUs, and up to 64 workers for disks.
-const MONITOR_PIDS: u32 = 128;
+pub(crate) const MONITOR_PIDS: u32 = 128;
 /// First user id on the host for monitors; each machine's slot is added. Above what people, services and subordinate
 /// ids of containers usually have.
 pub(crate) const UID_BASE: u32 = 1_879_048_192;
@@ -30,10 +30,10 @@ pub(crate) const UID_BASE: u32 = 1_879_048_192;
 const ENTROPY_BYTES: usize = 64;
 
 /// Addresses of user-mode networking: every machine has its own private copy of this network.
-const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-const PREFIX: u8 = 24;
+pub(super) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+pub(super) const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+pub(super) const PREFIX: u8 = 24;
 
 /// Name of a machine's writable disk in its directory.
 pub(super) const OVERLAY: &str = "overlay.img";
@@ -93,14 +93,14 @@ pub(crate) struct Launched {
 }
 
 /// A failure's words for the user.
-fn told(fault: Fault) -> String {
+pub(super) fn told(fault: Fault) -> String {
     match fault.0.hint {
         Some(hint) => format!("{}; {hint}", fault.0.message),
         None => fault.0.message,
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(work)
@@ -124,43 +124,56 @@ pub(crate) async fn prepare(
         .find(record.image_id.as_ref())
         .map_err(|error| told(error.into()))?
         .ok_or_else(|| format!("image {} is gone", record.spec.image.familiar()))?;
-    let root = mechanisms
-        .images
-        .root_disk(&image, &ProgressSink::none())
-        .await
-        .map_err(|error| told(error.into()))?;
-    watch.note("root disk", begin);
     let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
         format!(
             "{} is not on this node any more; see `vistara doctor`",
             record.backend.vmm
         )
     })?;
+    if record.backend.payload == Payload::Nanos {
+        let vm = unikernel::launch(node, record, dir, image, vmm.as_ref(), &mut watch).await?;
+        return Ok(Launched {
+            vm,
+            steps: watch.into_steps(),
+            template: None,
+        });
+    }
+    let root = mechanisms
+        .images
+        .root_disk(&image, &ProgressSink::none())
+        .await
+        .map_err(|error| told(error.into()))?;
+    watch.note("root disk", begin);
     let boot = {
         let (mechanisms, kernel) = (mechanisms.clone(), record.kernel.clone());
         blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
     let overlay = dir.join(OVERLAY);
-    let mut plan = plan(record, dir, root.path, overlay.clone(), boot.clone());
-    plan.fence.uid_gid = mechanisms
-        .is_root
-        .then_some((UID_BASE + record.slot, UID_BASE + record.slot));
+    let disks = vec![
+        Disk {
+            path: root.path.clone(),
+            read_only: true,
+        },
+        Disk {
+            path: overlay.clone(),
+            read_only: false,
+        },
+    ];
+    let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
 
     // Shared directories cannot be captured; a template's machine has none.
     if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
         let begin = Instant::now();
-        let blueprint = Blueprint {
-            image_id: record.image_id.clone(),
-            image: record.spec.image.familiar(),
-            kernel: record.kernel.clone().unwrap_or_default(),
-            plan: plan.clone(),
-            boot,
-            disk: record.spec.disk,
-            vmm: Arc::clone(&vmm),
-            overlays: mechanisms.overlays.clone(),
-            read_ahead: read_ahead(record),
-            boot_bound: node.boot_bound(),
+        let shape = Shape {
+            image_id: &record.image_id,
+            spec: &record.spec,
+            kernel: record.kernel.as_deref(),
+            accelerator: record.backend.accelerator,
+            argv: &record.argv,
+            env: &record.env,
         };
+        let parts = node.parts(root.path, boot, Arc::clone(&vmm));
+        let blueprint = Blueprint::new(shape, parts);
         let templates = node.templates();
         if let Some(template) = templates.get_or_make(blueprint).await {
             watch.note("template", begin);
@@ -169,22 +182,18 @@ pub(crate) async fn prepare(
                     return Ok(Launched {
                         vm: Arc::from(vm),
                         steps: watch.into_steps(),
-                        template: Some(template.key.clone()),
+                        template: Some(template.key().to_owned()),
                     });
                 }
                 // Booting would not help.
                 Err(error @ VmmError::PortTaken(_)) => return Err(chain(&error)),
                 Err(error) => {
                     tracing::warn!(
-                        machine = %record.id, template = template.key, error = chain(&error),
+                        machine = %record.id, template = template.key(), error = chain(&error),
                         "a fork failed: the template is dropped, and the machine boots"
                     );
                     let _ = std::fs::remove_file(&overlay);
-                    blocking(move || {
-                        templates.remove(&template.key);
-                        Ok(())
-                    })
-                    .await?;
+                    templates.give_up(&template, chain(&error)).await;
                 }
             }
         }
@@ -208,18 +217,18 @@ pub(crate) async fn prepare(
 async fn fork(
     vmm: &dyn Vmm,
     plan: &LaunchPlan,
-    template: &Template,
+    template: &Arc<Template>,
     watch: &mut Stopwatch,
 ) -> Result<Box<dyn Vm>, VmmError> {
     let begin = Instant::now();
     for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
-        let (from, to) = (template.overlay.clone(), disk.path.clone());
+        let (template, to) = (Arc::clone(template), disk.path.clone());
         let io = |source: std::io::Error| VmmError::Io {
-            operation: "copying the template's disk",
-            path: template.overlay.clone(),
+            operation: "copying the template's disk to",
+            path: disk.path.clone(),
             source,
         };
-        tokio::task::spawn_blocking(move || clone_sparse(&from, &to))
+        tokio::task::spawn_blocking(move || clone_sparse_file(&template.overlay, &to))
             .await
             .unwrap_or_else(|error| Err(std::io::Error::other(error)))
             .map_err(io)?;
@@ -233,28 +242,12 @@ async fn fork(
     Ok(vm)
 }
 
-/// Where the program may lie: what a template's guest reads before it is captured.
-fn read_ahead(record: &Record) -> Vec<String> {
-    let Some(program) = record.argv.first() else {
-        return Vec::new();
-    };
-    if program.starts_with('/') {
-        return vec![program.clone()];
-    }
-    let path = record.env.iter().find(|variable| variable.name == "PATH");
-    path.map_or("", |variable| &variable.value)
-        .split(':')
-        .filter(|dir| dir.starts_with('/'))
-        .map(|dir| format!("{}/{program}", dir.trim_end_matches('/')))
-        .collect()
-}
-
-fn plan(
+pub(super) fn plan(
+    node: &Node,
     record: &Record,
     dir: &Path,
-    root: std::path::PathBuf,
-    overlay: std::path::PathBuf,
-    boot: LinuxBoot,
+    start: Start,
+    disks: Vec<Disk>,
 ) -> LaunchPlan {
     let spec = &record.spec;
     LaunchPlan {
@@ -263,18 +256,9 @@ fn plan(
         accelerator: record.backend.accelerator,
         vcpus: spec.cpus.vcpus(),
         memory: spec.memory,
-        start: Start::Linux(boot),
+        start,
         capturable: false,
-        disks: vec![
-            Disk {
-                path: root,
-                read_only: true,
-            },
-            Disk {
-                path: overlay,
-                read_only: false,
-            },
-        ],
+        disks,
         nic: match spec.network {
             Network::User => Some(Nic {
                 ports: spec.ports.clone(),
@@ -290,7 +274,8 @@ fn plan(
             })
             .collect(),
         fence: Fence {
-            uid_gid: None,
+            uid_gid: (node.mechanisms().is_root)
+                .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),
             memory_max: Bytes(spec.memory.0.saturating_add(OVERHEAD.0)),
             pids_max: MONITOR_PIDS + spec.cpus.vcpus(),
             // Whole CPUs are bounded by the number of virtual ones already.

@@ -2,13 +2,14 @@
 
 mod adopt;
 mod detect;
+mod templates;
 
 pub(crate) use adopt::Fate;
 
 use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
-use crate::options::NodeOptions;
+use crate::options::{NodeOptions, TemplateLimits};
 use crate::templates::Templates;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -145,18 +146,23 @@ impl Node {
             vmms: Arc::default(),
             is_root: rustix::process::geteuid().is_root(),
         };
+        let limits = options
+            .template_limits
+            .unwrap_or_else(TemplateLimits::of_this_host);
         let node = Arc::new(Node {
             options,
             started_ns: now_ns(),
             mechanisms,
-            templates: Arc::new(Templates::new(state.join("templates"))),
+            templates: Arc::new(Templates::new(state.join("templates"), limits)),
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,
         });
         node.detect(false).await;
         // What was half made may still run, in a monitor that had to be found first.
-        node.templates.take_stock(&node.all_vmms()).await;
+        let images = &node.mechanisms.images;
+        let is_there = |id: &Digest| !matches!(images.find(id.as_ref()), Ok(None));
+        node.templates.take_stock(&node.all_vmms(), is_there).await;
         node.adopt_all().await;
         Ok(node)
     }
@@ -249,19 +255,13 @@ impl Node {
         Ok((image, spec, program, choice))
     }
 
-    /// Accepts a request: the machine exists, and is being prepared, when this returns.
-    pub(crate) async fn create(
-        self: &Arc<Self>,
-        request: &RunRequest,
-        zero: Instant,
-    ) -> Answer<Arc<Handle>> {
-        let (image, mut spec, program, choice) = self.decide(request)?;
-        let facts = self.facts();
+    /// Whether a machine of this size has room here.
+    fn admit(&self, spec: &MachineSpec, choice: &Choice, facts: &HostFacts) -> Answer<()> {
         let vcpus_max = self
             .mechanisms
             .vmm(choice.backend.vmm)
             .map_or(1, |vmm| vmm.capabilities().vcpus_max);
-        admit(
+        Ok(admit(
             Demand {
                 cpus: spec.cpus,
                 memory: spec.memory,
@@ -273,7 +273,18 @@ impl Node {
                 vcpus_max,
                 memory_available: facts.memory_available,
             },
-        )?;
+        )?)
+    }
+
+    /// Accepts a request: the machine exists, and is being prepared, when this returns.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        request: &RunRequest,
+        zero: Instant,
+    ) -> Answer<Arc<Handle>> {
+        let (image, mut spec, program, choice) = self.decide(request)?;
+        let facts = self.facts();
+        self.admit(&spec, &choice, &facts)?;
         if let Some(kernel) = &spec.kernel {
             self.mechanisms.kernels.get(kernel)?;
         } else if facts.linux_kernel.is_none() && choice.backend.vmm != VmmKind::Fake {

@@ -2,6 +2,7 @@
 
 use super::App;
 use super::system::blocking;
+use super::templates;
 use crate::fault::{Answer, Fault};
 use crate::{images, view};
 use axum::Json;
@@ -12,6 +13,7 @@ use axum::response::sse::Event;
 use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use std::convert::Infallible;
+use std::sync::Arc;
 use tokio::io::AsyncWriteExt;
 use utoipa::IntoParams;
 use vistara_api::{ErrorBody, ErrorKind, Image, ImageEvent, Pruned, PullRequest, RemovedImage};
@@ -81,7 +83,7 @@ pub(super) async fn remove(
     State(app): State<App>,
     Query(query): Query<ImageQuery>,
 ) -> Answer<Json<RemovedImage>> {
-    let node = app.node;
+    let node = Arc::clone(&app.node);
     let removed = blocking(move || {
         let in_use = |id: &vistara_model::Digest| node.needs(id);
         node.mechanisms()
@@ -89,6 +91,7 @@ pub(super) async fn remove(
             .remove(&query.image, &in_use, query.force)
     })
     .await??;
+    templates::forget_images(&app.node, removed.image.as_slice()).await;
     Ok(Json(RemovedImage {
         untagged: removed.names.iter().map(ImageRef::familiar).collect(),
         deleted: removed.image.map(|id| id.to_string()),
@@ -209,12 +212,13 @@ pub(super) async fn prune(
     State(app): State<App>,
     Query(query): Query<PruneQuery>,
 ) -> Answer<Json<Pruned>> {
-    let node = app.node;
+    let node = Arc::clone(&app.node);
     let pruned = blocking(move || {
         let in_use = |id: &vistara_model::Digest| node.users_of(id) > 0;
         node.mechanisms().images.prune(&in_use, query.all)
     })
     .await??;
+    templates::forget_images(&app.node, &pruned.images).await;
     Ok(Json(Pruned {
         deleted: pruned.images.iter().map(ToString::to_string).collect(),
         freed_bytes: pruned.bytes,

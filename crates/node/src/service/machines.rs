@@ -68,8 +68,9 @@ pub(super) async fn explain(
     State(app): State<App>,
     Json(request): Json<RunRequest>,
 ) -> Answer<Json<Explanation>> {
-    let (_, _, program, choice) = app.node.decide(&request)?;
+    let (image, spec, program, choice) = app.node.decide(&request)?;
     Ok(Json(Explanation {
+        start: app.node.outlook(&image, &spec, &program, &choice).await?,
         choice: view::choice(&choice),
         command: program.argv,
     }))

@@ -6,6 +6,7 @@ mod machines;
 mod metrics;
 mod streams;
 mod system;
+mod templates;
 
 use crate::fault::NodeError;
 use crate::machine::now_ns;
@@ -86,6 +87,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::kernels, system::add_kernel))
         .routes(routes!(system::remove_kernel))
         .routes(routes!(system::default_kernel))
+        .routes(routes!(templates::list, templates::create))
+        .routes(routes!(templates::remove))
+        .routes(routes!(templates::prune))
 }
 
 /// The interface's OpenAPI document, as it is checked in.

@@ -2,7 +2,7 @@
 //! from.
 //!
 //! A template is made of an image, a kernel, an agent and a monitor, and of nothing that a user said or ran: whoever may
-//! use the image may be forked from it. Its name is a digest of all these, so that none is used once one of them changes.
+//! use the image may be forked from it. Its key is a digest of all these, so that none is used once one of them changes.
 //!
 //! ```text
 //! templates/<key>/          made by the first machine that needs it, which then is its first fork
@@ -12,9 +12,10 @@
 //!   template.json           what it is of; written last: a directory without one is swept away by the next node
 //! ```
 
-mod budget;
+mod blueprint;
+mod files;
 mod make;
 mod store;
 
-pub(crate) use make::Blueprint;
-pub(crate) use store::{Kept, Template, Templates};
+pub(crate) use blueprint::{Blueprint, Parts, Shape};
+pub(crate) use store::{Listed, Template, Templates};

@@ -1,131 +1,111 @@
 //! The templates that are there: in memory, on disk, and being made.
 
-use super::budget::{Held, Limits, beyond};
-use super::make::{self, Blueprint};
+use super::blueprint::Blueprint;
+use super::files::{self, Kept};
+use super::make;
 use crate::fault::chain;
 use crate::machine::now_ns;
-use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use crate::options::TemplateLimits;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use vistara_machine::{Capture, CaptureError, Vmm};
-use vistara_model::{Digest, MachineId};
+use vistara_control::{Held, evict, unused_since};
+use vistara_machine::{Capture, Vmm};
+use vistara_model::Digest;
 
-/// Version of `template.json`.
-const FORMAT: u32 = 1;
-const ABOUT: &str = "template.json";
-const MAKING: &str = "making.json";
-const OVERLAY: &str = "overlay.img";
-/// How long a template that could not be made is not tried again: machines boot meanwhile.
+/// How long a template that could not be made, or whose forks fail, is not tried again: machines boot meanwhile.
 const RETRY_AFTER: Duration = Duration::from_secs(600);
-
-/// What `template.json` says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Kept {
-    format: u32,
-    pub(crate) key: String,
-    pub(crate) image_id: Digest,
-    pub(crate) image: String,
-    pub(crate) kernel: String,
-    pub(crate) vmm: String,
-    pub(crate) vcpus: u32,
-    pub(crate) memory_bytes: u64,
-    pub(crate) disk_bytes: u64,
-    pub(crate) network: bool,
-    pub(crate) created_ns: u64,
-    /// How long its first machine took to boot and to be captured.
-    pub(crate) making_us: u64,
-}
+/// A template that was not used for so long is removed by the next node that starts: its image is hardly run any more.
+const UNUSED_MAX: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// A template in use.
 #[derive(Debug)]
 pub(crate) struct Template {
-    pub(crate) key: String,
+    pub(crate) kept: Kept,
     pub(crate) capture: Arc<Capture>,
-    pub(crate) overlay: PathBuf,
+    /// The writable disk as it was at the capture: this file, whatever becomes of its name.
+    pub(crate) overlay: File,
+    /// Held while its directory is written.
+    writing: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Template {
+    pub(crate) fn key(&self) -> &str {
+        &self.kept.key
+    }
 }
 
 #[derive(Default)]
 struct Slot {
     template: Option<Arc<Template>>,
-    failed: Option<Instant>,
+    failed: Option<(Instant, String)>,
 }
+
+type SharedSlot = Arc<tokio::sync::Mutex<Slot>>;
 
 #[derive(Default)]
 struct Known {
-    /// Locked while the template is read or made: others who want it wait for it.
-    slots: HashMap<String, Arc<tokio::sync::Mutex<Slot>>>,
+    /// Locked while the template is read, made or removed: others who want it wait for it. As many as there are templates,
+    /// and those that could not be made.
+    slots: HashMap<String, SharedSlot>,
     used_ns: HashMap<String, u64>,
+}
+
+/// A template as it is listed.
+#[derive(Debug, Clone)]
+pub(crate) struct Listed {
+    pub(crate) kept: Kept,
+    /// What its directory takes.
+    pub(crate) disk_bytes: u64,
+    /// What it takes of the host's memory.
+    pub(crate) resident_bytes: u64,
+    pub(crate) used_ns: u64,
 }
 
 /// All templates of a node.
 pub(crate) struct Templates {
     dir: PathBuf,
-    limits: Limits,
+    limits: TemplateLimits,
     known: Mutex<Known>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Making {
-    id: MachineId,
-}
-
-/// Notes which machine is captured in `dir`.
-pub(super) fn note_making(dir: &Path, id: &MachineId) -> io::Result<()> {
-    let bytes = serde_json::to_vec(&Making { id: id.clone() }).map_err(io::Error::other)?;
-    std::fs::write(dir.join(MAKING), bytes)
-}
-
-pub(super) fn overlay_in(dir: &Path) -> PathBuf {
-    dir.join(OVERLAY)
-}
-
-fn read_kept(dir: &Path) -> Option<Kept> {
-    let bytes = std::fs::read(dir.join(ABOUT)).ok()?;
-    let kept: Kept = serde_json::from_slice(&bytes).ok()?;
-    (kept.format == FORMAT).then_some(kept)
-}
-
-/// Bytes that a directory's files really take.
-fn size_on_disk(dir: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(dir) else {
-        return 0;
-    };
-    let sizes = entries
-        .flatten()
-        .filter_map(|entry| entry.metadata().ok().map(|data| data.blocks() * 512));
-    sizes.sum()
 }
 
 impl Templates {
     /// The templates in `dir`, none of them known yet.
-    pub(crate) fn new(dir: PathBuf) -> Templates {
+    pub(crate) fn new(dir: PathBuf, limits: TemplateLimits) -> Templates {
         Templates {
             dir,
-            limits: Limits::of_this_host(),
+            limits,
             known: Mutex::default(),
         }
     }
 
-    /// Looks at what an earlier node left: notes what is whole, and sweeps away what is half made.
-    pub(crate) async fn take_stock(&self, vmms: &[Arc<dyn Vmm>]) {
-        for (key, dir) in self.directories() {
-            if let Some(kept) = read_kept(&dir) {
-                let used = std::fs::metadata(dir.join(ABOUT))
-                    .and_then(|data| data.modified())
-                    .ok()
-                    .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok())
-                    .and_then(|since| u64::try_from(since.as_nanos()).ok());
-                let used = used.unwrap_or(kept.created_ns);
-                self.known().used_ns.insert(key, used);
+    /// Looks at what an earlier node left: notes what is whole, and sweeps away what is half made, what nobody has used for
+    /// long, and what belongs to an image that is gone.
+    pub(crate) async fn take_stock(
+        &self,
+        vmms: &[Arc<dyn Vmm>],
+        image_is_there: impl Fn(&Digest) -> bool,
+    ) {
+        let mut held = Vec::new();
+        for (key, dir) in files::directories(&self.dir) {
+            if let Some(kept) = files::read_about(&dir) {
+                if image_is_there(&kept.image_id) {
+                    let used_ns = files::used_ns(&dir).unwrap_or(kept.created_ns);
+                    self.known().used_ns.insert(key.clone(), used_ns);
+                    held.push(Held {
+                        key,
+                        bytes: 0,
+                        used_ns,
+                    });
+                } else {
+                    tracing::info!(template = key, "a template whose image is gone is removed");
+                    files::remove(&dir);
+                }
                 continue;
             }
-            let making = std::fs::read(dir.join(MAKING)).ok();
-            let making = making.and_then(|bytes| serde_json::from_slice::<Making>(&bytes).ok());
-            if let Some(Making { id }) = making {
+            if let Some(id) = files::making(&dir) {
                 for vmm in vmms {
                     if let Err(error) = vmm.sweep(&id, &dir).await {
                         tracing::error!(
@@ -140,7 +120,15 @@ impl Templates {
                 template = key,
                 "a template that was not finished is removed"
             );
-            remove_dir(&dir);
+            files::remove(&dir);
+        }
+        let longest = u64::try_from(UNUSED_MAX.as_nanos()).unwrap_or(u64::MAX);
+        for key in unused_since(&held, now_ns().saturating_sub(longest)) {
+            tracing::info!(
+                template = key,
+                "a template that was not used for long is removed"
+            );
+            self.remove(&key).await;
         }
     }
 
@@ -148,35 +136,63 @@ impl Templates {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn directories(&self) -> Vec<(String, PathBuf)> {
-        let Ok(entries) = std::fs::read_dir(&self.dir) else {
-            return Vec::new();
-        };
-        let named = entries.flatten().filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            Some((name, entry.path()))
-        });
-        named.collect()
-    }
-
-    /// The templates on disk, newest first. Blocks on files.
-    pub(crate) fn list(&self) -> Vec<(Kept, u64, Option<u64>)> {
-        let mut all: Vec<_> = self
-            .directories()
-            .into_iter()
-            .filter_map(|(key, dir)| {
-                let kept = read_kept(&dir)?;
-                let used = self.known().used_ns.get(&key).copied();
-                Some((kept, size_on_disk(&dir), used))
-            })
-            .collect();
-        all.sort_by_key(|(kept, ..)| std::cmp::Reverse(kept.created_ns));
-        all
-    }
-
-    fn slot(&self, key: &str) -> Arc<tokio::sync::Mutex<Slot>> {
+    fn slot(&self, key: &str) -> SharedSlot {
         let mut known = self.known();
         Arc::clone(known.slots.entry(key.to_owned()).or_default())
+    }
+
+    fn slots(&self) -> Vec<(String, SharedSlot)> {
+        let known = self.known();
+        let slots = known.slots.iter();
+        slots
+            .map(|(key, slot)| (key.clone(), Arc::clone(slot)))
+            .collect()
+    }
+
+    /// The templates that can be used, on disk or in memory only, newest first.
+    pub(crate) async fn list(&self) -> Vec<Listed> {
+        let parent = self.dir.clone();
+        let on_disk = tokio::task::spawn_blocking(move || {
+            let dirs = files::directories(&parent);
+            let whole = dirs
+                .into_iter()
+                .filter_map(|(_, dir)| Some((files::read_about(&dir)?, files::size_on_disk(&dir))));
+            whole.collect::<Vec<_>>()
+        });
+        let mut all: BTreeMap<String, Listed> = BTreeMap::new();
+        for (kept, disk_bytes) in on_disk.await.unwrap_or_default() {
+            let listed = Listed {
+                disk_bytes,
+                resident_bytes: 0,
+                used_ns: kept.created_ns,
+                kept,
+            };
+            all.insert(listed.kept.key.clone(), listed);
+        }
+        for (key, slot) in self.slots() {
+            // One that is being made is none yet.
+            if let Ok(slot) = slot.try_lock()
+                && let Some(template) = &slot.template
+            {
+                let listed = all.entry(key).or_insert_with(|| Listed {
+                    kept: template.kept.clone(),
+                    disk_bytes: 0,
+                    resident_bytes: 0,
+                    used_ns: template.kept.created_ns,
+                });
+                listed.resident_bytes = template.capture.resident_bytes();
+            }
+        }
+        let known = self.known();
+        let mut all: Vec<Listed> = all.into_values().collect();
+        for listed in &mut all {
+            if let Some(used) = known.used_ns.get(&listed.kept.key) {
+                listed.used_ns = *used;
+            }
+        }
+        drop(known);
+        all.sort_by_key(|listed| std::cmp::Reverse(listed.kept.created_ns));
+        all
     }
 
     /// The template of this blueprint: the one in memory, the one on disk, or a new one, for which whoever asks first waits
@@ -185,221 +201,240 @@ impl Templates {
         self: &Arc<Self>,
         blueprint: Blueprint,
     ) -> Option<Arc<Template>> {
-        let templates = Arc::clone(self);
-        // In a task of its own: a request that is taken back must not leave half a template.
-        let task = tokio::spawn(async move { templates.find_or_make(blueprint).await });
-        task.await.unwrap_or_else(|error| {
-            tracing::error!(%error, "making a template failed");
-            None
-        })
+        let found = self.in_a_task(blueprint, false).await;
+        found.ok().map(|(template, _)| template)
     }
 
-    async fn find_or_make(self: Arc<Self>, blueprint: Blueprint) -> Option<Arc<Template>> {
+    /// As [`Templates::get_or_make`], also where it could not be made a moment ago, with the reason where it cannot be had,
+    /// and whether it was made for this request.
+    pub(crate) async fn make_now(
+        self: &Arc<Self>,
+        blueprint: Blueprint,
+    ) -> Result<(Arc<Template>, bool), String> {
+        self.in_a_task(blueprint, true).await
+    }
+
+    async fn in_a_task(
+        self: &Arc<Self>,
+        blueprint: Blueprint,
+        insist: bool,
+    ) -> Result<(Arc<Template>, bool), String> {
+        let templates = Arc::clone(self);
+        // A request that is taken back must not leave half a template.
+        let task = tokio::spawn(async move { templates.find_or_make(blueprint, insist).await });
+        task.await
+            .unwrap_or_else(|error| Err(format!("a task of the node failed: {error}")))
+    }
+
+    async fn find_or_make(
+        self: Arc<Self>,
+        blueprint: Blueprint,
+        insist: bool,
+    ) -> Result<(Arc<Template>, bool), String> {
         let key = blueprint.key();
         let slot = self.slot(&key);
         let mut slot = slot.lock().await;
-        if slot.failed.is_some_and(|at| at.elapsed() < RETRY_AFTER) {
-            return None;
+        if let Some((at, reason)) = &slot.failed
+            && !insist
+            && at.elapsed() < RETRY_AFTER
+        {
+            return Err(reason.clone());
         }
         self.known().used_ns.insert(key.clone(), now_ns());
         if let Some(template) = &slot.template {
-            return Some(Arc::clone(template));
+            return Ok((Arc::clone(template), false));
         }
         let dir = self.dir.join(&key);
         let found = {
             let dir = dir.clone();
-            tokio::task::spawn_blocking(move || read(&dir)).await.ok()?
+            tokio::task::spawn_blocking(move || files::read(&dir))
+                .await
+                .map_err(|error| error.to_string())?
         };
-        let template = match found {
-            Some(capture) => Arc::new(Template {
-                overlay: overlay_in(&dir),
-                capture: Arc::new(capture),
-                key: key.clone(),
-            }),
+        let (template, made) = match found {
+            Some((kept, capture, overlay)) => {
+                let template = Arc::new(Template {
+                    kept,
+                    capture: Arc::new(capture),
+                    overlay,
+                    writing: Arc::default(),
+                });
+                (template, false)
+            }
             None => match self.make(&blueprint, &key, &dir).await {
-                Ok(template) => template,
+                Ok(template) => (template, true),
                 Err(message) => {
                     tracing::warn!(
                         template = key,
                         message,
                         "a template could not be made; machines boot without it"
                     );
-                    slot.failed = Some(Instant::now());
-                    remove_dir(&dir);
-                    return None;
+                    slot.failed = Some((Instant::now(), message.clone()));
+                    let _ = tokio::task::spawn_blocking(move || files::remove(&dir)).await;
+                    return Err(message);
                 }
             },
         };
+        slot.failed = None;
         slot.template = Some(Arc::clone(&template));
-        Some(template)
+        // From before anybody can have it removed: whoever removes it waits until it is written.
+        let writing = match made {
+            true => Some(Arc::clone(&template.writing).lock_owned().await),
+            false => None,
+        };
+        let (templates, fresh) = (Arc::clone(&self), Arc::clone(&template));
+        tokio::spawn(async move {
+            if let Some(writing) = writing {
+                write(&fresh, dir, writing).await;
+            }
+            templates.keep_to_limits(fresh.key()).await;
+        });
+        Ok((template, made))
     }
 
     async fn make(
-        self: &Arc<Self>,
+        &self,
         blueprint: &Blueprint,
         key: &str,
         dir: &Path,
     ) -> Result<Arc<Template>, String> {
         let begin = Instant::now();
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .recursive(true)
-            .create(dir)
-            .map_err(|error| error.to_string())?;
+        let blocking = |error: tokio::task::JoinError| error.to_string();
+        let at = dir.to_owned();
+        tokio::task::spawn_blocking(move || files::begin(&at))
+            .await
+            .map_err(blocking)?
+            .map_err(|error| format!("its directory cannot be made: {error}"))?;
         let capture = make::capture(blueprint, dir).await?;
-        let making_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let template = Arc::new(Template {
-            key: key.to_owned(),
-            capture: Arc::new(capture),
-            overlay: overlay_in(dir),
-        });
+        let at = dir.to_owned();
+        let (overlay, overlay_blake3) =
+            tokio::task::spawn_blocking(move || files::open_overlay(&at))
+                .await
+                .map_err(blocking)?
+                .map_err(|error| format!("its disk cannot be read: {error}"))?;
         let kept = Kept {
-            format: FORMAT,
+            format: files::FORMAT,
             key: key.to_owned(),
             image_id: blueprint.image_id.clone(),
             image: blueprint.image.clone(),
             kernel: blueprint.kernel.clone(),
-            vmm: format!(
-                "{} {}",
-                template.capture.info().kind,
-                template.capture.info().version
-            ),
-            vcpus: blueprint.plan.vcpus,
-            memory_bytes: blueprint.plan.memory.0,
+            vmm: format!("{} {}", capture.info().kind, capture.info().version),
+            vcpus: blueprint.vcpus,
+            memory_bytes: blueprint.memory.0,
             disk_bytes: blueprint.disk.0,
-            network: blueprint.plan.nic.is_some(),
+            network: blueprint.network,
             created_ns: now_ns(),
-            making_us,
+            making_us: u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX),
+            overlay_blake3,
         };
         tracing::info!(template = key, image = kept.image, took = ?begin.elapsed(), "a template was made");
-        let (templates, written, dir) = (Arc::clone(self), Arc::clone(&template), dir.to_owned());
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = write(&written, &kept, &dir) {
-                // It serves from memory as long as this node lives.
-                tracing::warn!(
-                    template = kept.key,
-                    error = chain(&error),
-                    "a template could not be kept on disk"
-                );
-            }
-            templates.keep_to_limits(Some(&kept.key));
-        });
-        Ok(template)
+        Ok(Arc::new(Template {
+            kept,
+            capture: Arc::new(capture),
+            overlay,
+            writing: Arc::default(),
+        }))
     }
 
-    /// Forgets a template that does not work, or is not wanted any more. Running forks are not touched. Blocks on files.
-    pub(crate) fn remove(&self, key: &str) -> bool {
+    /// Forgets a template; says whether there was one. Running forks are not touched.
+    pub(crate) async fn remove(&self, key: &str) -> bool {
+        let slot = self.slot(key);
+        let mut held = slot.lock().await;
+        let there = self.clear(&mut held, key).await;
+        drop(held);
         let mut known = self.known();
-        let in_memory = known.slots.remove(key).is_some();
         known.used_ns.remove(key);
-        drop(known);
-        let dir = self.dir.join(key);
-        let on_disk = dir.is_dir();
-        if on_disk {
-            remove_dir(&dir);
+        // Ours and the map's: nobody waits for it. Who does makes it anew.
+        if Arc::strong_count(&slot) == 2 {
+            known.slots.remove(key);
         }
-        in_memory || on_disk
+        there
     }
 
-    /// Forgets the templates of an image. Blocks on files.
-    pub(crate) fn remove_of_image(&self, image: &Digest) {
-        for (kept, ..) in self.list() {
-            if kept.image_id == *image {
-                self.remove(&kept.key);
+    /// Forgets a template whose fork failed, unless another has taken its place; it is not made again for a while.
+    pub(crate) async fn give_up(&self, template: &Arc<Template>, reason: String) {
+        let slot = self.slot(template.key());
+        let mut held = slot.lock().await;
+        let current = (held.template.as_ref()).is_some_and(|held| Arc::ptr_eq(held, template));
+        if current {
+            self.clear(&mut held, template.key()).await;
+            held.failed = Some((Instant::now(), reason));
+        }
+    }
+
+    async fn clear(&self, slot: &mut Slot, key: &str) -> bool {
+        let template = slot.template.take();
+        slot.failed = None;
+        let writing = match &template {
+            Some(template) => Some(template.writing.lock().await),
+            None => None,
+        };
+        let dir = self.dir.join(key);
+        let on_disk = tokio::task::spawn_blocking(move || {
+            let there = dir.is_dir();
+            files::remove(&dir);
+            there
+        });
+        let on_disk = on_disk.await.unwrap_or(false);
+        drop(writing);
+        template.is_some() || on_disk
+    }
+
+    /// Forgets the templates of an image.
+    pub(crate) async fn remove_of_image(&self, image: &Digest) {
+        for listed in self.list().await {
+            if listed.kept.image_id == *image {
+                self.remove(&listed.kept.key).await;
             }
         }
     }
 
     /// Removes what was used longest ago beyond the limits; `fresh` stays, whatever it takes.
-    fn keep_to_limits(&self, fresh: Option<&str>) {
-        let used: HashMap<String, u64> = self.known().used_ns.clone();
-        let on_disk: Vec<Held> = self
-            .directories()
-            .into_iter()
-            .filter(|(_, dir)| read_kept(dir).is_some())
-            .map(|(key, dir)| Held {
-                used_ns: used.get(&key).copied().unwrap_or(0),
-                bytes: size_on_disk(&dir),
-                key,
-            })
-            .collect();
-        for key in beyond(on_disk, self.limits.disk_bytes, fresh) {
+    async fn keep_to_limits(&self, fresh: &str) {
+        let all = self.list().await;
+        let held = |bytes: fn(&Listed) -> u64| {
+            let held = all.iter().map(|listed| Held {
+                key: listed.kept.key.clone(),
+                bytes: bytes(listed),
+                used_ns: listed.used_ns,
+            });
+            held.collect::<Vec<_>>()
+        };
+        let on_disk = held(|listed| listed.disk_bytes);
+        for key in evict(on_disk, self.limits.disk_bytes, Some(fresh)) {
             tracing::info!(
                 template = key,
                 "a template is removed to save room on the disk"
             );
-            self.remove(&key);
+            self.remove(&key).await;
         }
-        let slots: Vec<_> = {
-            let known = self.known();
-            let slots = known.slots.iter();
-            slots
-                .map(|(key, slot)| (key.clone(), Arc::clone(slot)))
-                .collect()
-        };
-        let mut in_memory = Vec::new();
-        for (key, slot) in &slots {
-            // One that is being made has no size yet.
-            if let Ok(slot) = slot.try_lock()
-                && let Some(template) = &slot.template
-            {
-                in_memory.push(Held {
-                    used_ns: used.get(key).copied().unwrap_or(0),
-                    bytes: template.capture.resident_bytes(),
-                    key: key.clone(),
-                });
-            }
-        }
-        for key in beyond(in_memory, self.limits.memory_bytes, fresh) {
+        let in_memory = held(|listed| listed.resident_bytes);
+        let in_memory = in_memory.into_iter().filter(|held| held.bytes > 0);
+        for key in evict(in_memory.collect(), self.limits.memory_bytes, Some(fresh)) {
             tracing::info!(template = key, "a template is dropped from memory");
-            if let Some((_, slot)) = slots.iter().find(|(name, _)| *name == key)
-                && let Ok(mut slot) = slot.try_lock()
-            {
-                slot.template = None;
-            }
+            let slot = self.slot(&key);
+            // What is on disk is read again when it is wanted.
+            slot.lock().await.template = None;
         }
     }
 }
 
-fn write(template: &Template, kept: &Kept, dir: &Path) -> Result<(), CaptureError> {
-    template.capture.write(dir)?;
-    let io = |source: io::Error| CaptureError::Io {
-        operation: "write",
-        path: dir.join(ABOUT),
-        source,
-    };
-    // Only the capture's own machine needed it, which is gone.
-    let _ = std::fs::remove_file(dir.join(MAKING));
-    let fresh = dir.join("template.json.new");
-    let bytes = serde_json::to_vec_pretty(kept).map_err(|error| io(error.into()))?;
-    std::fs::write(&fresh, bytes).map_err(io)?;
-    std::fs::rename(&fresh, dir.join(ABOUT)).map_err(io)
-}
-
-/// The capture in `dir`, checked whole; a damaged one is removed. `None` where there is none to use.
-fn read(dir: &Path) -> Option<Capture> {
-    read_kept(dir)?;
-    match Capture::read(dir) {
-        Ok(capture) => {
-            // Its time of use, for the next node. That it cannot be noted makes it look old.
-            if let Ok(file) = std::fs::File::options().write(true).open(dir.join(ABOUT)) {
-                let _ = file.set_modified(std::time::SystemTime::now());
-            }
-            Some(capture)
+/// Writes a new template to disk. Where that fails it serves from memory as long as this node lives, and nothing of it stays
+/// on the disk, which may be full.
+async fn write(template: &Arc<Template>, dir: PathBuf, writing: tokio::sync::OwnedMutexGuard<()>) {
+    let template = Arc::clone(template);
+    let written = tokio::task::spawn_blocking(move || {
+        if let Err(error) = files::write(&template.capture, &template.kept, &dir) {
+            tracing::warn!(
+                template = template.key(),
+                error = chain(&error),
+                "a template could not be kept on disk"
+            );
+            files::remove(&dir);
         }
-        Err(error) => {
-            tracing::warn!(path = %dir.display(), error = chain(&error), "a template cannot be used and is removed");
-            remove_dir(dir);
-            None
-        }
-    }
-}
-
-fn remove_dir(dir: &Path) {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %dir.display(), %error, "a template's directory could not be removed");
-        }
-        _ => {}
+        drop(writing);
+    });
+    if let Err(error) = written.await {
+        tracing::error!(%error, "writing a template failed");
     }
 }

@@ -74,6 +74,7 @@ impl TestNode {
             qemu: None,
             virtiofsd: None,
             boot_bound: Duration::from_secs(30),
+            template_limits: None,
         };
         change(&mut options);
         let client = Client::new(options.socket.clone());
