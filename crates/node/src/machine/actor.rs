@@ -4,7 +4,6 @@ use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
-use super::unikernel::{UnikernelSession, unseen_end};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
@@ -16,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use vistara_control::{Effect, Event, Lifecycle, VmGone};
 use vistara_machine::{Vm, VmEnd};
-use vistara_model::{MachineState, Payload, Signal};
+use vistara_model::{MachineState, Signal};
 
 /// How many news may wait for the machine's task.
 const NEWS_MAX: usize = 64;
@@ -193,14 +192,6 @@ impl Actor {
                 }
                 Ok(Fate::Over(event)) => {
                     self.trouble = None;
-                    if self.record.backend.payload == Payload::Nanos {
-                        // Its own end may be on its disk, though nobody saw it.
-                        let dir = self.dir.clone();
-                        let found = tokio::task::spawn_blocking(move || unseen_end(&dir)).await;
-                        if let Ok(Some(exited)) = found {
-                            self.on(exited).await;
-                        }
-                    }
                     return self.on(event).await;
                 }
                 Err(message) => {
@@ -242,35 +233,16 @@ impl Actor {
         self.record.vm = Some(vm.record().clone());
         let waited = Arc::clone(&vm);
         self.waiter = Some(tokio::spawn(async move { waited.wait().await }));
-        let record = Arc::new(self.record.clone());
-        let (log, shared) = (Arc::clone(&self.log), Arc::clone(&self.shared));
-        let (news, zero) = (self.news.0.clone(), self.zero);
-        self.session = Some(match self.record.backend.payload {
-            Payload::Linux => tokio::spawn(
-                Session {
-                    record,
-                    vm: Arc::clone(&vm),
-                    log,
-                    shared,
-                    news,
-                    boot_bound: self.node.boot_bound(),
-                    zero,
-                }
-                .run(),
-            ),
-            Payload::Nanos => tokio::spawn(
-                UnikernelSession {
-                    record,
-                    dir: self.dir.clone(),
-                    vm: Arc::clone(&vm),
-                    log,
-                    shared,
-                    news,
-                    zero,
-                }
-                .run(),
-            ),
-        });
+        let session = Session {
+            record: Arc::new(self.record.clone()),
+            vm: Arc::clone(&vm),
+            log: Arc::clone(&self.log),
+            shared: Arc::clone(&self.shared),
+            news: self.news.0.clone(),
+            boot_bound: self.node.boot_bound(),
+            zero: self.zero,
+        };
+        self.session = Some(tokio::spawn(session.run()));
         self.shared.vm.send_replace(Some(Arc::clone(&vm)));
         self.vm = Some(vm);
     }
@@ -382,9 +354,6 @@ impl Actor {
     /// Sends the program a signal, as soon as there is a session to send it through: after a restart of the node it comes
     /// a moment later.
     fn signal(&self, signal: Signal) {
-        if self.record.backend.payload == Payload::Nanos {
-            return self.press_power_button(signal);
-        }
         let mut sessions = self.shared.agent.subscribe();
         let id = self.record.id.clone();
         tokio::spawn(async move {
@@ -398,20 +367,6 @@ impl Actor {
                 .await
             {
                 tracing::info!(machine = %id, %error, "a program could not be signalled");
-            }
-        });
-    }
-
-    /// A unikernel hears nothing but its power button, which its program has as SIGTERM.
-    fn press_power_button(&self, signal: Signal) {
-        let Some(vm) = self.vm.clone() else { return };
-        let id = self.record.id.clone();
-        tokio::spawn(async move {
-            if signal != Signal::TERM {
-                tracing::info!(machine = %id, %signal, "a unikernel gets SIGTERM whatever signal was asked for");
-            }
-            if let Err(error) = vm.press_power_button().await {
-                tracing::info!(machine = %id, error = chain(&error), "a unikernel could not be asked to end");
             }
         });
     }

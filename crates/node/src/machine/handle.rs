@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, watch};
 use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
 use vistara_machine::Vm;
-use vistara_model::{MachineId, MachineState, Payload, Signal};
+use vistara_model::{MachineId, MachineState, Signal};
 
 /// What is asked of a machine.
 #[derive(Debug)]
@@ -149,14 +149,7 @@ impl Handle {
     pub(crate) async fn agent(&self) -> Answer<Agent> {
         /// How long a lost session may take to come back before a request gives up.
         const BOUND: Duration = Duration::from_secs(10);
-        let record = self.record();
-        let name = record.name.clone();
-        if record.backend.payload == Payload::Nanos {
-            return Err(Fault::conflict(format!(
-                "machine {name} is a unikernel: one program and nothing else, so that no command, shell or file transfer can reach into it"
-            ))
-            .hint("run the image with --hypervisor firecracker (or qemu) for a machine that can"));
-        }
+        let name = self.record().name.clone();
         match self.state() {
             MachineState::Running | MachineState::Stopping => {}
             MachineState::Preparing | MachineState::Booting => {

@@ -30,10 +30,10 @@ pub(crate) const UID_BASE: u32 = 1_879_048_192;
 const ENTROPY_BYTES: usize = 64;
 
 /// Addresses of user-mode networking: every machine has its own private copy of this network.
-pub(super) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-pub(super) const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-pub(super) const PREFIX: u8 = 24;
+const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+const PREFIX: u8 = 24;
 
 /// Name of a machine's writable disk in its directory.
 pub(super) const OVERLAY: &str = "overlay.img";
@@ -93,14 +93,14 @@ pub(crate) struct Launched {
 }
 
 /// A failure's words for the user.
-pub(super) fn told(fault: Fault) -> String {
+fn told(fault: Fault) -> String {
     match fault.0.hint {
         Some(hint) => format!("{}; {hint}", fault.0.message),
         None => fault.0.message,
     }
 }
 
-pub(super) async fn blocking<T: Send + 'static>(
+async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(work)
@@ -124,42 +124,33 @@ pub(crate) async fn prepare(
         .find(record.image_id.as_ref())
         .map_err(|error| told(error.into()))?
         .ok_or_else(|| format!("image {} is gone", record.spec.image.familiar()))?;
-    let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
-        format!(
-            "{} is not on this node any more; see `vistara doctor`",
-            record.backend.vmm
-        )
-    })?;
-    if record.backend.payload == Payload::Nanos {
-        let vm = unikernel::launch(node, record, dir, image, vmm.as_ref(), &mut watch).await?;
-        return Ok(Launched {
-            vm,
-            steps: watch.into_steps(),
-            template: None,
-        });
-    }
     let root = mechanisms
         .images
         .root_disk(&image, &ProgressSink::none())
         .await
         .map_err(|error| told(error.into()))?;
     watch.note("root disk", begin);
+    let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
+        format!(
+            "{} is not on this node any more; see `vistara doctor`",
+            record.backend.vmm
+        )
+    })?;
     let boot = {
         let (mechanisms, kernel) = (mechanisms.clone(), record.kernel.clone());
         blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
     let overlay = dir.join(OVERLAY);
-    let disks = vec![
-        Disk {
-            path: root.path.clone(),
-            read_only: true,
-        },
-        Disk {
-            path: overlay.clone(),
-            read_only: false,
-        },
-    ];
-    let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
+    let mut plan = plan(
+        record,
+        dir,
+        root.path.clone(),
+        overlay.clone(),
+        boot.clone(),
+    );
+    plan.fence.uid_gid = mechanisms
+        .is_root
+        .then_some((UID_BASE + record.slot, UID_BASE + record.slot));
 
     // Shared directories cannot be captured; a template's machine has none.
     if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
@@ -242,12 +233,12 @@ async fn fork(
     Ok(vm)
 }
 
-pub(super) fn plan(
-    node: &Node,
+fn plan(
     record: &Record,
     dir: &Path,
-    start: Start,
-    disks: Vec<Disk>,
+    root: std::path::PathBuf,
+    overlay: std::path::PathBuf,
+    boot: LinuxBoot,
 ) -> LaunchPlan {
     let spec = &record.spec;
     LaunchPlan {
@@ -256,9 +247,18 @@ pub(super) fn plan(
         accelerator: record.backend.accelerator,
         vcpus: spec.cpus.vcpus(),
         memory: spec.memory,
-        start,
+        start: Start::Linux(boot),
         capturable: false,
-        disks,
+        disks: vec![
+            Disk {
+                path: root,
+                read_only: true,
+            },
+            Disk {
+                path: overlay,
+                read_only: false,
+            },
+        ],
         nic: match spec.network {
             Network::User => Some(Nic {
                 ports: spec.ports.clone(),
@@ -274,8 +274,7 @@ pub(super) fn plan(
             })
             .collect(),
         fence: Fence {
-            uid_gid: (node.mechanisms().is_root)
-                .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),
+            uid_gid: None,
             memory_max: Bytes(spec.memory.0.saturating_add(OVERHEAD.0)),
             pids_max: MONITOR_PIDS + spec.cpus.vcpus(),
             // Whole CPUs are bounded by the number of virtual ones already.
