@@ -13,6 +13,7 @@ pub mod kernel;
 pub mod klog;
 pub mod manifest;
 pub mod memory;
+mod remaster;
 pub mod tfs;
 
 pub use disk::{BootDisk, DiskError, DiskOptions, Geometry, PartitionTable, Volume};
@@ -20,3 +21,4 @@ pub use kernel::{KernelError, KernelFacts};
 pub use klog::{KlogError, Record};
 pub use manifest::{Manifest, ManifestError};
 pub use memory::{MachineKind, MemoryFacts, safe_size};
+pub use remaster::{Changes, RemasterError, remaster};

@@ -18,8 +18,13 @@ pub(crate) struct Store<W> {
     /// Byte of `out` at which sector 0 lies.
     base: u64,
     next_sector: u64,
+    /// Where `out` stands, where that is known. Seeking costs a buffered writer its buffer, even to where it stands.
+    stands_at: Option<u64>,
     copy: Vec<u8>,
 }
+
+/// Less than a page of zeros.
+const ZEROS: [u8; HOLE_BYTES - 1] = [0; HOLE_BYTES - 1];
 
 /// What went wrong between a source and the output.
 pub(crate) enum CopyError {
@@ -35,6 +40,7 @@ impl<W: Write + Seek> Store<W> {
             out,
             base,
             next_sector: reserved,
+            stands_at: None,
             copy: Vec::new(),
         }
     }
@@ -66,10 +72,7 @@ impl<W: Write + Seek> Store<W> {
     /// Writes `bytes` from the start of `sector` on.
     pub(crate) fn write(&mut self, sector: u64, bytes: &[u8]) -> Result<(), WriteError> {
         let at = self.byte_of(sector)?;
-        self.out
-            .seek(SeekFrom::Start(at))
-            .and_then(|_| self.out.write_all(bytes))
-            .map_err(WriteError::Io)
+        write_at(&mut self.out, &mut self.stands_at, at, bytes).map_err(WriteError::Io)
     }
 
     /// Copies exactly `length` bytes of `source` to `sector` on. Pages of zeros are left as holes.
@@ -89,20 +92,17 @@ impl<W: Write + Seek> Store<W> {
                 let found = done + found as u64;
                 return Err(CopyError::Short { found });
             }
-            for (index, page) in self.copy[..wanted].chunks(HOLE_BYTES).enumerate() {
-                if page.iter().all(|byte| *byte == 0) {
-                    continue;
+            let mut page = 0;
+            while page < wanted {
+                let run = run_of_data(&self.copy[page..wanted]);
+                if run > 0 {
+                    let at = start + done + page as u64;
+                    let bytes = &self.copy[page..page + run];
+                    write_at(&mut self.out, &mut self.stands_at, at, bytes)
+                        .map_err(|error| CopyError::Out(WriteError::Io(error)))?;
                 }
-                let at = start + done + (index * HOLE_BYTES) as u64;
-                // Seeking to where the output already stands costs a buffered writer its buffer, so ask first.
-                let standing = self.out.stream_position();
-                standing
-                    .and_then(|position| match position == at {
-                        true => Ok(at),
-                        false => self.out.seek(SeekFrom::Start(at)),
-                    })
-                    .and_then(|_| self.out.write_all(page))
-                    .map_err(|error| CopyError::Out(WriteError::Io(error)))?;
+                // Either the end, or a page of zeros.
+                page += run + HOLE_BYTES;
             }
             done += wanted as u64;
         }
@@ -129,6 +129,32 @@ impl<W: Write + Seek> Store<W> {
         self.out.flush().map_err(WriteError::Io)?;
         Ok((self.out, end - self.base))
     }
+}
+
+/// Bytes of the pages before the first that is all zeros.
+fn run_of_data(bytes: &[u8]) -> usize {
+    let zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let pages = bytes.chunks(HOLE_BYTES).take_while(|page| !zero(page));
+    pages.map(<[u8]>::len).sum()
+}
+
+/// Writes at a byte of `out`, which stands where `stands_at` says.
+fn write_at<W: Write + Seek>(
+    out: &mut W,
+    stands_at: &mut Option<u64>,
+    at: u64,
+    bytes: &[u8],
+) -> std::io::Result<()> {
+    // After a failure nobody knows where it stands.
+    let gap = stands_at.take().and_then(|stands| at.checked_sub(stands));
+    match gap.and_then(|gap| ZEROS.get(..usize::try_from(gap).ok()?)) {
+        // What is left of a page costs less to write than to leave out.
+        Some(zeros) => out.write_all(zeros)?,
+        None => _ = out.seek(SeekFrom::Start(at))?,
+    }
+    out.write_all(bytes)?;
+    *stands_at = Some(at + bytes.len() as u64);
+    Ok(())
 }
 
 /// Reads until `buffer` is full or the source ends; returns the bytes read.
