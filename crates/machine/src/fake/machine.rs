@@ -5,7 +5,10 @@ use crate::{
     Capture, CaptureInfo, ChannelStream, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, VmmError,
 };
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -22,6 +25,10 @@ const CONSOLE_MAX: usize = 64 << 10;
 
 /// Channels waiting for the guest, as many as a real socket's backlog would take without complaint.
 const CHANNELS_WAITING_MAX: usize = 16;
+
+/// What a captured machine holds, in its monitor's state and, from this place on, in its memory.
+const CAPTURED: &[u8] = b"a fake machine's";
+const CAPTURED_AT: u64 = 5 << 20;
 
 /// The value behind a lock that a panicking guest may have left: every value here is whole at any time.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -294,10 +301,27 @@ impl Vm for FakeVm {
                 reason: "this machine was not launched to be captured".to_owned(),
             });
         }
+        let faults = locked(&self.machine.faults).clone();
+        if let Some(message) = faults.capture_failure {
+            return Err(VmmError::Control {
+                operation: "the capture",
+                message,
+            });
+        }
         self.machine.finish(VmEnd::Killed);
         let files = || {
             let memory = sealable_memory_file(self.machine.info.memory.0)?;
-            Capture::seal(self.machine.info.clone(), memory, sealable_memory_file(0)?)
+            memory.write_all_at(CAPTURED, CAPTURED_AT)?;
+            let state = sealable_memory_file(CAPTURED.len() as u64)?;
+            state.write_all_at(CAPTURED, 0)?;
+            let memory = match faults.capture_unreadable {
+                true => {
+                    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+                    File::options().write(true).open(path)?
+                }
+                false => memory,
+            };
+            Capture::seal(self.machine.info.clone(), memory, state)
         };
         files().map_err(|error: std::io::Error| VmmError::Control {
             operation: "the capture",

@@ -36,6 +36,14 @@ pub enum FakeEnd {
 pub struct Faults {
     /// Every launch fails with this message.
     pub launch_failure: Option<String>,
+    /// Every launch of a fork fails with this message.
+    pub fork_failure: Option<String>,
+    /// Every launch of a fork with published ports finds the first of them taken.
+    pub ports_taken: bool,
+    /// Every capture fails with this message.
+    pub capture_failure: Option<String>,
+    /// Captures serve forks, and cannot be read by who wants to write them to a disk.
+    pub capture_unreadable: bool,
     /// The guest starts this long after the launch.
     pub boot_delay: Option<Duration>,
     /// The machine ends like this as soon as it has started, before its guest.
@@ -133,6 +141,19 @@ impl Vmm for FakeVmm {
                 step: "starting the machine",
                 message,
             });
+        }
+        if let Start::Fork(_) = &plan.start {
+            let faults = machine::locked(&self.faults).clone();
+            if let Some(message) = faults.fork_failure {
+                return Err(VmmError::Launch {
+                    step: "going on from a capture",
+                    message,
+                });
+            }
+            let port = plan.nic.as_ref().and_then(|nic| nic.ports.first());
+            if let (true, Some(port)) = (faults.ports_taken, port) {
+                return Err(VmmError::PortTaken(port.clone()));
+            }
         }
         let machine = Machine::start(plan, self.guest.clone(), self.faults.clone())?;
         Ok(Box::new(FakeVm::new(machine, plan.capturable)))

@@ -31,7 +31,7 @@ fn splice(mut from: impl Read + Send + 'static, mut to: std::os::unix::net::Unix
 }
 
 /// The real agent as the guest of a fake machine.
-fn guest(guest: &FakeGuest) -> FakeEnd {
+pub(crate) fn guest(guest: &FakeGuest) -> FakeEnd {
     let (connector, channel) = Channel::in_process().unwrap();
     let agent = std::thread::spawn(move || vistara_guest_agent::serve(channel, Default::default()));
     while let Some(host) = guest.next_channel() {
