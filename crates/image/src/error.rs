@@ -235,6 +235,15 @@ pub enum ImageError {
         /// The end of what it said.
         message: String,
     },
+    /// An image's files are not what a unikernel's disk can hold.
+    #[error("image {image} cannot be put on a unikernel's disk")]
+    Unikernel {
+        /// The image's id.
+        image: String,
+        /// What cannot be.
+        #[source]
+        why: Arc<vistara_nanos::DiskError>,
+    },
     /// A record of the store cannot be understood.
     #[error("the store's record {path:?} is damaged or of a newer version: {why}")]
     Record {
@@ -265,7 +274,8 @@ impl ImageError {
             ImageError::Ambiguous { .. }
             | ImageError::InUse(_)
             | ImageError::SeveralNames(_)
-            | ImageError::Source { .. } => ErrorKind::User,
+            | ImageError::Source { .. }
+            | ImageError::Unikernel { .. } => ErrorKind::User,
             ImageError::Denied { .. } | ImageError::Credentials { .. } => ErrorKind::Denied,
             ImageError::Registry { .. } => ErrorKind::Peer,
             ImageError::Io { .. }
@@ -289,6 +299,9 @@ impl ImageError {
             ImageError::Denied { registry, .. } => Some(format!("docker login {registry}")),
             ImageError::NoSpace { .. } => Some("vistara images prune --all".to_owned()),
             ImageError::ToolMissing { .. } => Some("apt-get install squashfs-tools".to_owned()),
+            ImageError::Unikernel { .. } => {
+                Some("leave --hypervisor out to run it in a Linux guest".to_owned())
+            }
             ImageError::NotInRegistry { .. }
             | ImageError::Source { .. }
             | ImageError::Credentials { .. }

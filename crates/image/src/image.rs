@@ -34,7 +34,7 @@ pub struct Image {
     pub layers: Vec<Layer>,
     /// Bytes of its layers' blobs.
     pub size_bytes: u64,
-    /// Bytes of its root disk; 0 while that is not built.
+    /// Bytes of its root disk, 0 while that is not built, and of its disks for unikernels.
     pub disk_bytes: u64,
 }
 

@@ -7,7 +7,7 @@
 //! it is filed under; what a registry or an archive sent is parsed with bounds ([`Limits`]) and never panics; an image that
 //! is refused leaves nothing behind.
 //!
-//! Beside the disk leaves what is known of a program in it (`facts`), and the selection of files for a unikernel's disk.
+//! Beside the disk leaves what is known of a program in it (`facts`), and a disk with its files for unikernels.
 //!
 //! Left to others: when to pull (the caller's policy), the writable layer above the root disk, and which hypervisor fits.
 
@@ -34,7 +34,7 @@ pub use facts::Asked;
 pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
 pub use limits::Limits;
 pub use progress::{Progress, ProgressSink};
-pub use store::ImageStore;
+pub use store::{ImageStore, UnikernelDisk};
 pub use unikernel::{
     NanosEntry, NanosKind, NanosTree, Selection, VisitFiles, WHOLE_BYTES_MAX, WHOLE_ENTRIES_MAX,
     Wishes,

@@ -14,6 +14,7 @@ use crate::facts::read::{Layers, Source as _};
 use crate::merge::{Content, Tree};
 use crate::store::Guard;
 use crate::{ImageError, Limits, disk::LayerFile};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Read};
 use std::path::Path;
@@ -97,7 +98,8 @@ pub struct Wishes<'a> {
 }
 
 /// Whether all of an image was taken.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Selection {
     /// All of it.
     Whole,
@@ -273,6 +275,32 @@ pub(crate) fn select(tree: Tree, facts: &ProgramFacts, wishes: &Wishes<'_>) -> N
     }
 }
 
+/// The paths that a program's configuration names, as far as they say anything: its own directory, its working directory,
+/// and what stands in its arguments and environment. In the order in which they are named.
+pub(crate) fn named(facts: &ProgramFacts, wishes: &Wishes<'_>) -> Vec<String> {
+    let home = paths::parent(&facts.file).to_owned();
+    let texts = wishes
+        .argv
+        .iter()
+        .map(String::as_str)
+        .chain(wishes.env.iter().flat_map(|it| it.value.split(':')))
+        .chain([wishes.working_dir, home.as_str()]);
+    let plain = texts.map(|text| {
+        // `--config=/etc/x.conf` names a path too.
+        let path = text
+            .find('/')
+            .map_or("", |at| match text.as_bytes().get(at.wrapping_sub(1)) {
+                None | Some(b'=' | b',' | b':' | b'@') => &text[at..],
+                Some(_) => "",
+            });
+        path.trim_end_matches('/')
+    });
+    plain
+        .filter(|path| !path.is_empty() && !GENERAL.contains(path))
+        .map(str::to_owned)
+        .collect()
+}
+
 /// A part of a tree under selection: closed under parents and under what links lead to.
 struct Part<'a> {
     tree: &'a Tree,
@@ -305,25 +333,8 @@ impl Part<'_> {
         for path in NECESSITIES {
             self.all(path);
         }
-        let home = paths::parent(&facts.file).to_owned();
-        let named = wishes
-            .argv
-            .iter()
-            .map(String::as_str)
-            .chain(wishes.env.iter().flat_map(|it| it.value.split(':')))
-            .chain([wishes.working_dir, home.as_str()]);
-        for text in named {
-            // `--config=/etc/x.conf` names a path too.
-            let path =
-                text.find('/')
-                    .map_or("", |at| match text.as_bytes().get(at.wrapping_sub(1)) {
-                        None | Some(b'=' | b',' | b':' | b'@') => &text[at..],
-                        Some(_) => "",
-                    });
-            let plain = path.trim_end_matches('/');
-            if !plain.is_empty() && !GENERAL.contains(&plain) {
-                self.all(plain);
-            }
+        for path in named(facts, wishes) {
+            self.all(&path);
         }
     }
 

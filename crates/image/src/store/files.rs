@@ -5,6 +5,7 @@
 //! disks/KEY.sqfs     root disks                tmp/          work under way
 //! images/HEX.json    one record an image       names.json    which name is which image
 //! facts/HEX.json     what is known of its programs
+//! unikernels/HEX/    its disks for unikernels
 //! locks/             advisory locks (flock)
 //! ```
 //!
@@ -64,6 +65,7 @@ impl Files {
             "disks",
             "images",
             "facts",
+            "unikernels",
             "tmp",
             "locks",
         ] {
@@ -108,16 +110,24 @@ impl Files {
         self.root.join("facts").join(format!("{}.json", id.hex()))
     }
 
+    pub(crate) fn unikernels(&self, id: &Digest) -> PathBuf {
+        self.root.join("unikernels").join(id.hex())
+    }
+
     pub(crate) fn names(&self) -> PathBuf {
         self.root.join("names.json")
     }
 
     /// What lies in one of the store's directories.
     pub(crate) fn entries(&self, part: &str) -> Result<Vec<PathBuf>, ImageError> {
-        let path = self.root.join(part);
-        let failed = |error| ImageError::io("list", &path, error);
+        self.entries_of(&self.root.join(part))
+    }
+
+    /// What lies in a directory.
+    pub(crate) fn entries_of(&self, path: &Path) -> Result<Vec<PathBuf>, ImageError> {
+        let failed = |error| ImageError::io("list", path, error);
         let mut found = Vec::new();
-        for entry in fs::read_dir(&path).map_err(failed)? {
+        for entry in fs::read_dir(path).map_err(failed)? {
             found.push(entry.map_err(failed)?.path());
         }
         found.sort();
@@ -296,11 +306,7 @@ impl Files {
             }
         };
         let inner = mutex.lock_owned().await;
-        // Lock files are never removed by those who use them, so that a name always means one lock. To have few of them,
-        // keys share 256: two that meet by chance only wait for each other, and nobody holds two of one kind.
-        let kind = key.split(':').next().unwrap_or("key");
-        let hash = Sha256::digest(key);
-        let file = self.lock_file(&format!("{kind}-{:02x}", hash[0]))?;
+        let file = self.lock_file(&lock_name(key))?;
         loop {
             match file.try_lock() {
                 Ok(()) => break,
@@ -314,9 +320,27 @@ impl Files {
         })
     }
 
+    /// As [`Files::keyed`], for those who may block. One key is locked either so or so, never by both.
+    pub(crate) fn keyed_blocking(&self, key: &str) -> Result<Guard, ImageError> {
+        let file = self.lock_file(&lock_name(key))?;
+        file.lock().map_err(|error| self.lock_failed(error))?;
+        Ok(Guard {
+            _file: file,
+            _inner: None,
+        })
+    }
+
     fn lock_failed(&self, error: std::io::Error) -> ImageError {
         ImageError::io("lock", &self.root.join("locks"), error)
     }
+}
+
+/// The lock file of a key. Lock files are never removed by those who use them, so that a name always means one lock. To have
+/// few of them, keys share 256: two that meet by chance only wait for each other, and nobody holds two of one kind.
+fn lock_name(key: &str) -> String {
+    let kind = key.split(':').next().unwrap_or("key");
+    let hash = Sha256::digest(key);
+    format!("{kind}-{:02x}", hash[0])
 }
 
 /// Makes a file durable, then moves it to its place, durably.

@@ -8,9 +8,11 @@ mod files;
 mod programs;
 mod records;
 mod sweep;
+mod unikernel_disk;
 
 pub(crate) use complete::{Added, Arrived, ArrivedConfig, blocking, complete};
 pub(crate) use files::{Files, Guard, publish_path};
+pub use unikernel_disk::UnikernelDisk;
 
 use crate::disk;
 use crate::{Image, ImageError, Limits, ProgressSink, Pruned, PullOptions, Removed, RootDisk};

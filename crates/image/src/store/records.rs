@@ -179,7 +179,9 @@ impl Index {
             config: record.config.clone(),
             created: record.created.clone(),
             size_bytes: counted.iter().map(|layer| layer.size_bytes).sum(),
-            disk_bytes: fs::metadata(files.disk(&record.disk)).map_or(0, |meta| meta.len()),
+            disk_bytes: fs::metadata(files.disk(&record.disk))
+                .map_or(0, |meta| meta.len())
+                .saturating_add(super::unikernel_disk::bytes_of(files, &record.id)),
             layers: record.layers.clone(),
         }
     }

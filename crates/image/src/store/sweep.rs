@@ -2,6 +2,7 @@
 
 use super::files::Files;
 use super::records::{Index, Record};
+use super::unikernel_disk;
 use crate::{ImageError, Pruned, Removed};
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,6 +41,7 @@ pub(super) fn drop_unneeded(
             bytes += unlink(&files.disk(key))?;
         }
     }
+    bytes += unikernel_disk::drop_unneeded(files, &index)?;
     Ok(Some(bytes))
 }
 
@@ -135,5 +137,6 @@ pub(super) fn prune(
             }
         }
     }
+    pruned.bytes += unikernel_disk::drop_unneeded(files, &index)?;
     Ok(pruned)
 }
