@@ -18,11 +18,15 @@ use std::path::{Path, PathBuf};
 use vistara_host::files;
 use vistara_model::{Accelerator, Bytes, VmmKind};
 
-/// Version of the files' form.
-const FORMAT: u32 = 1;
+/// Version of the files' form. 2: with the counter's frequency.
+const FORMAT: u32 = 2;
 const MEMORY: &str = "memory";
 const STATE: &str = "state";
 const ABOUT: &str = "capture.json";
+
+/// By how many parts of a million two measurements of one counter's frequency may differ: a clock that is being corrected
+/// runs wrong by as much (adjtimex(2)), while it is measured by it.
+const COUNTER_PPM: u64 = 500;
 
 /// Memory is looked at, hashed and written in pieces of this size; pieces of zeros are left out.
 const PIECE: usize = 64 << 10;
@@ -42,6 +46,8 @@ pub struct CaptureInfo {
     pub accelerator: Accelerator,
     /// The processor as the guest has seen it, as far as it follows the host's.
     pub cpu: String,
+    /// Frequency of the host's counter as it was measured, in kHz: the guest goes on telling the time by it.
+    pub counter_khz: Option<u32>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Guest memory.
@@ -70,6 +76,13 @@ impl CaptureInfo {
         if self.cpu != other.cpu {
             return differs("processor", &self.cpu, &other.cpu);
         }
+        if !same_counter(self.counter_khz, other.counter_khz) {
+            return differs(
+                "counter's frequency in kHz",
+                &self.counter_khz,
+                &other.counter_khz,
+            );
+        }
         if self.vcpus != other.vcpus {
             return differs("number of CPUs", &self.vcpus, &other.vcpus);
         }
@@ -83,6 +96,16 @@ impl CaptureInfo {
             return differs("network interface", &self.nic, &other.nic);
         }
         None
+    }
+}
+
+/// Whether two measurements can be of one counter.
+fn same_counter(one: Option<u32>, other: Option<u32>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => {
+            u64::from(one.abs_diff(other)) * 1_000_000 <= u64::from(one.max(other)) * COUNTER_PPM
+        }
+        (one, other) => one == other,
     }
 }
 

@@ -7,6 +7,7 @@ fn info(memory: u64) -> CaptureInfo {
         version: "1".to_owned(),
         accelerator: Accelerator::Tcg,
         cpu: String::new(),
+        counter_khz: Some(2_445_425),
         vcpus: 1,
         memory: Bytes(memory),
         disks: vec![true, false],
@@ -101,10 +102,10 @@ fn a_description_of_another_version_or_none_is_refused() {
     sample().write(dir.path()).unwrap();
     let path = dir.path().join(ABOUT);
     let text = fs::read_to_string(&path).unwrap();
-    fs::write(&path, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    fs::write(&path, text.replace("\"format\": 2", "\"format\": 3")).unwrap();
     let foreign = Capture::read(dir.path()).unwrap_err();
     assert!(
-        matches!(foreign, CaptureError::Foreign { found: 2, .. }),
+        matches!(foreign, CaptureError::Foreign { found: 3, .. }),
         "{foreign}"
     );
     fs::write(&path, &text[..text.len() / 2]).unwrap();
@@ -151,4 +152,19 @@ fn a_files_digest_follows_its_content_and_not_its_holes() {
     moved.set_len(4 << 20).unwrap();
     moved.write_all_at(b"content", 2 << 20).unwrap();
     assert_ne!(digest, sparse_digest(&moved).unwrap());
+}
+
+#[test]
+fn two_measurements_of_one_counter_are_one_and_another_counter_is_told() {
+    let one = info(8 << 20);
+    let with = |counter_khz| CaptureInfo {
+        counter_khz,
+        ..one.clone()
+    };
+    // As two nodes measured it, one after the other on one host.
+    assert_eq!(one.difference(&with(Some(2_445_426))), None);
+    assert_eq!(one.difference(&with(Some(2_446_647))), None);
+    for other in [Some(2_446_700), Some(2_000_000), None] {
+        assert!(one.difference(&with(other)).unwrap().contains("counter"));
+    }
 }

@@ -148,6 +148,7 @@ pub(super) fn info(plan: &LaunchPlan) -> CaptureInfo {
         version: "1".to_owned(),
         accelerator: plan.accelerator,
         cpu: String::new(),
+        counter_khz: None,
         vcpus: plan.vcpus,
         memory: plan.memory,
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),

@@ -415,10 +415,11 @@ fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
         version: tools.version.clone(),
         accelerator: plan.accelerator,
         cpu: match plan.accelerator {
-            // Translation shows the same processor everywhere, but the host's counter.
-            Accelerator::Tcg => format!("counter of {} kHz", tools.tsc_khz.unwrap_or(0)),
+            // Translation shows the same processor everywhere.
+            Accelerator::Tcg => String::new(),
             Accelerator::Kvm => facts::cpu_model(),
         },
+        counter_khz: tools.tsc_khz,
         vcpus: plan.vcpus,
         memory: Bytes::mib(plan.memory.to_mib_ceil()),
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),

@@ -184,7 +184,7 @@ pub(crate) async fn prepare(
                         "a fork failed: the template is dropped, and the machine boots"
                     );
                     let _ = std::fs::remove_file(&overlay);
-                    templates.give_up(&template, chain(&error)).await;
+                    templates.give_up(&template, &error).await;
                 }
             }
         }

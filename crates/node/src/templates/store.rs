@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_control::{Held, evict, unused_since};
-use vistara_machine::{Capture, Vmm};
+use vistara_machine::{Capture, Vmm, VmmError};
 use vistara_model::Digest;
 
 /// How long a template that could not be made, or whose forks fail, is not tried again: machines boot meanwhile.
@@ -351,14 +351,17 @@ impl Templates {
         there
     }
 
-    /// Forgets a template whose fork failed, unless another has taken its place; it is not made again for a while.
-    pub(crate) async fn give_up(&self, template: &Arc<Template>, reason: String) {
+    /// Forgets a template whose fork failed, unless another has taken its place. Where it does not suit this host any more
+    /// the next machine makes another; otherwise nobody does for a while.
+    pub(crate) async fn give_up(&self, template: &Arc<Template>, error: &VmmError) {
         let slot = self.slot(template.key());
         let mut held = slot.lock().await;
         let current = (held.template.as_ref()).is_some_and(|held| Arc::ptr_eq(held, template));
         if current {
             self.clear(&mut held, template.key()).await;
-            held.failed = Some((Instant::now(), reason));
+            if !matches!(error, VmmError::Unsupported { .. }) {
+                held.failed = Some((Instant::now(), chain(error)));
+            }
         }
     }
 
