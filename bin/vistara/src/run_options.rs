@@ -102,6 +102,9 @@ pub(crate) struct RunOptions {
     /// Guest kernel, as `vistara kernel ls` names it
     #[arg(long, value_name = "KERNEL")]
     pub(crate) kernel: Option<String>,
+    /// The program may be run a second time without harm: `auto` then tries a unikernel more readily
+    #[arg(long)]
+    pub(crate) retry_safe: bool,
     /// Boot the machine, even where it could be forked from a template
     #[arg(long)]
     pub(crate) no_template: bool,
@@ -216,6 +219,7 @@ impl RunOptions {
             stop_signal: self.stop_signal.clone(),
             kernel: self.kernel.clone(),
             no_template: self.no_template,
+            retry_safe: self.retry_safe,
             labels: self
                 .labels
                 .iter()

@@ -110,6 +110,9 @@ pub struct RunRequest {
     pub kernel: Option<String>,
     /// Boot the machine, even where it could be forked from a template.
     pub no_template: bool,
+    /// The program may be run a second time, from its beginning, without harm: where a unikernel turns out to be the wrong
+    /// choice, it is run again on Linux.
+    pub retry_safe: bool,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
     /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the

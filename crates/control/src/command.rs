@@ -127,6 +127,7 @@ mod tests {
             stop_signal: None,
             kernel: None,
             no_template: false,
+            retry_safe: false,
             labels: Default::default(),
         }
     }

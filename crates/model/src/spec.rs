@@ -276,6 +276,9 @@ pub struct MachineSpec {
     /// Whether it must boot, rather than be forked from a template.
     #[serde(default)]
     pub no_template: bool,
+    /// Whether the program may be run a second time, from its beginning, without harm.
+    #[serde(default)]
+    pub retry_safe: bool,
     /// Free labels.
     pub labels: std::collections::BTreeMap<String, String>,
 }

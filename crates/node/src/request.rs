@@ -118,6 +118,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         stop_signal: request.stop_signal.as_deref().map(parse).transpose()?,
         kernel: request.kernel.clone(),
         no_template: request.no_template,
+        retry_safe: request.retry_safe,
         labels: request.labels.clone(),
     })
 }

@@ -93,7 +93,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// From a validated request and the program that came out of it. `retry_safe`, `exec` and `gpu` are false, since a spec
+    /// From a validated request and the program that came out of it. `exec` and `gpu` are false, since a spec
     /// does not say them yet, and `unikernel_memory_min` is not given: set them afterwards where they are known.
     pub fn of(spec: &MachineSpec, program: &Program) -> Request {
         Request {
@@ -108,7 +108,7 @@ impl Request {
             linux_kernel: spec.kernel.clone(),
             memory: spec.memory,
             unikernel_memory_min: None,
-            retry_safe: false,
+            retry_safe: spec.retry_safe,
         }
     }
 }

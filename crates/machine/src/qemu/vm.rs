@@ -347,8 +347,9 @@ impl Inner {
     }
 }
 
-/// The code with which Nanos ends through `isa-debug-exit` when its kernel has failed.
-const KERNEL_FAILED: i32 = 126;
+/// Codes with which Nanos ends through `isa-debug-exit` when its kernel has failed: in its debugger, by a fault, at something
+/// that cannot be.
+const KERNEL_FAILED: std::ops::RangeInclusive<i32> = 125..=127;
 
 /// The end of a unikernel that ended QEMU itself, by its debugging device: with an odd status, twice its code and one.
 fn unikernel_end(status: i32) -> Option<VmEnd> {
@@ -356,7 +357,7 @@ fn unikernel_end(status: i32) -> Option<VmEnd> {
         return None;
     }
     Some(match status >> 1 {
-        KERNEL_FAILED => VmEnd::GuestPanic {
+        code if KERNEL_FAILED.contains(&code) => VmEnd::GuestPanic {
             message: "the unikernel's kernel failed".to_owned(),
         },
         _ => VmEnd::GuestOff,

@@ -47,7 +47,7 @@ impl Default for Limits {
 }
 
 /// How many bytes of each stream were ever recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Offsets {
     pub(crate) stdout: u64,
     pub(crate) stderr: u64,

@@ -4,18 +4,20 @@ use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
+use super::unikernel::{UnikernelSession, after, unseen_end};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
-use crate::logbook::LogBook;
+use crate::logbook::{LogBook, Stream};
 use crate::node::{Fate, Node};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use vistara_control::{Effect, Event, Lifecycle, VmGone};
 use vistara_machine::{Vm, VmEnd};
-use vistara_model::{MachineState, Signal};
+use vistara_model::{MachineState, Payload, Signal};
 
 /// How many news may wait for the machine's task.
 const NEWS_MAX: usize = 64;
@@ -155,14 +157,7 @@ impl Actor {
             Origin::Request { at: zero, attach } => {
                 self.zero = Some(zero);
                 self.attach = attach;
-                let (node, record, dir) = (
-                    Arc::clone(&self.node),
-                    self.record.clone(),
-                    self.dir.clone(),
-                );
-                self.prepared = Some(tokio::spawn(async move {
-                    prepare(&node, &record, &dir, zero).await
-                }));
+                self.prepare(zero);
             }
             Origin::Earlier => self.find_out().await,
             Origin::Ended => {}
@@ -192,6 +187,14 @@ impl Actor {
                 }
                 Ok(Fate::Over(event)) => {
                     self.trouble = None;
+                    if self.record.backend.payload == Payload::Nanos {
+                        // Its own end may be on its disk, though nobody saw it.
+                        let dir = self.dir.clone();
+                        let found = tokio::task::spawn_blocking(move || unseen_end(&dir)).await;
+                        if let Ok(Some(exited)) = found {
+                            self.on(exited).await;
+                        }
+                    }
                     return self.on(event).await;
                 }
                 Err(message) => {
@@ -233,16 +236,35 @@ impl Actor {
         self.record.vm = Some(vm.record().clone());
         let waited = Arc::clone(&vm);
         self.waiter = Some(tokio::spawn(async move { waited.wait().await }));
-        let session = Session {
-            record: Arc::new(self.record.clone()),
-            vm: Arc::clone(&vm),
-            log: Arc::clone(&self.log),
-            shared: Arc::clone(&self.shared),
-            news: self.news.0.clone(),
-            boot_bound: self.node.boot_bound(),
-            zero: self.zero,
-        };
-        self.session = Some(tokio::spawn(session.run()));
+        let record = Arc::new(self.record.clone());
+        let (log, shared) = (Arc::clone(&self.log), Arc::clone(&self.shared));
+        let (news, zero) = (self.news.0.clone(), self.zero);
+        self.session = Some(match self.record.backend.payload {
+            Payload::Linux => tokio::spawn(
+                Session {
+                    record,
+                    vm: Arc::clone(&vm),
+                    log,
+                    shared,
+                    news,
+                    boot_bound: self.node.boot_bound(),
+                    zero,
+                }
+                .run(),
+            ),
+            Payload::Nanos => tokio::spawn(
+                UnikernelSession {
+                    record,
+                    dir: self.dir.clone(),
+                    vm: Arc::clone(&vm),
+                    log,
+                    shared,
+                    news,
+                    zero,
+                }
+                .run(),
+            ),
+        });
         self.shared.vm.send_replace(Some(Arc::clone(&vm)));
         self.vm = Some(vm);
     }
@@ -317,6 +339,9 @@ impl Actor {
         self.record.state = self.life.state();
         self.record.end = self.life.end().cloned();
         self.unsaved = true;
+        if self.record.state == MachineState::Ended && self.run_again().await {
+            return self.publish().await;
+        }
         if started && self.record.started_ns.is_none() {
             self.record.started_ns = Some(now_ns());
             self.arm_time_limit();
@@ -331,6 +356,57 @@ impl Actor {
         for effect in effects {
             self.carry_out(effect);
         }
+    }
+
+    /// Begins anew on Linux where a unikernel was the wrong choice and the program may be run twice.
+    async fn run_again(&mut self) -> bool {
+        if self.record.backend.payload != Payload::Nanos {
+            return false;
+        }
+        let console = self.shared.last_words();
+        let Some(again) = after(&self.node, &self.record, &console).await else {
+            return false;
+        };
+        tracing::info!(machine = %self.record.id, reason = again.reason, "a program is run again");
+        let notice = format!("vistara: {}\n", again.reason);
+        let (log, at) = (Arc::clone(&self.log), self.log.offsets().stderr);
+        let told = tokio::task::spawn_blocking(move || {
+            log.append(Stream::Stderr, at, now_ns(), notice.as_bytes())
+        });
+        if !matches!(told.await, Ok(Ok(()))) {
+            // It stands with the choice's reasons as well.
+            tracing::warn!(machine = %self.record.id, "the notice of a second run could not be recorded");
+        }
+        self.clear_away();
+        self.life = Lifecycle::default();
+        let record = &mut self.record;
+        record.generation.0 += 1;
+        record.retried = true;
+        record.log_base = self.log.offsets();
+        record.hypervisor = again.choice.hypervisor;
+        record.backend = again.choice.backend;
+        record.reasons = again.choice.reasons;
+        record.reasons.push(again.reason);
+        record.state = self.life.state();
+        record.end = None;
+        record.started_ns = None;
+        record.vm = None;
+        self.shared.started.store(false, Ordering::Relaxed);
+        self.limit = None;
+        self.prepare(self.zero.unwrap_or_else(Instant::now));
+        true
+    }
+
+    /// Starts the task that makes the machine ready.
+    fn prepare(&mut self, zero: Instant) {
+        let (node, record, dir) = (
+            Arc::clone(&self.node),
+            self.record.clone(),
+            self.dir.clone(),
+        );
+        self.prepared = Some(tokio::spawn(async move {
+            prepare(&node, &record, &dir, zero).await
+        }));
     }
 
     fn arm_time_limit(&mut self) {
@@ -354,6 +430,9 @@ impl Actor {
     /// Sends the program a signal, as soon as there is a session to send it through: after a restart of the node it comes
     /// a moment later.
     fn signal(&self, signal: Signal) {
+        if self.record.backend.payload == Payload::Nanos {
+            return self.press_power_button(signal);
+        }
         let mut sessions = self.shared.agent.subscribe();
         let id = self.record.id.clone();
         tokio::spawn(async move {
@@ -367,6 +446,20 @@ impl Actor {
                 .await
             {
                 tracing::info!(machine = %id, %error, "a program could not be signalled");
+            }
+        });
+    }
+
+    /// A unikernel hears nothing but its power button, which its program has as SIGTERM.
+    fn press_power_button(&self, signal: Signal) {
+        let Some(vm) = self.vm.clone() else { return };
+        let id = self.record.id.clone();
+        tokio::spawn(async move {
+            if signal != Signal::TERM {
+                tracing::info!(machine = %id, %signal, "a unikernel gets SIGTERM whatever signal was asked for");
+            }
+            if let Err(error) = vm.press_power_button().await {
+                tracing::info!(machine = %id, error = chain(&error), "a unikernel could not be asked to end");
             }
         });
     }

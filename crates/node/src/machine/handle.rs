@@ -4,13 +4,13 @@ use super::Record;
 use crate::fault::{Answer, Fault};
 use crate::logbook::LogBook;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, watch};
 use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
 use vistara_machine::Vm;
-use vistara_model::{MachineId, MachineState, Signal};
+use vistara_model::{MachineId, MachineState, Payload, Signal};
 
 /// What is asked of a machine.
 #[derive(Debug)]
@@ -61,9 +61,14 @@ pub(crate) struct Shared {
     stdin: Mutex<Option<Input>>,
     /// Counts the sessions that offered an input: one of an older session writes to nobody.
     inputs: AtomicU32,
+    /// The end of what a unikernel and its program have printed.
+    last_words: std::sync::Mutex<Vec<u8>>,
     /// Numbers for executed processes; 0 is the program's own.
     pub(crate) next_process: AtomicU32,
 }
+
+/// Bytes of a unikernel's last words: the conclusions from its end need a few lines.
+const LAST_WORDS: usize = 8 << 10;
 
 /// The program's input, held by one client.
 pub(crate) struct HeldInput {
@@ -72,6 +77,26 @@ pub(crate) struct HeldInput {
 }
 
 impl Shared {
+    /// Remembers the end of what a unikernel printed.
+    pub(super) fn hear(&self, bytes: &[u8]) {
+        let mut words = self
+            .last_words
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        words.extend_from_slice(bytes);
+        let excess = words.len().saturating_sub(LAST_WORDS);
+        words.drain(..excess);
+    }
+
+    /// The end of what a unikernel printed, at most some KiB.
+    pub(super) fn last_words(&self) -> String {
+        let words = self
+            .last_words
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&words).into_owned()
+    }
+
     /// A new session's input.
     pub(super) async fn offer_input(&self, input: Input) {
         let mut stdin = self.stdin.lock().await;
@@ -149,7 +174,14 @@ impl Handle {
     pub(crate) async fn agent(&self) -> Answer<Agent> {
         /// How long a lost session may take to come back before a request gives up.
         const BOUND: Duration = Duration::from_secs(10);
-        let name = self.record().name.clone();
+        let record = self.record();
+        let name = record.name.clone();
+        if record.backend.payload == Payload::Nanos {
+            return Err(Fault::conflict(format!(
+                "machine {name} is a unikernel: one program and nothing else, so that no command, shell or file transfer can reach into it"
+            ))
+            .hint("run the image with --hypervisor firecracker (or qemu) for a machine that can"));
+        }
         match self.state() {
             MachineState::Running | MachineState::Stopping => {}
             MachineState::Preparing | MachineState::Booting => {

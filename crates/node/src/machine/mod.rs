@@ -13,6 +13,7 @@ mod names;
 mod prepare;
 mod record;
 mod session;
+mod unikernel;
 
 pub(crate) use actor::{Actor, Origin, STOP_GRACE};
 pub(crate) use handle::{Command, Handle, HeldInput, Snapshot};
@@ -20,3 +21,4 @@ pub(crate) use names::made_up_name;
 pub(crate) use prepare::{MONITOR_PIDS, OVERHEAD, UID_BASE};
 pub(crate) use record::{Loaded, Record, Step, load, machine_dirs, make_dir, now_ns};
 pub(crate) use session::exit_status;
+pub(crate) use unikernel::KERNEL_LOG;

@@ -2,6 +2,7 @@
 
 use super::Record;
 use super::record::Step;
+use super::unikernel;
 use crate::fault::{Fault, chain};
 use crate::node::Node;
 use crate::templates::{Blueprint, Shape, Template};
@@ -13,10 +14,8 @@ use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
 use vistara_host::files::clone_sparse_file;
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
-use vistara_machine::{
-    Disk, Fence, GuestShare, LaunchPlan, LinuxBoot, Nic, Start, Vm, Vmm, VmmError,
-};
-use vistara_model::{Bytes, MachineId, Network};
+use vistara_machine::{Disk, Fence, GuestShare, LaunchPlan, Nic, Start, Vm, Vmm, VmmError};
+use vistara_model::{Bytes, MachineId, Network, Payload};
 
 /// What a monitor may use beside its guest's memory, with room to spare over what backends are known to need
 /// (`vistara_machine::qemu::OVERHEAD_MAX`).
@@ -30,10 +29,10 @@ pub(crate) const UID_BASE: u32 = 1_879_048_192;
 const ENTROPY_BYTES: usize = 64;
 
 /// Addresses of user-mode networking: every machine has its own private copy of this network.
-const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-const PREFIX: u8 = 24;
+pub(super) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+pub(super) const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+pub(super) const PREFIX: u8 = 24;
 
 /// Name of a machine's writable disk in its directory.
 pub(super) const OVERLAY: &str = "overlay.img";
@@ -93,14 +92,14 @@ pub(crate) struct Launched {
 }
 
 /// A failure's words for the user.
-fn told(fault: Fault) -> String {
+pub(super) fn told(fault: Fault) -> String {
     match fault.0.hint {
         Some(hint) => format!("{}; {hint}", fault.0.message),
         None => fault.0.message,
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(work)
@@ -124,33 +123,42 @@ pub(crate) async fn prepare(
         .find(record.image_id.as_ref())
         .map_err(|error| told(error.into()))?
         .ok_or_else(|| format!("image {} is gone", record.spec.image.familiar()))?;
-    let root = mechanisms
-        .images
-        .root_disk(&image, &ProgressSink::none())
-        .await
-        .map_err(|error| told(error.into()))?;
-    watch.note("root disk", begin);
     let vmm = mechanisms.vmm(record.backend.vmm).ok_or_else(|| {
         format!(
             "{} is not on this node any more; see `vistara doctor`",
             record.backend.vmm
         )
     })?;
+    if record.backend.payload == Payload::Nanos {
+        let vm = unikernel::launch(node, record, dir, image, vmm.as_ref(), &mut watch).await?;
+        return Ok(Launched {
+            vm,
+            steps: watch.into_steps(),
+            template: None,
+        });
+    }
+    let root = mechanisms
+        .images
+        .root_disk(&image, &ProgressSink::none())
+        .await
+        .map_err(|error| told(error.into()))?;
+    watch.note("root disk", begin);
     let boot = {
         let (mechanisms, kernel) = (mechanisms.clone(), record.kernel.clone());
         blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
     let overlay = dir.join(OVERLAY);
-    let mut plan = plan(
-        record,
-        dir,
-        root.path.clone(),
-        overlay.clone(),
-        boot.clone(),
-    );
-    plan.fence.uid_gid = mechanisms
-        .is_root
-        .then_some((UID_BASE + record.slot, UID_BASE + record.slot));
+    let disks = vec![
+        Disk {
+            path: root.path.clone(),
+            read_only: true,
+        },
+        Disk {
+            path: overlay.clone(),
+            read_only: false,
+        },
+    ];
+    let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
 
     // Shared directories cannot be captured; a template's machine has none.
     if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
@@ -233,12 +241,12 @@ async fn fork(
     Ok(vm)
 }
 
-fn plan(
+pub(super) fn plan(
+    node: &Node,
     record: &Record,
     dir: &Path,
-    root: std::path::PathBuf,
-    overlay: std::path::PathBuf,
-    boot: LinuxBoot,
+    start: Start,
+    disks: Vec<Disk>,
 ) -> LaunchPlan {
     let spec = &record.spec;
     LaunchPlan {
@@ -247,18 +255,9 @@ fn plan(
         accelerator: record.backend.accelerator,
         vcpus: spec.cpus.vcpus(),
         memory: spec.memory,
-        start: Start::Linux(boot),
+        start,
         capturable: false,
-        disks: vec![
-            Disk {
-                path: root,
-                read_only: true,
-            },
-            Disk {
-                path: overlay,
-                read_only: false,
-            },
-        ],
+        disks,
         nic: match spec.network {
             Network::User => Some(Nic {
                 ports: spec.ports.clone(),
@@ -274,7 +273,8 @@ fn plan(
             })
             .collect(),
         fence: Fence {
-            uid_gid: None,
+            uid_gid: (node.mechanisms().is_root)
+                .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),
             memory_max: Bytes(spec.memory.0.saturating_add(OVERHEAD.0)),
             pids_max: MONITOR_PIDS + spec.cpus.vcpus(),
             // Whole CPUs are bounded by the number of virtual ones already.

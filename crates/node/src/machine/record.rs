@@ -3,6 +3,7 @@
 //! It is not forced to the disk: after a power cut no machine is left to describe. One that was cut short then is reported
 //! and left where it is, with the log beside it.
 
+use crate::logbook::Offsets as LogOffsets;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -55,6 +56,12 @@ pub(crate) struct Record {
     pub(crate) started_ns: Option<u64>,
     pub(crate) ended_ns: Option<u64>,
     pub(crate) vm: Option<VmRecord>,
+    /// Whether this is the second run of its program, on Linux, after one as a unikernel.
+    #[serde(default)]
+    pub(crate) retried: bool,
+    /// Where this run's output begins in the log.
+    #[serde(default)]
+    pub(crate) log_base: LogOffsets,
     /// The template it was forked from, if it did not boot.
     #[serde(default)]
     pub(crate) template: Option<String>,

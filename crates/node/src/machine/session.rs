@@ -170,9 +170,11 @@ impl Session {
             .any(|state| state.id == ProcessId::MAIN);
         let process = if known {
             let held = self.log.offsets();
+            // The log may begin with what an earlier run printed.
+            let base = self.record.log_base;
             let from = Offsets {
-                stdout: held.stdout,
-                stderr: held.stderr,
+                stdout: held.stdout.saturating_sub(base.stdout),
+                stderr: held.stderr.saturating_sub(base.stderr),
             };
             match agent.resume(ProcessId::MAIN, from).await {
                 Ok(process) => process,
@@ -283,11 +285,16 @@ impl Session {
             OutputStream::Stderr => Stream::Stderr,
         };
         let time = now_ns();
+        let base = match stream {
+            Stream::Stdout => self.record.log_base.stdout,
+            Stream::Stderr => self.record.log_base.stderr,
+        };
         let end = chunk.offset.saturating_add(chunk.bytes.len() as u64);
         let bytes = bytes::Bytes::from(chunk.bytes);
         let mut troubled = false;
         loop {
-            let (log, bytes, offset) = (Arc::clone(&self.log), bytes.clone(), chunk.offset);
+            let offset = chunk.offset.saturating_add(base);
+            let (log, bytes) = (Arc::clone(&self.log), bytes.clone());
             let done =
                 tokio::task::spawn_blocking(move || log.append(stream, offset, time, &bytes)).await;
             match done {

@@ -23,7 +23,7 @@ use vistara_control::{
 };
 use vistara_image::{Image, ImageStore};
 use vistara_machine::boot::overlay::OverlayTemplates;
-use vistara_machine::boot::{KernelStore, LinuxPayload, UpperLayer};
+use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer};
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
@@ -42,6 +42,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 pub(crate) struct Mechanisms {
     pub(crate) images: ImageStore,
     pub(crate) kernels: KernelStore,
+    pub(crate) nanos: NanosKernels,
     pub(crate) overlays: OverlayTemplates,
     payload: LinuxPayload,
     vmms: Arc<Mutex<HashMap<VmmKind, Arc<dyn Vmm>>>>,
@@ -129,6 +130,7 @@ impl Node {
             "machines",
             "images",
             "kernels",
+            "nanos",
             "overlays",
             "initramfs",
             "templates",
@@ -140,6 +142,7 @@ impl Node {
             images: ImageStore::open(&state.join("images"), vistara_image::Limits::default())
                 .map_err(NodeError::Images)?,
             kernels: KernelStore::open(&state.join("kernels")).map_err(NodeError::Kernels)?,
+            nanos: NanosKernels::open(&state.join("nanos")).map_err(NodeError::Kernels)?,
             overlays: OverlayTemplates::open(&state.join("overlays"))
                 .map_err(NodeError::Kernels)?,
             payload: LinuxPayload::open(&state.join("initramfs")).map_err(NodeError::Kernels)?,
@@ -324,6 +327,8 @@ impl Node {
             started_ns: None,
             ended_ns: None,
             vm: None,
+            retried: false,
+            log_base: crate::logbook::Offsets::default(),
             template: None,
             timings: Vec::new(),
         };

@@ -3,9 +3,9 @@
 use super::App;
 use super::images::sse;
 use super::system::blocking;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, chain};
 use crate::logbook::{Entry, Start, Stream as Output};
-use crate::machine::{Command, Handle, STOP_GRACE};
+use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
 use crate::view;
 use axum::Json;
 use axum::body::Body;
@@ -25,8 +25,9 @@ use vistara_api::{
     ErrorBody, Explanation, KillRequest, LogEvent, Machine, MachineDetail, PathStat, RunRequest,
     Stats, StopRequest, WaitAnswer,
 };
-use vistara_guest_client::{ProcessId, UnpackOptions};
-use vistara_model::{MachineState, Signal};
+use vistara_guest_client::{GuestStats, ProcessId, UnpackOptions};
+use vistara_machine::VmUsage;
+use vistara_model::{MachineState, Payload, Signal};
 
 /// Time between two samples of a stream of statistics.
 const STATS_EVERY: Duration = Duration::from_secs(1);
@@ -186,6 +187,19 @@ pub(super) async fn kill(
             handle.send(Command::Kill).await;
             Ok(Json(view::machine(&handle.wait_end().await)))
         }
+        // All that a unikernel can be told, by its power button.
+        Some(Signal::TERM) if handle.record().backend.payload == Payload::Nanos => {
+            let vm = handle.shared.vm.borrow().clone();
+            let pressed = match vm {
+                Some(vm) => vm.press_power_button().await.map_err(|error| chain(&error)),
+                None => Err("it is not running".to_owned()),
+            };
+            let name = &handle.record().name;
+            pressed.map_err(|message| {
+                Fault::conflict(format!("machine {name} could not be told: {message}"))
+            })?;
+            Ok(Json(view::machine(&handle.snapshot())))
+        }
         Some(signal) => {
             let agent = handle.agent().await?;
             agent.signal(ProcessId::MAIN, i32::from(signal.0)).await?;
@@ -309,6 +323,12 @@ pub(super) async fn console(
     let handle = app.node.find(&machine)?;
     let vm = handle.shared.vm.borrow().clone();
     let text = match vm {
+        _ if handle.record().backend.payload == Payload::Nanos => {
+            let path = handle.dir.join(KERNEL_LOG);
+            // There is none before the kernel has said something.
+            let text = blocking(move || std::fs::read(path).unwrap_or_default()).await?;
+            text[text.len().saturating_sub(CONSOLE_BYTES_MAX)..].to_vec()
+        }
         Some(vm) => vm.console(CONSOLE_BYTES_MAX).await,
         None => {
             let (dir, kind) = (handle.dir.clone(), handle.record().backend.vmm);
@@ -360,10 +380,28 @@ pub(super) async fn stats(
 
 type Sample = (Stats, Instant);
 
+/// What a machine uses: by its guest's word, or, where nobody in the guest can say, by what its monitor takes on the host.
+async fn guest_stats(handle: &Handle, usage: &VmUsage) -> Answer<GuestStats> {
+    let record = handle.record();
+    if record.backend.payload == Payload::Linux {
+        return Ok(handle.agent().await?.stats().await?);
+    }
+    if handle.state() == MachineState::Ended {
+        return Err(Fault::conflict(format!(
+            "machine {} is not running",
+            record.name
+        )));
+    }
+    Ok(GuestStats {
+        memory_total: record.spec.memory.0,
+        memory_available: record.spec.memory.0.saturating_sub(usage.resident_bytes),
+        cpu_busy_us: u64::try_from(usage.cpu_time.as_micros()).unwrap_or(u64::MAX),
+        processes: 1,
+        ..GuestStats::default()
+    })
+}
+
 async fn sample(handle: &Handle, before: Option<&Sample>) -> Answer<Sample> {
-    let agent = handle.agent().await?;
-    let guest = agent.stats().await?;
-    let now = Instant::now();
     let usage = handle
         .shared
         .vm
@@ -371,6 +409,8 @@ async fn sample(handle: &Handle, before: Option<&Sample>) -> Answer<Sample> {
         .as_ref()
         .map(|vm| vm.usage())
         .unwrap_or_default();
+    let guest = guest_stats(handle, &usage).await?;
+    let now = Instant::now();
     let cpu_ms = guest.cpu_busy_us / 1000;
     let cpu_percent = before.map(|(last, at)| {
         let passed = now.duration_since(*at).as_secs_f64().max(0.001);

@@ -1,0 +1,89 @@
+//! After a unikernel: what its end teaches about its program, and whether it is run again on Linux.
+
+use super::super::Record;
+use crate::fault::chain;
+use crate::node::Node;
+use vistara_control::{AfterUnikernel, Choice, Ended, Request, after_unikernel, choose};
+use vistara_image::Asked;
+use vistara_model::{Correction, ImageFacts, Payload};
+
+/// A second run.
+pub(crate) struct Again {
+    /// For the user, as a sentence.
+    pub(crate) reason: String,
+    pub(crate) choice: Choice,
+}
+
+/// Draws the conclusions from the end of a machine: corrects the image's facts where they were wrong, and gives the second
+/// run, if there is to be one. `console` is the end of what the kernel and the program printed.
+pub(crate) async fn after(node: &Node, record: &Record, console: &str) -> Option<Again> {
+    let ended = Ended {
+        asked: record.spec.hypervisor,
+        payload: record.backend.payload,
+        end: record.end.as_ref()?,
+        console,
+        retry_safe: record.spec.retry_safe,
+        retried: record.retried,
+    };
+    let (reason, correction) = match after_unikernel(&ended) {
+        AfterUnikernel::Stands => return None,
+        AfterUnikernel::Learned { correction } => (None, correction),
+        AfterUnikernel::RetryOnLinux { reason, correction } => (Some(reason), correction),
+    };
+    let facts = match correct(node, record, correction).await {
+        Ok(facts) => Some(facts),
+        Err(message) => {
+            tracing::warn!(machine = %record.id, message, "what was learned of a program could not be kept");
+            None
+        }
+    };
+    let request = Request::of(
+        &record.spec,
+        &vistara_control::Program {
+            argv: record.argv.clone(),
+            env: record.env.clone(),
+            user: record.user.clone(),
+            working_dir: record.working_dir.clone(),
+            stop_signal: record.stop_signal,
+        },
+    );
+    match choose(&request, facts.as_ref(), &node.facts()) {
+        Ok(choice) if choice.backend.payload == Payload::Linux => Some(Again {
+            reason: reason?,
+            choice,
+        }),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!(machine = %record.id, error = chain(&error), "a program cannot be run again on Linux");
+            None
+        }
+    }
+}
+
+/// Keeps what was seen with the image, and gives its facts as they are now.
+async fn correct(
+    node: &Node,
+    record: &Record,
+    correction: Correction,
+) -> Result<ImageFacts, String> {
+    let images = node.mechanisms().images;
+    let record = record.clone();
+    let work = move || {
+        let image = images
+            .find(record.image_id.as_ref())
+            .map_err(|error| chain(&error))?
+            .ok_or("the image is gone")?;
+        let asked = Asked::new(&record.argv, &record.env, &record.working_dir);
+        let known = images.program_facts(&image, &asked);
+        let known = known.map_err(|error| chain(&error))?;
+        images
+            .correct(&record.image_id, &known.program.file, &correction)
+            .map_err(|error| chain(&error))?;
+        images
+            .program_facts(&image, &asked)
+            .map_err(|error| chain(&error))
+    };
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| error.to_string())?
+}

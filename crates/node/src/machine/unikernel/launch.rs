@@ -1,0 +1,83 @@
+//! From a record to a running unikernel.
+
+use super::super::Record;
+use super::super::prepare::{OVERLAY, Stopwatch, blocking, plan};
+use super::disk;
+use crate::fault::{Fault, chain};
+use crate::node::Node;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+use vistara_image::{Asked, Image, Wishes};
+use vistara_machine::{Disk, NanosBoot, Start, Vm, Vmm};
+use vistara_model::{ProgramFacts, ProgramKind};
+
+/// Makes its disk and launches it. The message of a failure is for the user.
+pub(crate) async fn launch(
+    node: &Node,
+    record: &Record,
+    dir: &Path,
+    image: Image,
+    vmm: &dyn Vmm,
+    watch: &mut Stopwatch,
+) -> Result<Arc<dyn Vm>, String> {
+    let mechanisms = node.mechanisms();
+    let begin = Instant::now();
+    let path = dir.join(OVERLAY);
+    let kernel = {
+        let (record, path) = (record.clone(), path.clone());
+        blocking(move || {
+            let kernel = mechanisms.nanos.default_kernel()?.ok_or_else(|| {
+                Fault::user("there is no Nanos kernel on this node any more")
+                    .hint("vistara kernel add nanos FILE")
+            })?;
+            let asked = Asked::new(&record.argv, &record.env, &record.working_dir);
+            let facts = mechanisms.images.program_facts(&image, &asked)?.program;
+            let program = program(&facts)?;
+            let wishes = Wishes {
+                argv: &record.argv,
+                env: &record.env,
+                working_dir: &record.working_dir,
+            };
+            let base = mechanisms.images.unikernel_disk(&image, &facts, &wishes)?;
+            disk::write(&record, program, &base.path, &path)
+                .map_err(|message| Fault::new(vistara_api::ErrorKind::Host, message))?;
+            Ok(kernel)
+        })
+        .await
+        .map_err(|message| {
+            // Half a disk is nobody's; the machine's directory goes with the machine.
+            let _ = std::fs::remove_file(dir.join(OVERLAY));
+            message
+        })?
+    };
+    watch.note("unikernel disk", begin);
+    let begin = Instant::now();
+    let start = Start::Nanos(NanosBoot {
+        kernel: kernel.path,
+    });
+    let disks = vec![Disk {
+        path,
+        read_only: false,
+    }];
+    let mut plan = plan(node, record, dir, start, disks);
+    plan.shares.clear();
+    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
+    watch.note("launch", begin);
+    Ok(Arc::from(vm))
+}
+
+/// The program's path on the disk.
+fn program(facts: &ProgramFacts) -> Result<&str, Fault> {
+    match &facts.kind {
+        ProgramKind::Elf => Ok(&facts.path),
+        // The choice refuses these before; the image may have been replaced since.
+        ProgramKind::Script { .. } | ProgramKind::Missing | ProgramKind::Other { .. } => {
+            Err(Fault::user(format!(
+                "{} is not a program that a unikernel can run",
+                facts.path
+            ))
+            .hint("leave --hypervisor out to run it in a Linux guest"))
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! Following a unikernel: its output into the log book, its kernel's words beside it, and its end.
+
+use super::super::handle::Shared;
+use super::super::prepare::{OVERLAY, Stopwatch};
+use super::super::record::now_ns;
+use super::super::session::News;
+use super::super::{Record, Step};
+use super::sort::{Sorted, Sorter, signal};
+use crate::fault::chain;
+use crate::logbook::{LogBook, Stream};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt;
+use tokio::sync::mpsc;
+use vistara_control::{Event, VmGone};
+use vistara_machine::{OutputStream, Vm, VmEnd};
+use vistara_model::ExitStatus;
+
+/// Name of the kernel's words in a machine's directory.
+pub(crate) const KERNEL_LOG: &str = "kernel.log";
+/// Most bytes of it: what comes later is dropped, but for the last words, which are told.
+const KERNEL_LOG_MAX: u64 = 256 << 10;
+/// Bytes of the kernel's last words that are kept at hand and told when it fails.
+const LAST_WORDS: usize = 4 << 10;
+/// Size of one read.
+const READ: usize = 64 << 10;
+/// How long a beginning that might become a kernel's line waits for the rest.
+const FLUSH_AFTER: Duration = Duration::from_millis(50);
+/// Pause before output that the disk had no room for is written again.
+const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
+
+/// Everything that following takes.
+pub(crate) struct UnikernelSession {
+    pub(crate) record: Arc<Record>,
+    pub(crate) dir: PathBuf,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) log: Arc<LogBook>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) news: mpsc::Sender<News>,
+    /// When the request arrived, for a machine that this node launched itself.
+    pub(crate) zero: Option<Instant>,
+}
+
+/// The kernel's words: the first of them in a file, the last of them at hand.
+struct KernelLog {
+    file: Option<File>,
+    last: Vec<u8>,
+}
+
+impl KernelLog {
+    fn open(dir: &Path) -> KernelLog {
+        let file = File::options()
+            .append(true)
+            .create(true)
+            .open(dir.join(KERNEL_LOG));
+        if let Err(error) = &file {
+            tracing::warn!(path = %dir.display(), %error, "a unikernel's own messages cannot be kept");
+        }
+        KernelLog {
+            file: file.ok(),
+            last: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        let room = self
+            .file
+            .as_ref()
+            .and_then(|file| file.metadata().ok())
+            .is_some_and(|data| data.len() < KERNEL_LOG_MAX);
+        if let (true, Some(file)) = (room, &mut self.file) {
+            // They are told only to whoever asks for the console; a full disk is told by the program's output.
+            let _ = file.write_all(bytes);
+        }
+        self.last.extend_from_slice(bytes);
+        let excess = self.last.len().saturating_sub(LAST_WORDS);
+        self.last.drain(..excess);
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.last).into_owned()
+    }
+}
+
+/// What the record on the disk in `dir` says of the program's end; nothing where it says nothing, as after an exit with 0.
+/// Blocks on a file.
+fn recorded_exit(dir: &Path) -> Option<i32> {
+    let mut disk = File::open(dir.join(OVERLAY)).ok()?;
+    match vistara_nanos::klog::read(&mut disk) {
+        Ok(record) => record.map(|record| record.exit_code),
+        Err(error) => {
+            tracing::warn!(path = %dir.display(), error = chain(&error), "a unikernel's record cannot be read");
+            None
+        }
+    }
+}
+
+/// The end of a program that ended while no node saw it, as far as the files in `dir` tell. Blocks on files.
+pub(crate) fn unseen_end(dir: &Path) -> Option<Event> {
+    let code = recorded_exit(dir)?;
+    let words = std::fs::read(dir.join(KERNEL_LOG)).unwrap_or_default();
+    let last = &words[words.len().saturating_sub(LAST_WORDS)..];
+    outcome(VmEnd::Killed, Some(code), &String::from_utf8_lossy(last))
+}
+
+impl UnikernelSession {
+    /// Follows the machine until it is gone and all it printed is recorded.
+    pub(crate) async fn run(self) {
+        let output = match self.vm.open_output() {
+            Ok(output) => output,
+            Err(error) => {
+                let message = format!("its output cannot be read: {}", chain(&error));
+                return self.tell(Event::ConfigureFailed(message)).await;
+            }
+        };
+        // The kernel says nothing of the moment; it takes about a tenth of a second.
+        self.shared.started.store(true, Ordering::Relaxed);
+        self.tell(Event::ProgramStarted).await;
+        let mut kernel = KernelLog::open(&self.dir);
+        self.follow(output, &mut kernel).await;
+        let end = self.vm.wait().await;
+        let dir = self.dir.clone();
+        let recorded = tokio::task::spawn_blocking(move || recorded_exit(&dir)).await;
+        let words = kernel.text();
+        if let Some(event) = outcome(end, recorded.ok().flatten(), &words) {
+            self.tell(event).await;
+        }
+    }
+
+    async fn tell(&self, event: Event) {
+        // The machine's task outlives its session.
+        let _ = self.news.send(News::Event(event)).await;
+    }
+
+    async fn follow(&self, mut output: OutputStream, kernel: &mut KernelLog) {
+        let mut sorter = Sorter::default();
+        let mut first = self.zero;
+        let mut buffer = vec![0; READ];
+        loop {
+            self.log.wait_for_readers().await;
+            let read = output.read(&mut buffer);
+            let got = match sorter.holds() {
+                true => tokio::time::timeout(FLUSH_AFTER, read).await,
+                false => Ok(read.await),
+            };
+            let (sorted, over) = match got {
+                Err(_) => (sorter.flush(), false),
+                Ok(Ok(0)) => (sorter.flush(), true),
+                Ok(Ok(count)) => {
+                    self.shared.hear(&buffer[..count]);
+                    (sorter.push(&buffer[..count]), false)
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(machine = %self.record.id, %error, "a unikernel's output broke off");
+                    (sorter.flush(), true)
+                }
+            };
+            let Sorted {
+                program,
+                kernel: words,
+            } = sorted;
+            if !words.is_empty() {
+                kernel.push(&words);
+            }
+            if !program.is_empty() {
+                self.store(program).await;
+                if let Some(zero) = first.take() {
+                    let mut watch = Stopwatch::new(zero);
+                    watch.note("first output", Instant::now());
+                    self.steps(watch.into_steps()).await;
+                }
+            }
+            if over {
+                return;
+            }
+        }
+    }
+
+    async fn steps(&self, steps: Vec<Step>) {
+        let _ = self.news.send(News::Steps(steps)).await;
+    }
+
+    /// Records a piece of output, however long the disk takes to have room for it. The program waits meanwhile.
+    async fn store(&self, bytes: Vec<u8>) {
+        let offset = self.log.offsets().stdout;
+        let (time, bytes) = (now_ns(), bytes::Bytes::from(bytes));
+        let mut troubled = false;
+        loop {
+            let (log, piece) = (Arc::clone(&self.log), bytes.clone());
+            let work = move || log.append(Stream::Stdout, offset, time, &piece);
+            match tokio::task::spawn_blocking(work).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) if !troubled => {
+                    let message = format!(
+                        "its output cannot be recorded and waits until it can ({error}); free some disk space"
+                    );
+                    let _ = self.news.send(News::Trouble(Some(message))).await;
+                    troubled = true;
+                }
+                Ok(Err(_)) => {}
+                // Only the runtime's own end cancels blocking work.
+                Err(_) => return,
+            }
+            tokio::time::sleep(FULL_DISK_PAUSE).await;
+        }
+        if troubled {
+            let _ = self.news.send(News::Trouble(None)).await;
+        }
+    }
+}
+
+/// What became of the program: from the monitor's word, the record on the disk and the kernel's last words. Nothing where
+/// the monitor's word says it all.
+fn outcome(end: VmEnd, recorded: Option<i32>, words: &str) -> Option<Event> {
+    let exited = |status| {
+        Some(Event::ProgramExited {
+            status,
+            out_of_memory: false,
+        })
+    };
+    let byte = |code: i32| u8::try_from(code & 0xff).unwrap_or(u8::MAX);
+    match (recorded, end) {
+        (Some(code), _) => exited(match signal(words) {
+            // The kernel tells a signal's number as the code.
+            Some(number) if i32::from(number) == code => ExitStatus::Signal(number),
+            _ => ExitStatus::Code(byte(code)),
+        }),
+        (None, VmEnd::GuestOff) => exited(ExitStatus::Code(0)),
+        (None, VmEnd::GuestPanic { message }) => {
+            let words = words.trim();
+            let told = match words.is_empty() {
+                true => message,
+                false => format!("{message}: {words}"),
+            };
+            Some(Event::VmGone(VmGone::GuestPanic(told)))
+        }
+        (None, VmEnd::Killed | VmEnd::Crashed { .. }) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(end: VmEnd, recorded: Option<i32>, words: &str) -> Option<ExitStatus> {
+        match outcome(end, recorded, words) {
+            Some(Event::ProgramExited { status, .. }) => Some(status),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn codes_come_from_the_record_and_0_from_its_absence() {
+        for code in [1, 127, 128, 255] {
+            assert_eq!(
+                status(VmEnd::GuestOff, Some(code), ""),
+                Some(ExitStatus::Code(code as u8))
+            );
+        }
+        assert_eq!(status(VmEnd::GuestOff, None, ""), Some(ExitStatus::Code(0)));
+        assert_eq!(
+            status(VmEnd::GuestOff, Some(-1), ""),
+            Some(ExitStatus::Code(255))
+        );
+    }
+
+    #[test]
+    fn a_signal_is_told_from_a_code_by_the_kernels_account() {
+        let words = "*** signal 6 received by tid 2, errno 0, code -6\n";
+        assert_eq!(
+            status(VmEnd::GuestOff, Some(6), words),
+            Some(ExitStatus::Signal(6))
+        );
+        assert_eq!(
+            status(VmEnd::GuestOff, Some(6), ""),
+            Some(ExitStatus::Code(6))
+        );
+        assert_eq!(
+            status(VmEnd::GuestOff, Some(7), words),
+            Some(ExitStatus::Code(7))
+        );
+    }
+
+    #[test]
+    fn a_kernel_that_failed_is_never_an_exit_with_0() {
+        let failed = VmEnd::GuestPanic {
+            message: "it failed".to_owned(),
+        };
+        let event = outcome(failed.clone(), None, "cpu 0, vector 14\n");
+        let expected = VmGone::GuestPanic("it failed: cpu 0, vector 14".to_owned());
+        assert_eq!(event, Some(Event::VmGone(expected)));
+        // A program's own 126 has its record.
+        assert_eq!(status(failed, Some(126), ""), Some(ExitStatus::Code(126)));
+        let crashed = VmEnd::Crashed {
+            message: "killed".to_owned(),
+        };
+        assert_eq!(outcome(crashed, None, ""), None);
+        assert_eq!(outcome(VmEnd::Killed, None, ""), None);
+    }
+}
