@@ -216,3 +216,22 @@ pub(crate) fn kernel_deb(path: &Path, release: &str, except: &[&str]) {
     ));
     deb(path, &files, "xz");
 }
+
+/// What is taken for a Nanos kernel, with this text in it.
+pub(crate) fn nanos_kernel(text: &str) -> Vec<u8> {
+    let body = format!("\0{text}\0NVMTFS\0KLOG\0").into_bytes();
+    let mut note = Vec::new();
+    for word in [4u32, 4, 18] {
+        note.extend_from_slice(&word.to_le_bytes());
+    }
+    note.extend_from_slice(b"Xen\0\x23\x01\x20\x00");
+    let mut out = header((64, 2), (0, 0, 0));
+    put(&mut out, 18, &62u16.to_le_bytes());
+    let (size, note_size) = (body.len() as u64, note.len() as u64);
+    let at = 64 + 2 * 56;
+    out.extend(program_header(1, at, 0x20_0000, size, size));
+    out.extend(program_header(4, at + size, 0, note_size, note_size));
+    out.extend(body);
+    out.extend(note);
+    out
+}

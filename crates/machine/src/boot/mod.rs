@@ -4,6 +4,8 @@
 //! that it loads itself, and a command line ([`LinuxPayload`]). Its root is the image's read-only disk, its writes go to
 //! a disk from [`overlay::OverlayTemplates`]. How a monitor is started with these is the backend's business.
 //!
+//! A unikernel is a Nanos kernel of the node's [`NanosKernels`]; its disk is others' to make.
+//!
 //! Everything here blocks on files or programs: call it off the runtime's threads.
 
 mod cpio;
@@ -13,8 +15,10 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 mod modules;
+mod nanos;
 pub mod overlay;
 mod payload;
+mod shelf;
 mod store;
 mod unpack;
 
@@ -23,5 +27,6 @@ pub(crate) use payload::CMDLINE;
 
 pub use error::BootError;
 pub use modules::StagedModule;
+pub use nanos::{NanosKernel, NanosKernelRecord, NanosKernels};
 pub use payload::{LinuxPayload, UpperLayer};
 pub use store::{Kernel, KernelRecord, KernelStore};

@@ -27,9 +27,9 @@ impl Bench {
     }
     /// Nothing but kernels and the pointer: no scratch is left.
     fn assert_tidy(&self) {
-        for entry in fs::read_dir(&self.store.root).unwrap() {
+        for entry in fs::read_dir(self.dir.path().join("kernels")).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
-            assert!(!name.starts_with(SCRATCH_PREFIX), "{name} is left");
+            assert!(!name.starts_with(".new-"), "{name} is left");
         }
     }
 }
