@@ -23,5 +23,5 @@ pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use service::{openapi, run};
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
-/// The baseline that `vistara bench run` measures against.
-pub use vistara_machine::qemu::raw_boot;
+/// The baselines that `vistara bench` measures against.
+pub use vistara_machine::qemu::{bare_program, raw_boot, raw_nanos_boot};

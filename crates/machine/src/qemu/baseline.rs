@@ -18,9 +18,9 @@ const LINE: &[u8; 12] = b"vistara: up\n";
 /// Longest that a boot may take.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
-/// A static program for x86-64 that prints [`LINE`] and then waits for ever. Assembled by hand: `write(1, LINE, 12)`, then
-/// `pause()` in a loop.
-fn program() -> Vec<u8> {
+/// A static program for x86-64 that prints a line and then waits for ever: what the baselines run, and what is measured
+/// against them. Assembled by hand: `write(1, LINE, 12)`, then `pause()` in a loop.
+pub fn bare_program() -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
     let mut code: Vec<u8> = vec![
@@ -75,58 +75,75 @@ pub fn raw_boot(
     let mut archive = Archive::default();
     archive.directory("dev");
     archive.character_device("dev/console", 0o600, (5, 1));
-    archive.file("init", 0o755, &program());
+    archive.file("init", 0o755, &bare_program());
     let initramfs = scratch.join("raw-initramfs.cpio");
     std::fs::write(&initramfs, archive.finish()).map_err(launch("writing the initramfs"))?;
     let mut words = format!("{CMDLINE} console=ttyS0");
+    if let (Accelerator::Tcg, Some(khz)) = (accelerator, facts::tsc_khz()) {
+        words.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
+    }
+    let mut command = bare(qemu, "microvm,acpi=on", accelerator, memory);
+    command.args(["-append", &words]).arg("-kernel").arg(kernel);
+    command.arg("-initrd").arg(&initramfs);
+    time_to_line(command)
+}
+
+/// Starts QEMU with this Nanos kernel and this disk, whose program is [`bare_program`], and takes the time from its start to
+/// the program's line. The disk is written to. Blocks.
+///
+/// # Errors
+/// [`VmmError::Launch`] where it does not come up.
+pub fn raw_nanos_boot(
+    qemu: &Path,
+    kernel: &Path,
+    accelerator: Accelerator,
+    memory: Bytes,
+    disk: &Path,
+    network: bool,
+) -> Result<Duration, VmmError> {
+    let mut command = bare(qemu, "microvm,ioapic2=off", accelerator, memory);
+    command.arg("-kernel").arg(kernel);
+    command.args(["-global", "virtio-mmio.force-legacy=false"]);
+    command.args(["-device", "isa-debug-exit"]);
+    let drive = format!("if=none,id=hd0,format=raw,file={}", disk.display());
+    command.args(["-drive", &drive, "-device", "virtio-blk-device,drive=hd0"]);
+    if network {
+        command.args(["-netdev", "user,id=n0"]);
+        command.args(["-device", "virtio-net-device,netdev=n0"]);
+    }
+    time_to_line(command)
+}
+
+/// What every bare monitor has: the tuning of our own, and its serial line on standard output.
+fn bare(qemu: &Path, machine: &str, accelerator: Accelerator, memory: Bytes) -> Command {
     let (accel, cpu) = match accelerator {
         Accelerator::Kvm => ("kvm".to_owned(), "host"),
-        Accelerator::Tcg => {
-            if let Some(khz) = facts::tsc_khz() {
-                words.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
-            }
-            (
-                format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"),
-                "max,-erms",
-            )
-        }
+        Accelerator::Tcg => (
+            format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"),
+            "max,-erms",
+        ),
     };
+    let mut command = Command::new(qemu);
+    command
+        .args(["-M", machine, "-accel", &accel, "-cpu", cpu, "-smp", "1"])
+        .args(["-m", &format!("{}M", memory.to_mib_ceil())])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-no-reboot", "-serial", "stdio"]);
+    command
+}
+
+/// From the start of the monitor to [`LINE`] on its standard output. It is ended then.
+fn time_to_line(mut command: Command) -> Result<Duration, VmmError> {
     let begin = Instant::now();
-    let mut child = Command::new(qemu)
-        .args([
-            "-M",
-            "microvm,acpi=on",
-            "-accel",
-            &accel,
-            "-cpu",
-            cpu,
-            "-smp",
-            "1",
-        ])
-        .args([
-            "-m",
-            &format!("{}M", memory.to_mib_ceil()),
-            "-nodefaults",
-            "-no-user-config",
-        ])
-        .args([
-            "-display",
-            "none",
-            "-no-reboot",
-            "-serial",
-            "stdio",
-            "-append",
-            &words,
-        ])
-        .arg("-kernel")
-        .arg(kernel)
-        .arg("-initrd")
-        .arg(&initramfs)
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .map_err(launch("starting QEMU"))?;
+        .map_err(|error| VmmError::Launch {
+            step: "starting QEMU",
+            message: error.to_string(),
+        })?;
     let found = child.stdout.take().map(|mut out| {
         let (told, heard) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -179,7 +196,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("init");
-        std::fs::write(&path, program()).unwrap();
+        std::fs::write(&path, bare_program()).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut child = Command::new(&path).stdout(Stdio::piped()).spawn().unwrap();
         let mut text = [0; LINE.len()];

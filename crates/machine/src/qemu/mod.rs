@@ -17,7 +17,7 @@ mod state;
 mod virtiofsd;
 mod vm;
 
-pub use baseline::raw_boot;
+pub use baseline::{bare_program, raw_boot, raw_nanos_boot};
 
 use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use vistara_image::{Asked, Image, Wishes};
 use vistara_machine::{Disk, NanosBoot, Start, Vm, Vmm};
-use vistara_model::{ProgramFacts, ProgramKind};
+use vistara_model::{ProgramFacts, ProgramKind, VmmKind};
 
 /// Makes its disk and launches it. The message of a failure is for the user.
 pub(crate) async fn launch(
@@ -54,7 +54,10 @@ pub(crate) async fn launch(
     watch.note("unikernel disk", begin);
     let begin = Instant::now();
     let start = Start::Nanos(NanosBoot {
-        kernel: kernel.path,
+        kernel: match record.backend.vmm {
+            VmmKind::Firecracker => kernel.firecracker_path,
+            VmmKind::Qemu | VmmKind::Fake => kernel.path,
+        },
     });
     let disks = vec![Disk {
         path,
