@@ -7,7 +7,7 @@ use crate::lint::{cargo, has_subcommand};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Test binaries of this name start real virtual machines.
@@ -15,7 +15,7 @@ const VM_PREFIX: &str = "vm_";
 /// How a test says that it cannot run here.
 const SKIPS: [&str; 2] = ["SKIP:", "SKIPPED:"];
 /// Where the real-machine tests find a kernel store.
-const KERNELS_VARIABLE: &str = "VISTARA_TEST_KERNELS";
+pub(crate) const KERNELS_VARIABLE: &str = "VISTARA_TEST_KERNELS";
 
 /// A set of tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,11 +105,11 @@ pub(crate) fn run(root: &Path, tiers: &[Tier]) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Gives the tests a kernel store with Debian's kernel, kept under `target`. Where it cannot be had they are skipped, and
-/// say so.
-fn provide_kernel(root: &Path, tests: &mut Command) {
-    if std::env::var_os(KERNELS_VARIABLE).is_some() {
-        return;
+/// A kernel store with Debian's kernel for the tests: the caller's, or one kept under `target`. Where it cannot be had they
+/// are skipped, and say so.
+pub(crate) fn kernel_store(root: &Path) -> Option<PathBuf> {
+    if let Some(store) = std::env::var_os(KERNELS_VARIABLE) {
+        return Some(store.into());
     }
     let store = root.join("target/vm-tests/kernels");
     let run = [
@@ -120,11 +120,22 @@ fn provide_kernel(root: &Path, tests: &mut Command) {
         "--example",
         "fetch_kernel",
     ];
-    let status = cargo(root, &run).arg("--").arg(&store).status();
-    if status.is_ok_and(|status| status.success()) {
+    // Its output would stand among the command's own.
+    let fetched = cargo(root, &run)
+        .arg("--")
+        .arg(&store)
+        .stdout(Stdio::null())
+        .status();
+    if fetched.is_ok_and(|status| status.success()) {
+        return Some(store);
+    }
+    eprintln!("== no kernel for the real-machine tests: see above");
+    None
+}
+
+fn provide_kernel(root: &Path, tests: &mut Command) {
+    if let Some(store) = kernel_store(root) {
         tests.env(KERNELS_VARIABLE, store);
-    } else {
-        eprintln!("== no kernel for the real-machine tests: see above");
     }
 }
 
@@ -171,7 +182,7 @@ fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
 }
 
 /// Counts a JUnit report. It is made by nextest, so only what that writes is understood.
-fn read_junit(text: &str) -> Tally {
+pub(crate) fn read_junit(text: &str) -> Tally {
     let mut tally = Tally::default();
     for case in text.split("<testcase ").skip(1) {
         let (head, rest) = case.split_once('>').unwrap_or((case, ""));
