@@ -6,6 +6,9 @@
 // A test fails by panicking, its helpers included.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod conformance;
+
+use conformance::{accelerator, kvm, launch, soon};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,13 +19,12 @@ use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
 use vistara_machine::{
     Adoption, Disk, Fence, LaunchPlan, NanosBoot, OutputStream, Start, VmEnd, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId};
+use vistara_model::{Bytes, MachineId};
 use vistara_nanos::disk::{BootDisk, DiskOptions};
 use vistara_nanos::manifest::{ExitMatch, Manifest};
 use vistara_nanos::tfs::{Label, VolumeId};
 use vistara_nanos::{KernelFacts, klog};
 
-const LIMIT: Duration = Duration::from_secs(60);
 const USER: (u32, u32) = (61_003, 61_003);
 
 const PROGRAM: &str = r#"
@@ -64,9 +66,13 @@ async fn lab() -> Option<Lab> {
     let options = QemuOptions {
         program: None,
         virtiofsd: None,
-        kvm: KvmVerdict::Absent("not asked for".to_owned()),
+        kvm: kvm(),
     };
     let vmm = match QemuVmm::detect(options).await {
+        Ok(vmm) if !vmm.capabilities().accelerators.contains(&accelerator()) => {
+            println!("SKIP: {} cannot be had here", accelerator());
+            return None;
+        }
         Ok(vmm) => vmm,
         Err(error) => {
             println!("SKIP: {error}");
@@ -123,7 +129,7 @@ impl Lab {
         LaunchPlan {
             id: MachineId::from_random(random),
             dir: dir.to_owned(),
-            accelerator: Accelerator::Tcg,
+            accelerator: accelerator(),
             vcpus: 1,
             memory: Bytes::mib(64),
             start: Start::Nanos(NanosBoot {
@@ -144,12 +150,6 @@ impl Lab {
             },
         }
     }
-}
-
-async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(LIMIT, future)
-        .await
-        .unwrap_or_else(|_| panic!("{what} took more than {LIMIT:?}"))
 }
 
 async fn all(mut output: OutputStream) -> String {
@@ -174,7 +174,7 @@ async fn output_and_exit_codes_are_exact() {
         let dir = tempfile::tempdir().unwrap();
         let plan = lab.plan(dir.path(), &["exit", &code.to_string()]);
         let begin = std::time::Instant::now();
-        let vm = soon("launching", lab.vmm.launch(&plan)).await.unwrap();
+        let vm = launch(&lab.vmm, &plan).await;
         let output = vm.open_output().unwrap();
         let end = soon("ending", vm.wait()).await;
         println!("code {code}: {end:?} after {:?}", begin.elapsed());
@@ -202,7 +202,7 @@ async fn a_guest_whose_output_nobody_reads_waits_and_loses_nothing() {
     // Some 40 bytes a line: more than the pipe takes.
     let lines = 40_000;
     let plan = lab.plan(dir.path(), &["flood", &lines.to_string()]);
-    let vm = soon("launching", lab.vmm.launch(&plan)).await.unwrap();
+    let vm = launch(&lab.vmm, &plan).await;
     let record = vm.record().clone();
     drop(vm);
     tokio::time::sleep(Duration::from_secs(4)).await;
@@ -227,7 +227,7 @@ async fn the_power_button_ends_the_program_and_there_is_no_agent() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["wait"]);
-    let vm = soon("launching", lab.vmm.launch(&plan)).await.unwrap();
+    let vm = launch(&lab.vmm, &plan).await;
     let refused = vm.open_channel().await.err().unwrap();
     assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
     let mut output = vm.open_output().unwrap();
@@ -251,7 +251,7 @@ async fn a_signal_that_kills_the_program_is_its_code() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["abort"]);
-    let vm = soon("launching", lab.vmm.launch(&plan)).await.unwrap();
+    let vm = launch(&lab.vmm, &plan).await;
     let output = vm.open_output().unwrap();
     assert_eq!(soon("ending", vm.wait()).await, VmEnd::GuestOff);
     let printed = all(output).await;
