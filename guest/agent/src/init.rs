@@ -4,6 +4,7 @@
 //! Everything that may fail without spoiling the guest is reported on the console and passed over. The agent never
 //! returns from here: the machine reboots, which ends a monitor that was started so.
 
+mod ahead;
 mod modules;
 mod network;
 mod root;
@@ -18,7 +19,7 @@ use rustix::mount::UnmountFlags;
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -26,9 +27,6 @@ use vistara_guest_protocol::{GuestConfig, Mark, PORT_NAME, Refusal, RefusalKind,
 
 /// How long a device may take to appear after its driver was loaded.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
-
-/// Most bytes of files that are read before a capture: they take memory in it.
-const READ_AHEAD_MAX: u64 = 32 << 20;
 
 /// How often it is looked for.
 const DEVICE_LOOK: Duration = Duration::from_millis(1);
@@ -102,6 +100,18 @@ pub(crate) struct Machine {
     overlay: Option<OwnedFd>,
     volumes: Vec<PathBuf>,
     prepared: bool,
+    /// What was done before a capture and need not be done again.
+    ahead: Ahead,
+}
+
+/// What a guest that is to be captured does before it is told who it is.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// It may have been captured since: others have the same random generator.
+    captured: bool,
+    network: Option<network::Ready>,
+    /// The files of names are ours already, and nobody else has seen them.
+    names: bool,
 }
 
 /// Runs the guest until it is switched off.
@@ -158,6 +168,7 @@ fn live(start: Mark) -> io::Result<()> {
         overlay,
         volumes: Vec::new(),
         prepared: false,
+        ahead: Ahead::default(),
     };
     Server::new(channel, Options::default(), Some(machine))?.run()
 }
@@ -214,20 +225,19 @@ impl Machine {
     /// Does what every machine that goes on from this one would do again: drivers, names to be replaced, files that are
     /// read first.
     pub(crate) fn prepare_for_capture(&mut self, read_ahead: &[String]) {
+        self.ahead.captured = true;
         self.prepare();
         self.settle();
-        tolerate("the loopback", network::configure(None));
-        // Over the image's own files they would be copied up again and again.
-        tolerate(
-            "writing names to /etc",
-            root::write_names(&GuestConfig::default()),
-        );
-        let mut left = READ_AHEAD_MAX;
-        for path in read_ahead {
-            let read = fs::File::open(path)
-                .and_then(|file| io::copy(&mut file.take(left), &mut io::sink()));
-            left = left.saturating_sub(read.unwrap_or(0));
+        match network::get_ready() {
+            Ok(ready) => self.ahead.network = Some(ready),
+            Err(error) => console(&format!("the network: {error}")),
         }
+        // Over the image's own files they would be copied up again and again.
+        match root::write_names(&GuestConfig::default(), false) {
+            Ok(()) => self.ahead.names = true,
+            Err(error) => console(&format!("writing names to /etc: {error}")),
+        }
+        ahead::read(read_ahead);
     }
 
     /// Obeys the host's configuration. What a program would miss is a refusal, the rest a warning.
@@ -243,10 +253,18 @@ impl Machine {
                 warnings.push(format!("setting the clock: {error}"));
             }
         }
-        if !config.entropy.is_empty()
-            && let Err(error) = seed(&config.entropy)
-        {
-            warnings.push(format!("seeding the random generator: {error}"));
+        let seeded = match config.entropy.is_empty() {
+            true => Err(io::Error::other("the host gave no bytes for it")),
+            false => seed(&config.entropy),
+        };
+        if let Err(error) = seeded {
+            if self.ahead.captured {
+                // Every fork would draw the same keys.
+                return Err(refusal("seeding the random generator of a fork", &error));
+            }
+            if !config.entropy.is_empty() {
+                warnings.push(format!("seeding the random generator: {error}"));
+            }
         }
         if let Err(error) = rustix::system::sethostname(config.hostname.as_bytes()) {
             warnings.push(format!(
@@ -254,9 +272,9 @@ impl Machine {
                 config.hostname
             ));
         }
-        network::configure(config.network.as_ref())
+        network::configure(self.ahead.network.as_ref(), config.network.as_ref())
             .map_err(|error| refusal("the network", &error))?;
-        if let Err(error) = root::write_names(config) {
+        if let Err(error) = root::write_names(config, self.ahead.names) {
             warnings.push(format!("writing names to /etc: {error}"));
         }
         if !config.volumes.is_empty() {

@@ -44,8 +44,13 @@ fn interface() -> Option<u32> {
     indices.filter(|index| *index != LOOPBACK).min()
 }
 
-/// Brings the loopback up and, where there is a configuration, the interface.
-pub(super) fn configure(config: Option<&NetworkConfig>) -> io::Result<()> {
+/// What does not depend on which machine this is: the loopback is up, and the interface is known.
+#[derive(Debug)]
+pub(super) struct Ready {
+    interface: Option<u32>,
+}
+
+fn open() -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
@@ -53,12 +58,39 @@ pub(super) fn configure(config: Option<&NetworkConfig>) -> io::Result<()> {
         // Protocol 0 is routing.
         None,
     )?;
-    let named = |what: &'static str| {
-        move |error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"))
+    Ok(socket)
+}
+
+fn named(what: &'static str) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+/// Does what every machine does. The interface stays down: it would take its IPv6 address from a hardware address that is
+/// not a machine's own.
+pub(super) fn get_ready() -> io::Result<Ready> {
+    ask(&open()?, &link(LOOPBACK, &[])).map_err(named("the loopback"))?;
+    let interface = interface();
+    if interface.is_some() {
+        // As containers have it: programs that are not root's may serve port 80. Kernels without this lack nothing else.
+        let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    }
+    Ok(Ready { interface })
+}
+
+/// Brings the loopback up, unless that was done, and, where there is a configuration, the interface.
+pub(super) fn configure(ready: Option<&Ready>, config: Option<&NetworkConfig>) -> io::Result<()> {
+    let now;
+    let ready = match ready {
+        Some(ready) => ready,
+        None => {
+            now = get_ready()?;
+            &now
+        }
     };
-    ask(&socket, &link(LOOPBACK, &[])).map_err(named("the loopback"))?;
     let Some(config) = config else { return Ok(()) };
-    let index = interface()
+    let socket = open()?;
+    let index = ready
+        .interface
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no interface"))?;
     let mut attributes = Vec::new();
     if let Some(mac) = &config.mac {
@@ -74,8 +106,6 @@ pub(super) fn configure(config: Option<&NetworkConfig>) -> io::Result<()> {
     for gateway in &config.gateways {
         ask(&socket, &default_route(index, *gateway)).map_err(named("the gateway"))?;
     }
-    // As containers have it: programs that are not root's may serve port 80. Kernels without this lack nothing else.
-    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     Ok(())
 }
 

@@ -197,9 +197,16 @@ pub(super) fn make_read_only(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes the files by which programs know names. They are the host's, whatever the image has.
-pub(super) fn write_names(config: &GuestConfig) -> io::Result<()> {
-    directory("/etc")?;
+/// Writes the files by which programs know names. They are the host's, whatever the image has; `again` where they are the
+/// last call's, and are only to be filled anew.
+pub(super) fn write_names(config: &GuestConfig, again: bool) -> io::Result<()> {
+    let write_file = match again {
+        true => |path: &str, text: &str| fs::write(path, text),
+        false => write_file,
+    };
+    if !again {
+        directory("/etc")?;
+    }
     write_file("/etc/hostname", &format!("{}\n", config.hostname))?;
     let mut hosts = String::from(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
