@@ -156,16 +156,7 @@ impl Plan {
 /// A program and its arguments that serve a share; the listening socket is its standard input. They end when this process
 /// does, and when QEMU closes its end.
 pub(super) fn server(programs: &Programs, share: &Share) -> (PathBuf, Vec<OsString>) {
-    let mut words: Vec<OsString> = vec![];
-    // Who is not root is so in a namespace of its own: the server may then act for the machine's root, with the rights of
-    // the caller on the host.
-    let first = if programs.is_root {
-        programs.setpriv.clone()
-    } else {
-        words.extend(["--map-root-user".into(), programs.setpriv.clone().into()]);
-        programs.unshare.clone()
-    };
-    words.extend(["--pdeathsig", "KILL", "--"].map(OsString::from));
+    let mut words: Vec<OsString> = ["--pdeathsig", "KILL", "--"].map(OsString::from).into();
     let Virtiofsd { program, dialect } = &programs.virtiofsd;
     words.push(program.into());
     words.push("--fd=0".into());
@@ -187,7 +178,7 @@ pub(super) fn server(programs: &Programs, share: &Share) -> (PathBuf, Vec<OsStri
             }
         }
     }
-    (first, words)
+    (programs.setpriv.clone(), words)
 }
 
 /// A path in an option whose parts commas divide; a backslash takes their meaning.
@@ -305,7 +296,7 @@ mod tests {
         }
     }
 
-    fn programs(dialect: Dialect, is_root: bool) -> Programs {
+    fn programs(dialect: Dialect) -> Programs {
         Programs {
             qemu: "/q".into(),
             virtiofsd: Virtiofsd {
@@ -313,10 +304,8 @@ mod tests {
                 dialect,
             },
             setpriv: "/setpriv".into(),
-            unshare: "/unshare".into(),
             depmod: "/d".into(),
             busybox: "/b".into(),
-            is_root,
         }
     }
 
@@ -354,17 +343,17 @@ mod tests {
     #[test]
     fn a_server_dies_with_us_and_only_the_root_is_cached_for_good() {
         let shares = plan().all_shares();
-        let (program, words) = server(&programs(Dialect::C, true), &shares[0]);
+        let (program, words) = server(&programs(Dialect::C), &shares[0]);
         assert_eq!(program, Path::new("/setpriv"));
         assert_eq!(
             joined(&words),
             "--pdeathsig KILL -- /v --fd=0 -f -o source=/ -o sandbox=chroot,xattr,log_level=err,cache=always"
         );
-        let (program, words) = server(&programs(Dialect::Rust, false), &shares[1]);
-        assert_eq!(program, Path::new("/unshare"));
+        let (program, words) = server(&programs(Dialect::Rust), &shares[1]);
+        assert_eq!(program, Path::new("/setpriv"));
         assert_eq!(
             joined(&words),
-            "--map-root-user /setpriv --pdeathsig KILL -- /v --fd=0 --shared-dir /a b --sandbox=chroot --xattr --log-level=error --cache=auto"
+            "--pdeathsig KILL -- /v --fd=0 --shared-dir /a b --sandbox=chroot --xattr --log-level=error --cache=auto"
         );
         assert_eq!(without_commas(Path::new("/a,b\\c")), "/a\\,b\\\\c");
     }

@@ -33,12 +33,9 @@ pub(super) struct Programs {
     pub(super) qemu: PathBuf,
     pub(super) virtiofsd: Virtiofsd,
     pub(super) setpriv: PathBuf,
-    /// Only used without root.
-    pub(super) unshare: PathBuf,
     pub(super) depmod: PathBuf,
     /// One that needs no library.
     pub(super) busybox: PathBuf,
-    pub(super) is_root: bool,
 }
 
 impl Programs {
@@ -48,6 +45,11 @@ impl Programs {
             bail!(
                 "the lab emulates AMD's SVM, and its kernel comes from this host's packages: x86-64 only"
             );
+        }
+        // In a user namespace virtiofsd may not open others' files as the overlay asks it to (O_NOATIME): tried, nothing
+        // could be executed.
+        if !rustix::process::geteuid().is_root() {
+            bail!("it takes root, since all of the host's files are served to the machine");
         }
         let mut packages = vec![];
         let mut need = |name: &str, package: &'static str| {
@@ -59,7 +61,6 @@ impl Programs {
         };
         let qemu = need("qemu-system-x86_64", "qemu-system-x86");
         let setpriv = need("setpriv", "util-linux");
-        let unshare = need("unshare", "util-linux");
         let depmod = need("depmod", "kmod");
         let busybox = need("busybox", "busybox-static");
         let virtiofsd = find("virtiofsd").or_else(|| {
@@ -80,10 +81,8 @@ impl Programs {
             qemu,
             virtiofsd: Virtiofsd { program, dialect },
             setpriv,
-            unshare,
             depmod,
             busybox,
-            is_root: rustix::process::geteuid().is_root(),
         })
     }
 }

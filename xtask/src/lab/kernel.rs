@@ -9,6 +9,7 @@ use super::initramfs::Archive;
 use anyhow::{Context as _, Result, bail};
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -297,6 +298,11 @@ fn write_if_other(path: &Path, content: &[u8]) -> Result<()> {
     let dir = path.parent().context("a file has a directory")?;
     let mut fresh = tempfile::NamedTempFile::new_in(dir).context("write the initramfs")?;
     std::io::Write::write_all(&mut fresh, content).context("write the initramfs")?;
+    // Temporary files are their user's only; another user's run may read this one.
+    fresh
+        .as_file()
+        .set_permissions(fs::Permissions::from_mode(0o644))
+        .context("write the initramfs")?;
     fresh
         .persist(path)
         .with_context(|| format!("write {path:?}"))?;
