@@ -1,5 +1,6 @@
 # make run     a program in a virtual machine, from nothing: what it needs is installed, built and made on the way
 # make test    every check and every test; ends with one line of counts
+# make lab     the hypervisors' tests on KVM that works, in a machine that emulates it (docs/internals/lab.md); as root
 # make lint    formatting, clippy, layers, licences
 # make setup   what is missing on a Debian host, installed with apt
 # make clean   build results (a node's state stays: it is yours)
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .SILENT:
-.PHONY: run test lint setup clean
+.PHONY: run test lab lint setup clean
 
 VISTARA := target/release/vistara
 IMAGE := vistara-demo/python3
@@ -28,6 +29,9 @@ run: setup
 
 test: setup
 	cargo xtask test
+
+lab: setup
+	cargo xtask lab --tests
 
 lint: setup
 	cargo xtask lint
