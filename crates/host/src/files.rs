@@ -123,6 +123,34 @@ pub fn reopen_to_read(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
+/// Opens the regular file `name` in `dir` for reading, where somebody who is not trusted may write to `dir`: no symbolic link
+/// is followed, and nothing else that may lie there (a pipe, a device) makes the caller wait.
+///
+/// # Errors
+/// The system's; `InvalidInput` where it is no regular file.
+pub fn open_foreign(dir: &Path, name: &str) -> io::Result<File> {
+    open_foreign_as(dir, name, rustix::fs::OFlags::RDONLY)
+}
+
+/// As [`open_foreign`], for writing.
+///
+/// # Errors
+/// As [`open_foreign`].
+pub fn open_foreign_to_change(dir: &Path, name: &str) -> io::Result<File> {
+    open_foreign_as(dir, name, rustix::fs::OFlags::WRONLY)
+}
+
+fn open_foreign_as(dir: &Path, name: &str, access: rustix::fs::OFlags) -> io::Result<File> {
+    use rustix::fs::{OFlags, openat};
+    let dir = File::open(dir)?;
+    let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(openat(&dir, name, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(file)
+}
+
 /// Where the next data at or after `from` begins and ends, in a file of `len` bytes whose holes are zeros.
 ///
 /// # Errors
@@ -227,6 +255,20 @@ mod tests {
             let to = dir.path().join(format!("to{len}"));
             clone_sparse(&from, &to).unwrap();
             assert_eq!(std::fs::metadata(&to).unwrap().len(), len);
+        }
+    }
+
+    #[test]
+    fn a_foreign_directory_gives_regular_files_only() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "text").unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        let mode = Mode::RUSR | Mode::WUSR;
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        assert!(open_foreign(dir.path(), "file").is_ok());
+        for name in ["link", "pipe", "absent"] {
+            assert!(open_foreign(dir.path(), name).is_err(), "{name}");
         }
     }
 

@@ -8,6 +8,7 @@
 
 use crate::cgroup::Cgroup;
 use crate::facts;
+use crate::mounts::{self, Bind};
 use crate::process::ProcessHandle;
 use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -20,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 /// A program to start. It inherits nothing but what is named here, leads a session of its own and outlives us.
 #[derive(Debug)]
@@ -46,11 +47,25 @@ pub struct Launch {
     pub cgroup: Option<Cgroup>,
     /// Where standard output and standard error go; nowhere where absent.
     pub output: Option<File>,
+    /// Where standard error goes instead.
+    pub errors: Option<File>,
+    /// What standard input is; nothing where absent.
+    pub input: Option<File>,
+    /// Where it works: absolute, and there.
+    pub working_dir: PathBuf,
     /// -1000 to 1000: higher is killed earlier when the host runs out of memory.
     pub oom_score_adj: i16,
     /// Directories that are read-only for it with all that is mounted below them, whatever they are for others. Needs the
     /// right to mount.
     pub read_only: Vec<PathBuf>,
+    /// Files that only it sees at these places. Needs the right to mount.
+    pub binds: Vec<Bind>,
+    /// It is the first process of a process namespace of its own. Needs the right to make one.
+    pub own_processes: bool,
+    /// A directory at which it sees its own process namespace's `/proc`, without anything of the kernel's.
+    pub proc_at: Option<PathBuf>,
+    /// It has a network namespace of its own, in which there is nothing. Needs the right to make one.
+    pub own_network: bool,
 }
 
 /// A resource limit.
@@ -105,8 +120,15 @@ impl Launch {
             rlimits: vec![(Rlimit::Core, 0)],
             cgroup: None,
             output: None,
+            errors: None,
+            input: None,
+            working_dir: PathBuf::from("/"),
             oom_score_adj: 0,
             read_only: Vec::new(),
+            binds: Vec::new(),
+            own_processes: false,
+            proc_at: None,
+            own_network: false,
         }
     }
 
@@ -114,7 +136,7 @@ impl Launch {
     ///
     /// # Errors
     /// [`LaunchError`].
-    pub fn start(self) -> Result<Launched, LaunchError> {
+    pub fn start(mut self) -> Result<Launched, LaunchError> {
         let program = self.program.clone();
         let fail = |step: &'static str| {
             let program = program.clone();
@@ -124,15 +146,16 @@ impl Launch {
                 source,
             }
         };
-        let (plan, fences) = Plan::prepare(&self).map_err(fail("preparing the fences"))?;
+        let binds = std::mem::take(&mut self.binds);
+        let (plan, fences) = Plan::prepare(&self, binds).map_err(fail("preparing the fences"))?;
         let (mut steps, step_writer) = io::pipe().map_err(fail("preparing the fences"))?;
         let mut command = Command::new(&self.program);
         command
             .args(&self.args)
             .env_clear()
             .envs(self.env.iter().map(|(name, value)| (name, value)))
-            .current_dir("/")
-            .stdin(Stdio::null());
+            .current_dir(&self.working_dir)
+            .stdin(self.input.take().map_or_else(Stdio::null, Stdio::from));
         match &self.output {
             Some(file) => {
                 let copy = || file.try_clone().map_err(fail("handing over the output"));
@@ -141,6 +164,9 @@ impl Launch {
             None => {
                 command.stdout(Stdio::null()).stderr(Stdio::null());
             }
+        }
+        if let Some(file) = self.errors.take() {
+            command.stderr(file);
         }
         let hook = move || {
             plan.apply().map_err(|(step, error)| {
@@ -152,7 +178,11 @@ impl Launch {
         // SAFETY: `Plan::apply` makes system calls on data that was prepared before the fork. It allocates nothing, takes
         // no lock and touches no thread-local state but errno, so it may run between fork and exec of a threaded program.
         unsafe { command.pre_exec(hook) };
-        let child = command.spawn();
+        let child = if self.own_processes {
+            spawn_first_of_its_namespace(&mut command)
+        } else {
+            command.spawn()
+        };
         // The writer's copy in the hook goes, so that reading ends.
         drop(command);
         let child = child.map_err(|source| {
@@ -177,6 +207,18 @@ impl Launch {
     }
 }
 
+/// Starts a program as the first process of a process namespace. A namespace is that of a thread's children, hence the
+/// thread; the child is this process's all the same.
+fn spawn_first_of_its_namespace(command: &mut Command) -> io::Result<Child> {
+    let in_thread = || {
+        // SAFETY: CLONE_NEWPID changes only of which namespace this thread's next children are, and the thread ends here.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| scope.spawn(in_thread).join())
+        .unwrap_or_else(|_| Err(io::Error::other("the launching thread panicked")))
+}
+
 /// The steps between fork and exec that can fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -186,6 +228,7 @@ enum Step {
     Limits,
     Namespaces,
     ReadOnly,
+    Binds,
     Descriptors,
     Bounding,
     Identity,
@@ -193,12 +236,13 @@ enum Step {
     NoNewPrivileges,
 }
 
-const STEPS: [(Step, &str); 10] = [
+const STEPS: [(Step, &str); 11] = [
     (Step::Session, "a session of its own"),
     (Step::Cgroup, "entering its cgroup"),
     (Step::Limits, "resource limits"),
     (Step::Namespaces, "namespaces of its own"),
     (Step::ReadOnly, "making a directory read-only"),
+    (Step::Binds, "showing files at their places"),
     (Step::Descriptors, "handing over descriptors"),
     (Step::Bounding, "limiting capabilities"),
     (Step::Identity, "changing user and group"),
@@ -213,6 +257,8 @@ struct Plan {
     rlimits: Vec<(Resource, u64)>,
     namespaces: Option<UnshareFlags>,
     read_only: Vec<CString>,
+    binds: Vec<Bind>,
+    proc_at: Option<CString>,
     inherit: Vec<i32>,
     bounding_last: Option<u32>,
     uid_gid: Option<(Uid, Gid)>,
@@ -222,7 +268,7 @@ struct Plan {
 
 impl Plan {
     /// Opens and formats all that [`Plan::apply`] needs, and says in words what will hold.
-    fn prepare(launch: &Launch) -> io::Result<(Plan, Vec<String>)> {
+    fn prepare(launch: &Launch, binds: Vec<Bind>) -> io::Result<(Plan, Vec<String>)> {
         let capabilities = facts::effective_capabilities();
         let capable = |bit: u32| capabilities >> bit & 1 == 1;
         let mut fences = vec![
@@ -246,15 +292,25 @@ impl Plan {
         if let Some((uid, gid)) = launch.uid_gid {
             fences.push(format!("user {uid}, group {gid}"));
         }
-        let namespaces = capable(CAP_SYS_ADMIN)
-            .then_some(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS);
+        let mut wanted = UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS;
+        if launch.own_network {
+            wanted |= UnshareFlags::NEWNET;
+        }
+        let namespaces = capable(CAP_SYS_ADMIN).then_some(wanted);
+        let mounts = !launch.read_only.is_empty() || !binds.is_empty() || launch.proc_at.is_some();
         if namespaces.is_some() {
             fences.push("own ipc, uts and mount namespaces".to_owned());
-        } else if !launch.read_only.is_empty() {
+        } else if mounts || launch.own_network || launch.own_processes {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
-                "a directory can be made read-only only with the right to mount",
+                "other mounts, processes or networks can be shown only with the right to mount",
             ));
+        }
+        if launch.own_processes {
+            fences.push("own process namespace".to_owned());
+        }
+        if launch.own_network {
+            fences.push("own network namespace".to_owned());
         }
         let mut read_only = Vec::new();
         for dir in &launch.read_only {
@@ -284,6 +340,11 @@ impl Plan {
                 .collect(),
             namespaces,
             read_only,
+            binds,
+            proc_at: match &launch.proc_at {
+                Some(dir) => Some(CString::new(dir.as_os_str().as_bytes())?),
+                None => None,
+            },
             inherit: launch.inherit.iter().map(AsRawFd::as_raw_fd).collect(),
             bounding_last,
             uid_gid: launch
@@ -360,6 +421,12 @@ impl Plan {
         mount_change(c"/", private).map_err(at(Step::Namespaces))?;
         for dir in &self.read_only {
             make_read_only(dir, set_read_only_below).map_err(at(Step::ReadOnly))?;
+        }
+        for bind in &self.binds {
+            bind.attach().map_err(at(Step::Binds))?;
+        }
+        if let Some(dir) = &self.proc_at {
+            mounts::own_processes(dir).map_err(at(Step::Binds))?;
         }
         Ok(())
     }

@@ -7,5 +7,6 @@ pub mod facts;
 pub mod files;
 pub mod kvm;
 pub mod launch;
+pub mod mounts;
 pub mod process;
 pub mod sockets;

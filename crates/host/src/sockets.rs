@@ -45,10 +45,47 @@ pub fn connect_in(dir: &Path, name: &str) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
+/// As [`connect_in`], where somebody who is not trusted may write to `dir`: only a socket that lies there itself is connected
+/// to, never one that a symbolic link in its place points to.
+///
+/// # Errors
+/// The system's; `InvalidInput` where it is no socket.
+pub fn connect_in_foreign(dir: &Path, name: &str) -> io::Result<UnixStream> {
+    use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
+    let dir = File::open(dir)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = openat(&dir, name, flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&found)?.st_mode) != FileType::Socket {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+
+    #[test]
+    fn a_link_in_a_sockets_place_leads_nowhere() {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let _secret = listen_in(ours.path(), "s").unwrap();
+        std::os::unix::fs::symlink(ours.path().join("s"), theirs.path().join("link")).unwrap();
+        std::fs::write(theirs.path().join("file"), "").unwrap();
+        assert!(connect_in(theirs.path(), "link").is_ok());
+        for name in ["link", "file", "absent"] {
+            assert!(connect_in_foreign(theirs.path(), name).is_err(), "{name}");
+        }
+        let listener = listen_in(theirs.path(), "own").unwrap();
+        let mut stream = connect_in_foreign(theirs.path(), "own").unwrap();
+        stream.write_all(b"x").unwrap();
+        let mut byte = [0];
+        listener.accept().unwrap().0.read_exact(&mut byte).unwrap();
+    }
 
     #[test]
     fn a_socket_may_lie_deeper_than_its_own_path_could_say() {
