@@ -6,6 +6,7 @@
 pub mod boot;
 mod capture;
 pub mod fake;
+pub mod firecracker;
 pub mod qemu;
 mod vmm;
 

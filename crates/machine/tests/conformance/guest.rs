@@ -9,7 +9,7 @@ use vistara_machine::LinuxBoot;
 use vistara_machine::boot::KernelStore;
 
 /// Modules in the order in which they load; those beyond the channel's are loaded by the guest's `load`.
-const MODULES: [&str; 11] = [
+const MODULES: [&str; 14] = [
     "virtio_ring",
     "virtio",
     "virtio_mmio",
@@ -21,7 +21,19 @@ const MODULES: [&str; 11] = [
     "virtio-rng",
     "fuse",
     "virtiofs",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
 ];
+
+/// How the guest hears its host.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Channel {
+    /// By the first port of a virtio-serial device.
+    Port,
+    /// By port 1024 of a vsock, on which [`BRIDGE`] listens.
+    Vsock,
+}
 
 const INIT: &str = r#"#!/bin/busybox sh
 B=/bin/busybox
@@ -29,24 +41,69 @@ $B mount -t devtmpfs dev /dev; $B mount -t proc proc /proc; $B mount -t sysfs sy
 $B --install -s /bin; export PATH=/bin
 echo "guest begins" > /dev/ttyS0
 for m in virtio_ring virtio virtio_mmio virtio_console; do insmod /m/$m.ko 2>/dev/null; done
-until P=$(ls /dev/vport*p1 2>/dev/null); do usleep 2000; done
-until command exec 3<>$P; do usleep 2000; done 2>/dev/null
+if [ -x /bridge ]; then
+  for m in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod /m/$m.ko; done
+  mkfifo /tmp/in /tmp/out
+  /bridge /tmp/in /tmp/out &
+  exec 3<>/tmp/in 4<>/tmp/out
+else
+  until P=$(ls /dev/vport*p1 2>/dev/null); do usleep 2000; done
+  until command exec 3<>$P; do usleep 2000; done 2>/dev/null
+  exec 4>&3
+fi
 while :; do
   while read -r line <&3; do case "$line" in
-    off) poweroff -f;;
+    off) [ -x /bridge ] && reboot -f; poweroff -f;;
     reboot) reboot -f;;
     panic) echo c > /proc/sysrq-trigger;;
     load) for m in failover net_failover virtio_net virtio_blk virtio-rng fuse virtiofs; do insmod /m/$m.ko 2>/dev/null; done
-      echo loaded >&3;;
-    "sh "*) eval "${line#sh }" >&3 2>&1; printf '\ndone %s\n' $? >&3;;
-    *) echo "$line" >&3;;
+      echo loaded >&4;;
+    "sh "*) eval "${line#sh }" >&4 2>&1; printf '\ndone %s\n' $? >&4;;
+    *) echo "$line" >&4;;
   esac; done
   usleep 5000
 done
 "#;
 
+/// Carries bytes between two pipes and whoever connected last to port 1024.
+const BRIDGE: &str = r#"
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+#include <sys/socket.h>
+#include <linux/vm_sockets.h>
+int main(int argc, char **argv) {
+    int in = open(argv[1], O_RDWR), out = open(argv[2], O_RDWR), l = socket(AF_VSOCK, SOCK_STREAM, 0);
+    struct sockaddr_vm a = {.svm_family = AF_VSOCK, .svm_port = 1024, .svm_cid = VMADDR_CID_ANY};
+    char b[4096];
+    if (bind(l, (struct sockaddr *)&a, sizeof a) || listen(l, 4)) return 1;
+    for (;;) {
+        int c = accept(l, 0, 0);
+        for (;;) {
+            struct pollfd p[] = {{c, POLLIN}, {out, POLLIN}, {l, POLLIN}};
+            if (poll(p, 3, -1) < 0 || p[2].revents) break;
+            if (p[0].revents) {
+                ssize_t n = read(c, b, sizeof b);
+                if (n <= 0) break;
+                write(in, b, n);
+            }
+            if (p[1].revents) {
+                ssize_t n = read(out, b, sizeof b);
+                if (n > 0 && send(c, b, n, MSG_NOSIGNAL) < 0) break;
+            }
+        }
+        close(c);
+    }
+}
+"#;
+
 /// What is booted, or why it cannot be.
 pub(crate) fn boot() -> Result<LinuxBoot, String> {
+    boot_with(Channel::Port)
+}
+
+/// What is booted with this channel, or why it cannot be.
+pub(crate) fn boot_with(channel: Channel) -> Result<LinuxBoot, String> {
     let (kernel, modules) = kernel()?;
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
@@ -65,8 +122,16 @@ pub(crate) fn boot() -> Result<LinuxBoot, String> {
             archive.entry(&format!("m/{name}.ko"), 0o100_644, &bytes);
         }
     }
+    let mut name = "suite-initramfs";
+    if channel == Channel::Vsock {
+        if find(&modules, "vmw_vsock_virtio_transport.ko").is_none() {
+            return Err("the kernel was added without its vsock modules: add it again".to_owned());
+        }
+        archive.entry("bridge", 0o100_755, &bridge()?);
+        name = "suite-initramfs-vsock";
+    }
     archive.entry("TRAILER!!!", 0, b"");
-    let initramfs = initramfs(&archive.0).map_err(|error| error.to_string())?;
+    let initramfs = kept(name, &archive.0).map_err(|error| error.to_string())?;
     Ok(LinuxBoot {
         kernel,
         initramfs,
@@ -74,12 +139,33 @@ pub(crate) fn boot() -> Result<LinuxBoot, String> {
     })
 }
 
+/// [`BRIDGE`], compiled once.
+fn bridge() -> Result<Vec<u8>, String> {
+    let text = |error: std::io::Error| error.to_string();
+    let source = kept("bridge.c", BRIDGE.as_bytes()).map_err(text)?;
+    let program = source.with_extension("built");
+    let age = |path: &Path| std::fs::metadata(path).and_then(|data| data.modified());
+    if !matches!((age(&program), age(&source)), (Ok(built), Ok(written)) if built >= written) {
+        let dir = tempfile::tempdir_in(source.parent().unwrap()).map_err(text)?;
+        let new = dir.path().join("bridge");
+        let built = std::process::Command::new("gcc")
+            .args(["-static", "-O1", "-o"])
+            .args([&new, &source])
+            .status();
+        if !built.is_ok_and(|status| status.success()) {
+            return Err("no C compiler (apt-get install gcc)".to_owned());
+        }
+        std::fs::rename(new, &program).map_err(text)?;
+    }
+    std::fs::read(program).map_err(text)
+}
+
 /// A file with this content in Cargo's own directory for tests' files. Tests run side by side: it is written once under a
 /// name of its own and then renamed, so that none sees half of it.
-fn initramfs(content: &[u8]) -> std::io::Result<PathBuf> {
+fn kept(name: &str, content: &[u8]) -> std::io::Result<PathBuf> {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::create_dir_all(dir)?;
-    let path = dir.join("suite-initramfs");
+    let path = dir.join(name);
     if std::fs::read(&path).is_ok_and(|found| found == content) {
         return Ok(path);
     }

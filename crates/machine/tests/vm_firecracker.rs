@@ -1,0 +1,780 @@
+//! Real machines in Firecracker: the conformance suite, and what only a real monitor can show (jail, faults, disks, forks).
+//!
+//! Skipped, with the reason on stdout, without Firecracker, without a KVM that really runs guests, or without a kernel (see
+//! `conformance/guest.rs`). `cargo xtask lab --tests` has all three wherever Firecracker is installed.
+
+// A test fails by panicking, its helpers included.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod conformance;
+
+use conformance::{Lines, Subject, ends_with_this_test, guest, launch, limit, soon};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt;
+use vistara_host::{facts, kvm};
+use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_MAX};
+use vistara_machine::{
+    Adoption, Capture, Disk, Fence, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
+};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId};
+
+/// The user as which machines run when the tests do as root.
+const USER: (u32, u32) = (61_004, 61_005);
+
+/// Whether guests run here: found once, by running one.
+fn kvm_works() -> &'static KvmVerdict {
+    static VERDICT: OnceLock<KvmVerdict> = OnceLock::new();
+    // In the lab all is slow at first, and it may be busy; where guests are emulated this takes 6 s.
+    VERDICT.get_or_init(|| match kvm::probe(5 * kvm::PROBE_BOUND) {
+        kvm::Verdict::Works => KvmVerdict::Works,
+        kvm::Verdict::Absent(why) => KvmVerdict::Absent(why),
+        kvm::Verdict::Broken(why) => KvmVerdict::Broken(why),
+    })
+}
+
+fn options() -> FirecrackerOptions {
+    FirecrackerOptions {
+        program: None,
+        jailer: None,
+        kvm: kvm_works().clone(),
+    }
+}
+
+struct Firecracker;
+
+#[async_trait::async_trait]
+impl Subject for Firecracker {
+    async fn vmm(&self) -> Option<Arc<dyn Vmm>> {
+        let vmm = match FirecrackerVmm::detect(options()).await {
+            Ok(vmm) => vmm,
+            Err(error) => {
+                println!("SKIP: {error}");
+                return None;
+            }
+        };
+        if let KvmVerdict::Absent(why) | KvmVerdict::Broken(why) = kvm_works() {
+            println!("SKIP: KVM does not run guests here: {why}");
+            return None;
+        }
+        if let Err(reason) = guest::boot_with(guest::Channel::Vsock) {
+            println!("SKIP: {reason}");
+            return None;
+        }
+        Some(Arc::new(vmm))
+    }
+
+    fn plan(&self, dir: &Path) -> LaunchPlan {
+        LaunchPlan {
+            id: new_id(),
+            dir: dir.to_owned(),
+            accelerator: Accelerator::Kvm,
+            vcpus: 1,
+            memory: Bytes::mib(256),
+            start: Start::Linux(guest::boot_with(guest::Channel::Vsock).unwrap()),
+            capturable: false,
+            disks: vec![],
+            nic: None,
+            shares: vec![],
+            fence: Fence {
+                uid_gid: facts::is_root().then_some(USER),
+                memory_max: Bytes(Bytes::mib(256).0 + OVERHEAD_MAX.0),
+                pids_max: 64,
+                cpu_millis: None,
+            },
+        }
+    }
+
+    fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send> {
+        let record = vm.record().clone();
+        Box::new(move || left_of(&record))
+    }
+}
+
+fn new_id() -> MachineId {
+    let mut bytes = [0; 16];
+    let mut source = std::fs::File::open("/dev/urandom").unwrap();
+    std::io::Read::read_exact(&mut source, &mut bytes).unwrap();
+    MachineId::from_random(bytes)
+}
+
+/// What is left of a machine: its process, its cgroup, its jail, and mounts that anybody here could see.
+fn left_of(record: &VmRecord) -> Vec<String> {
+    let mut left = Vec::new();
+    // One that has ended and waits to be collected by the process that inherited it holds nothing any more.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", record.pid)).unwrap_or_default();
+    let alive = facts::start_ticks(record.pid) == Some(record.pid_start_ticks);
+    if alive && !stat.contains(") Z ") {
+        left.push(format!("process {}", record.pid));
+    }
+    for dir in record.backend["cgroup"].as_array().unwrap() {
+        let dir = dir.as_str().unwrap();
+        if Path::new(dir).exists() {
+            left.push(dir.to_owned());
+        }
+    }
+    let root = record.backend["root"].as_str().unwrap();
+    let (machine, _) = root.split_once("/jail/").unwrap();
+    if Path::new(machine).join("jail").exists() {
+        left.push(format!("{machine}/jail"));
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let ours = mounts.lines().filter(|line| line.contains(machine));
+    left.extend(ours.map(str::to_owned));
+    left
+}
+
+conformance!(Firecracker);
+
+/// A running machine with its lines, from a plan that the test has changed.
+struct Running {
+    vm: Box<dyn Vm>,
+    lines: Lines,
+    dir: tempfile::TempDir,
+}
+
+async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
+    let vmm = Firecracker.vmm().await?;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Firecracker.plan(dir.path());
+    change(&mut plan);
+    let vm = launch(&*vmm, &plan).await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("up").await;
+    Some(Running { vm, lines, dir })
+}
+
+impl Running {
+    /// What a command prints in the guest.
+    async fn sh(&mut self, command: &str) -> String {
+        self.lines.say(&format!("sh {command}")).await;
+        let mut printed = String::new();
+        loop {
+            let line = self.lines.hear().await;
+            if line.starts_with("done ") {
+                return printed.trim_end().to_owned();
+            }
+            printed.push_str(&line);
+            printed.push('\n');
+        }
+    }
+
+    async fn load_drivers(&mut self) {
+        self.lines.say("load").await;
+        assert_eq!(self.lines.hear().await, "loaded");
+    }
+
+    fn root(&self) -> PathBuf {
+        self.vm.record().backend["root"].as_str().unwrap().into()
+    }
+
+    async fn end(self) {
+        let left = Firecracker.leftovers(&*self.vm);
+        soon("killing", self.vm.kill()).await.unwrap();
+        assert_eq!(left(), [] as [&str; 0]);
+    }
+}
+
+fn disk(dir: &Path, name: &str, text: &str, mode: u32) -> PathBuf {
+    let path = dir.join(name);
+    let file = std::fs::File::create(&path).unwrap();
+    std::io::Write::write_all(&mut &file, text.as_bytes()).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(&path, mode).unwrap();
+    path
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disks_come_in_their_order_and_a_read_only_one_cannot_be_written() {
+    let files = tempfile::tempdir().unwrap();
+    // One that everybody may read, one that only we may, and one of the machine's own.
+    let disks = [
+        (disk(files.path(), "first", "FIRST", 0o644), true),
+        (disk(files.path(), "second", "SECOND", 0o600), true),
+        (disk(files.path(), "third", "THIRD", 0o600), false),
+    ];
+    let owner = |path: &Path| {
+        use std::os::unix::fs::MetadataExt;
+        let data = std::fs::metadata(path).unwrap();
+        (data.uid(), data.mode() & 0o777)
+    };
+    let plan_disks = disks
+        .clone()
+        .map(|(path, read_only)| Disk { path, read_only });
+    let Some(mut machine) = run(|plan| plan.disks = plan_disks.to_vec()).await else {
+        return;
+    };
+    machine.load_drivers().await;
+    for (device, word) in [("vda", "FIRST"), ("vdb", "SECOND"), ("vdc", "THIRD")] {
+        let read = format!("dd if=/dev/{device} bs={} count=1 2>/dev/null", word.len());
+        assert_eq!(machine.sh(&read).await, word);
+        let write = format!("echo written | dd of=/dev/{device} conv=notrunc,fsync 2>/dev/null");
+        machine.sh(&write).await;
+    }
+    let read_only = machine.sh("cat /sys/block/vd?/ro").await;
+    assert_eq!(read_only, "1\n1\n0");
+    machine.end().await;
+    for ((path, _), word) in disks.iter().zip(["FIRST", "SECOND", "written"]) {
+        assert!(std::fs::read(path).unwrap().starts_with(word.as_bytes()));
+    }
+    assert_eq!(owner(&disks[0].0).1, 0o644, "what others use is as it was");
+    let us = owner(files.path()).0;
+    assert_eq!(owner(&disks[1].0), (us, 0o600));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
+    let Some(mut machine) = run(|_| {}).await else {
+        return;
+    };
+    machine.vm.pause().await.unwrap();
+    machine.lines.say("later").await;
+    let mut byte = [0];
+    let heard =
+        tokio::time::timeout(Duration::from_millis(500), machine.lines.0.read(&mut byte)).await;
+    assert!(heard.is_err(), "{heard:?}");
+    machine.vm.resume().await.unwrap();
+    assert_eq!(machine.lines.hear().await, "later");
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_processors_are_two_in_the_guest() {
+    let Some(mut machine) = run(|plan| plan.vcpus = 2).await else {
+        return;
+    };
+    assert_eq!(machine.sh("nproc").await, "2");
+    machine.end().await;
+}
+
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_is_killed_from_outside_has_crashed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    let left = Firecracker.leftovers(&*machine.vm);
+    signal(machine.vm.record().pid, "-9");
+    match soon("ending", machine.vm.wait()).await {
+        VmEnd::Crashed { message } => assert!(message.contains("signal 9"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(left(), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_that_is_gone_is_told_and_the_machine_can_still_be_taken_over_and_killed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    let vmm = Firecracker.vmm().await.unwrap();
+    std::fs::remove_file(machine.root().join("api.sock")).unwrap();
+    match soon("pausing", machine.vm.pause()).await {
+        Err(VmmError::Control { message, .. }) => assert!(message.contains("API"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    let record = machine.vm.record().clone();
+    drop((machine.vm, machine.lines));
+    let adopted = soon("adopting", vmm.adopt(machine.dir.path(), &record)).await;
+    let Adoption::Running(vm) = adopted.unwrap() else {
+        panic!("it runs");
+    };
+    Lines::open(&*vm).await.echo("there").await;
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(left_of(&record), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_does_not_answer_is_told_so_within_its_time_and_can_be_killed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    signal(machine.vm.record().pid, "-STOP");
+    let begin = Instant::now();
+    let paused = soon("pausing", machine.vm.pause()).await;
+    assert!(
+        matches!(paused, Err(VmmError::Control { .. })),
+        "{paused:?}"
+    );
+    assert!(begin.elapsed() < Duration::from_secs(15));
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_booted_is_refused_with_the_reason_and_leaves_nothing() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let files = tempfile::tempdir().unwrap();
+    let Start::Linux(good) = Firecracker.plan(files.path()).start else {
+        unreachable!()
+    };
+    let text = disk(files.path(), "text", "no kernel at all", 0o644);
+    // The header of a program for another processor (183, AArch64).
+    let mut foreign = std::fs::read(&good.kernel).unwrap();
+    foreign[18] = 183;
+    foreign.truncate(1 << 20);
+    let foreign_path = files.path().join("foreign");
+    std::fs::write(&foreign_path, foreign).unwrap();
+    for kernel in [files.path().join("missing"), text, foreign_path] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = Firecracker.plan(dir.path());
+        let mut boot = good.clone();
+        boot.kernel = kernel.clone();
+        plan.start = Start::Linux(boot);
+        let error = soon("launching", vmm.launch(&plan)).await.err().unwrap();
+        println!("{}: {error}", kernel.display());
+        match error {
+            VmmError::Io { path, .. } => assert_eq!(path, kernel),
+            VmmError::Launch { message, .. } => assert!(!message.is_empty()),
+            other => panic!("{other}"),
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_kvm_every_plan_is_refused_with_the_reason() {
+    let mut options = options();
+    options.kvm = KvmVerdict::Broken("guests are emulated".to_owned());
+    let Ok(vmm) = FirecrackerVmm::detect(options).await else {
+        return println!("SKIP: no Firecracker");
+    };
+    assert_eq!(vmm.capabilities().accelerators, []);
+    if guest::boot_with(guest::Channel::Vsock).is_err() {
+        return println!("SKIP: no kernel");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    match vmm.launch(&Firecracker.plan(dir.path())).await.err() {
+        Some(VmmError::Unsupported { reason, .. }) => {
+            assert!(reason.contains("guests are emulated"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_beyond_its_memory_limit_is_ended_with_that_reason() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Firecracker.plan(dir.path());
+    plan.fence.memory_max = Bytes::mib(48);
+    let vm = match soon("launching", vmm.launch(&plan)).await {
+        Ok(vm) => vm,
+        // It may not even come so far as to start the guest.
+        Err(error) => return println!("refused: {error}"),
+    };
+    ends_with_this_test(vm.record());
+    let held = vm
+        .record()
+        .fences
+        .iter()
+        .any(|fence| fence.starts_with("cgroup: memory"));
+    if !held {
+        println!("SKIP: no memory cgroup");
+        return vm.kill().await.unwrap();
+    }
+    match soon("ending", vm.wait()).await {
+        VmEnd::Crashed { message } => assert!(message.contains("memory limit"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(left_of(vm.record()), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_host_disk_fails_the_guests_writes_and_is_told() {
+    if !facts::is_root() {
+        return println!("SKIP: a small file system of its own takes root");
+    }
+    let small = tempfile::tempdir().unwrap();
+    let at = small.path().to_str().unwrap().to_owned();
+    let mount = |args: &[&str]| {
+        let status = Command::new(args[0]).args(&args[1..]).status();
+        status.unwrap().success()
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "small", &at]) {
+        return println!("SKIP: a tmpfs cannot be mounted here");
+    }
+    let path = small.path().join("disk");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(20 << 20).unwrap();
+    std::fs::write(small.path().join("ballast"), vec![1; 18 << 20]).unwrap();
+    let tested = async {
+        let own = vec![Disk {
+            path,
+            read_only: false,
+        }];
+        let Some(mut machine) = run(|plan| plan.disks = own).await else {
+            return;
+        };
+        machine.load_drivers().await;
+        let write = "dd if=/dev/zero of=/dev/vda bs=1M count=12 conv=fsync 2>/dev/null; echo $?";
+        assert_eq!(machine.sh(write).await, "1");
+        let told = async {
+            while machine.vm.trouble().is_none() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        soon("telling of the full disk", told).await;
+        println!("trouble: {:?}", machine.vm.trouble());
+        std::fs::remove_file(small.path().join("ballast")).unwrap();
+        assert_eq!(machine.sh(write).await, "0");
+        machine.end().await;
+    };
+    let done = tokio::time::timeout(2 * limit(), tested).await;
+    assert!(mount(&["umount", &at]));
+    done.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_floods_its_console_takes_no_room_on_the_host() {
+    let Some(mut machine) = run(|_| {}).await else {
+        return;
+    };
+    let flood = "i=0; while [ $i -lt 6000 ]; do echo line $i of a flood that is written to the console for ever; i=$((i+1)); done > /dev/ttyS0";
+    machine.sh(flood).await;
+    let live = machine.dir.path().join("console.live");
+    let len = std::fs::metadata(live).map_or(0, |data| data.len());
+    println!("console: {len} bytes");
+    assert!(len <= 512 << 10, "{len}");
+    assert!(machine.vm.console(usize::MAX).await.len() <= 64 << 10);
+    machine.end().await;
+}
+
+/// Names the directory to the process that [`a_machine_survives_the_process_that_launched_it`] starts.
+const LAUNCHER_DIR: &str = "VISTARA_TEST_LAUNCHER_DIR";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "the other process of the test below"]
+async fn launcher_that_dies() {
+    let Some(dir) = std::env::var_os(LAUNCHER_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let vm = launch(&*vmm, &Firecracker.plan(&dir.join("machine"))).await;
+    std::fs::write(dir.join("record"), serde_json::to_vec(vm.record()).unwrap()).unwrap();
+    // No destructor, no goodbye.
+    std::process::abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_survives_the_process_that_launched_it() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    // It goes off while somebody watches, and while nobody does: the log tells what the exit status cannot.
+    for watched in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let machine = dir.path().join("machine");
+        std::fs::create_dir(&machine).unwrap();
+        let mut launcher = tokio::process::Command::new(std::env::current_exe().unwrap());
+        launcher
+            .args(["--ignored", "--exact", "launcher_that_dies"])
+            .env(LAUNCHER_DIR, dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let status = soon("launching", launcher.status()).await.unwrap();
+        assert!(!status.success());
+        let record = std::fs::read(dir.path().join("record")).unwrap();
+        let record: VmRecord = serde_json::from_slice(&record).unwrap();
+        ends_with_this_test(&record);
+        let adopt = || async {
+            soon("adopting", vmm.adopt(&machine, &record))
+                .await
+                .unwrap()
+        };
+        let Adoption::Running(vm) = adopt().await else {
+            panic!("it should run");
+        };
+        let mut lines = Lines::open(&*vm).await;
+        lines.echo("still here").await;
+        lines.say("off").await;
+        let end = if watched {
+            soon("ending", vm.wait()).await
+        } else {
+            drop(vm);
+            let gone = async {
+                while facts::start_ticks(record.pid) == Some(record.pid_start_ticks) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            soon("going", gone).await;
+            match adopt().await {
+                Adoption::Gone(end) => end,
+                Adoption::Running(_) => panic!("it is gone"),
+            }
+        };
+        assert_eq!(end, VmEnd::GuestOff, "watched: {watched}");
+        assert_eq!(left_of(&record), [] as [&str; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
+    if !facts::is_root() {
+        return println!("SKIP: the jail takes root");
+    }
+    let files = tempfile::tempdir().unwrap();
+    let root_disk = disk(files.path(), "root", "ROOT", 0o644);
+    let shared = vec![Disk {
+        path: root_disk,
+        read_only: true,
+    }];
+    let Some(machine) = run(|plan| plan.disks = shared.clone()).await else {
+        return;
+    };
+    let other = run(|plan| plan.disks = shared).await.unwrap();
+    println!("fences: {:#?}", machine.vm.record().fences);
+    let pid = machine.vm.record().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        let words = line.split_whitespace().skip(1);
+        words.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(field("NoNewPrivs:"), ["1"]);
+    for set in ["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"] {
+        assert_eq!(field(set), ["0000000000000000"], "{set}");
+    }
+    assert_eq!(field("Uid:"), ["61004"; 4]);
+    assert_eq!(field("Gid:"), ["61005"; 4]);
+    assert_eq!(field("Groups:"), [] as [&str; 0]);
+    assert_eq!(field("NSpid:"), [pid.to_string(), "1".to_owned()]);
+    for kind in ["mnt", "pid", "net", "ipc", "uts"] {
+        let namespace = |of: &str| std::fs::read_link(format!("/proc/{of}/ns/{kind}")).unwrap();
+        assert_ne!(namespace(&pid.to_string()), namespace("self"), "{kind}");
+    }
+    for fd in std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .flatten()
+    {
+        let target = std::fs::read_link(fd.path()).unwrap();
+        let target = target.to_string_lossy().into_owned();
+        let own = [
+            "/dev/null",
+            "/memfd:output",
+            "socket:",
+            "anon_inode:",
+            "/log",
+            "/disk0",
+            "/dev/kvm",
+            "/kernel",
+            "/dev/urandom",
+            "pipe:",
+        ];
+        let console = target.ends_with("/console.live");
+        assert!(
+            console || own.iter().any(|start| target.starts_with(start)),
+            "{target}"
+        );
+    }
+    // A program that shares everything with the monitor: user, root directory and namespaces.
+    let (host, port) = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, port)
+    };
+    let busybox = machine.root().join("busybox");
+    std::fs::copy("/bin/busybox", &busybox).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&busybox, mode).unwrap();
+    let inside = |script: &str| {
+        let output = Command::new("nsenter")
+            .args(["--target", &pid.to_string()])
+            .args([
+                "--mount", "--pid", "--net", "--ipc", "--uts", "--root", "--wd",
+            ])
+            .args(["--setuid", "61004", "--setgid", "61005"])
+            .args(["--", "/busybox", "sh", "-c", script])
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&text).trim().to_owned(),
+        )
+    };
+    let (code, listing) = inside("/busybox ls /");
+    assert_eq!(code, Some(0), "{listing}");
+    let mut names: Vec<&str> = listing.split_whitespace().collect();
+    names.sort_unstable();
+    println!("in the jail: {names:?}");
+    let expected = [
+        "agent.sock",
+        "api.sock",
+        "busybox",
+        "dev",
+        "disk0",
+        "firecracker",
+        "firecracker.pid",
+        "initramfs",
+        "kernel",
+        "log",
+        "run",
+    ];
+    assert_eq!(names, expected);
+    let other_root = other.root();
+    for (what, script) in [
+        ("the host's files", "/busybox ls /etc".to_owned()),
+        ("the way up", "/busybox ls /../etc".to_owned()),
+        (
+            "another's files",
+            format!("/busybox ls {}", other_root.display()),
+        ),
+        (
+            "another's process",
+            format!("/busybox kill -0 {}", other.vm.record().pid),
+        ),
+        (
+            "this test's process",
+            format!("/busybox kill -0 {}", std::process::id()),
+        ),
+        ("processes at all", "/busybox ls /proc/1".to_owned()),
+        (
+            "the host's network",
+            format!("/busybox nc -w 2 127.0.0.1 {port} < /dev/null"),
+        ),
+        (
+            "a new mount",
+            "/busybox mkdir /m && /busybox mount -t tmpfs m /m".to_owned(),
+        ),
+        ("another root", "/busybox chroot / /busybox true".to_owned()),
+        (
+            "a disk of the host",
+            "/busybox mknod /dev/sda b 8 0".to_owned(),
+        ),
+        ("the shared root disk", "echo x >> /disk0".to_owned()),
+        ("the shared kernel", "echo x >> /kernel".to_owned()),
+        ("the console's file", "/busybox ls /console.live".to_owned()),
+    ] {
+        let (code, text) = inside(&script);
+        println!("{what}: {code:?} {text}");
+        assert_ne!(code, Some(0), "{what}: {text}");
+    }
+    drop(host);
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(
+        !mounts.contains("/jail/"),
+        "the host's mounts are as they were"
+    );
+    machine.end().await;
+    other.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let root = disk(dir.path(), "root", "root", 0o644);
+    let writable = disk(dir.path(), "writable", "wwww", 0o600);
+    let shape = |dir: &Path, writable: &Path| {
+        let mut plan = Firecracker.plan(dir);
+        let disk = |path: &Path, read_only| Disk {
+            path: path.to_owned(),
+            read_only,
+        };
+        plan.disks = vec![disk(&root, true), disk(writable, false)];
+        plan
+    };
+    let own = tempfile::tempdir().unwrap();
+    let mut plan = shape(own.path(), &writable);
+    plan.capturable = true;
+    let vm = launch(&*vmm, &plan).await;
+    let lines = Lines::open(&*vm).await;
+    let mut first = Running {
+        vm,
+        lines,
+        dir: own,
+    };
+    first.load_drivers().await;
+    first.sh("X=kept; echo before > /tmp/file").await;
+    let vm = first.vm;
+    drop(first.lines);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let begin = Instant::now();
+    let capture = soon("capturing", vm.capture()).await.unwrap();
+    println!("captured in {:?}", begin.elapsed());
+    assert_eq!(left_of(vm.record()), [] as [&str; 0]);
+    println!("capture holds {} KiB", capture.resident_bytes() >> 10);
+    let kept = dir.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    capture.write(&kept).unwrap();
+    drop(capture);
+    let capture = Arc::new(Capture::read(&kept).unwrap());
+    let mut forks = Vec::new();
+    for number in 0..3 {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("own");
+        std::fs::copy(&writable, &own).unwrap();
+        let mut plan = shape(dir.path(), &own);
+        plan.start = Start::Fork(capture.clone());
+        let begin = Instant::now();
+        let vm = launch(&*vmm, &plan).await;
+        let launched = begin.elapsed();
+        let mut lines = Lines::open(&*vm).await;
+        lines.echo("there").await;
+        println!(
+            "fork {number}: launched after {launched:?}, answers after {:?}",
+            begin.elapsed()
+        );
+        let mut fork = Running { vm, lines, dir };
+        assert_eq!(fork.sh("echo $X; cat /tmp/file").await, "kept\nbefore");
+        let change = format!("X={number}; echo {number} > /tmp/file; echo {number} > /dev/vdb");
+        fork.sh(&change).await;
+        forks.push((fork, own));
+    }
+    for (number, (mut fork, own)) in forks.into_iter().enumerate() {
+        let told = fork
+            .sh("sync; echo $X; cat /tmp/file; head -c 1 /dev/vda")
+            .await;
+        assert_eq!(told, format!("{number}\n{number}\nr"));
+        let written = std::fs::read(own).unwrap();
+        assert_eq!(written[0], b'0' + u8::try_from(number).unwrap());
+        fork.end().await;
+    }
+    assert_eq!(std::fs::read(&writable).unwrap()[0], b'w');
+}
+
+/// Prints what a start costs: `… --test vm_firecracker -- --ignored --nocapture measure`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement, of use on a quiet machine only"]
+async fn measure_the_launch_and_the_first_answer() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).init();
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let (mut calls, mut answers, mut kills) = (vec![], vec![], vec![]);
+    for _ in 0..7 {
+        let dir = tempfile::tempdir().unwrap();
+        let begin = Instant::now();
+        let vm = launch(&*vmm, &Firecracker.plan(dir.path())).await;
+        calls.push(begin.elapsed());
+        Lines::open(&*vm).await.echo("up").await;
+        answers.push(begin.elapsed());
+        println!("resident {} KiB", vm.usage().resident_bytes >> 10);
+        let begin = Instant::now();
+        vm.kill().await.unwrap();
+        kills.push(begin.elapsed());
+    }
+    for times in [&mut calls, &mut answers, &mut kills] {
+        times.sort();
+    }
+    println!(
+        "launch call {:?} (least {:?}), first answer {:?} (least {:?}), kill {:?}",
+        calls[3], calls[0], answers[3], answers[0], kills[3]
+    );
+}
