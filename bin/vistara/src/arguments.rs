@@ -449,14 +449,19 @@ pub(crate) enum KernelCommand {
         /// Name (default: the kernel's version)
         #[arg(long)]
         name: Option<String>,
-        /// Directory of its modules, where it needs any and is not a .deb
+        /// Directory of its modules, where it is a Linux kernel that needs any and is not a .deb
         #[arg(long, value_name = "DIR")]
         modules: Option<PathBuf>,
+        /// Directory of its modules, where it is a Nanos kernel
+        #[arg(long, value_name = "DIR", conflicts_with = "modules")]
+        klibs: Option<PathBuf>,
         /// Make it the default
         #[arg(long)]
         default: bool,
-        /// debian (fetched with apt), or a file: a .deb, a bzImage or a vmlinux
-        source: String,
+        /// debian (fetched with apt); a file with a Linux kernel: a .deb, a bzImage or a vmlinux; or nanos and a file with a
+        /// Nanos kernel
+        #[arg(value_name = "debian|FILE|nanos FILE", required = true, num_args = 1..=2)]
+        source: Vec<String>,
     },
     /// Remove guest kernels
     Rm {
@@ -545,6 +550,23 @@ pub(crate) enum BenchCommand {
         /// The image whose `echo` is run; the first one here where absent
         #[arg(value_name = "IMAGE")]
         image: Option<String>,
+    },
+    /// The same static program as a unikernel and in a Linux guest: time to its first line, and memory
+    Boot {
+        /// What is measured: nanovms, linux
+        #[arg(
+            long,
+            value_name = "NAMES",
+            value_delimiter = ',',
+            default_value = "nanovms,linux"
+        )]
+        hypervisor: Vec<String>,
+        /// The results as JSON
+        #[arg(long)]
+        json: bool,
+        /// How often each is repeated
+        #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: u32,
     },
 }
 

@@ -23,14 +23,14 @@ const WARM_UP: u32 = 1;
 
 /// Least, middle and greatest of a series, in milliseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Series {
-    min: f64,
-    median: f64,
-    max: f64,
+pub(crate) struct Series {
+    pub(crate) min: f64,
+    pub(crate) median: f64,
+    pub(crate) max: f64,
 }
 
 impl Series {
-    fn of(mut values: Vec<f64>) -> Series {
+    pub(crate) fn of(mut values: Vec<f64>) -> Series {
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
         let (low, high) = (values.len().saturating_sub(1) / 2, values.len() / 2);
@@ -73,7 +73,7 @@ struct Report {
     node_resident_bytes_per_machine: u64,
 }
 
-fn millis(duration: Duration) -> f64 {
+pub(crate) fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
@@ -83,7 +83,16 @@ pub(crate) async fn bench(
     places: &Places,
     command: &BenchCommand,
 ) -> Result<u8, Failure> {
-    let BenchCommand::Run { json, count, image } = command;
+    let (json, count, image) = match command {
+        BenchCommand::Run { json, count, image } => (json, count, image),
+        BenchCommand::Boot {
+            hypervisor,
+            json,
+            count,
+        } => {
+            return crate::bench_boot::boot(client, places, hypervisor, *json, *count).await;
+        }
+    };
     let image = chosen(client.images().await?, image.as_deref())?;
     let name = image.names.first().cloned().unwrap_or(image.id);
     let request = RunRequest {
@@ -174,7 +183,7 @@ fn chosen(images: Vec<Image>, wanted: Option<&str>) -> Result<Image, Failure> {
 }
 
 /// A directory of this run's own, removed when dropped.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl AsRef<std::path::Path> for Scratch {
     fn as_ref(&self) -> &std::path::Path {
@@ -189,7 +198,7 @@ impl Drop for Scratch {
     }
 }
 
-fn tempdir(places: &Places) -> Result<Scratch, Failure> {
+pub(crate) fn tempdir(places: &Places) -> Result<Scratch, Failure> {
     let dir = places
         .state_dir
         .join("tmp")
@@ -248,7 +257,7 @@ async fn one_run(
     Ok((whole, millis(whole) - inside))
 }
 
-fn resident(pid: u32) -> Result<u64, Failure> {
+pub(crate) fn resident(pid: u32) -> Result<u64, Failure> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path)
         .map_err(|error| Failure::because(format!("cannot read {path}"), error))?;

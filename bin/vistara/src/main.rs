@@ -4,6 +4,7 @@
 //! starts one in the background ([`connect`]). Data goes to standard output, everything else to standard error.
 
 mod arguments;
+mod bench_boot;
 mod bench_command;
 mod connect;
 mod copy;

@@ -454,6 +454,7 @@ impl Actor {
     fn press_power_button(&self, signal: Signal) {
         let Some(vm) = self.vm.clone() else { return };
         let id = self.record.id.clone();
+        self.shared.asked_to_end.store(true, Ordering::Relaxed);
         tokio::spawn(async move {
             if signal != Signal::TERM {
                 tracing::info!(machine = %id, %signal, "a unikernel gets SIGTERM whatever signal was asked for");

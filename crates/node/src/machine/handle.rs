@@ -61,6 +61,8 @@ pub(crate) struct Shared {
     stdin: Mutex<Option<Input>>,
     /// Counts the sessions that offered an input: one of an older session writes to nobody.
     inputs: AtomicU32,
+    /// Whether a unikernel was asked to end by its power button.
+    pub(super) asked_to_end: AtomicBool,
     /// The end of what a unikernel and its program have printed.
     last_words: std::sync::Mutex<Vec<u8>>,
     /// Numbers for executed processes; 0 is the program's own.

@@ -47,6 +47,9 @@ pub(crate) struct Record {
     pub(crate) backend: Backend,
     pub(crate) reasons: Vec<String>,
     pub(crate) kernel: Option<String>,
+    /// The file of the program in its image, where it was looked at: corrections of what is known of it are kept under it.
+    #[serde(default)]
+    pub(crate) program_file: Option<String>,
     /// The slot from which its user id and group id on the host follow, where it has any of its own.
     pub(crate) slot: u32,
     pub(crate) state: MachineState,

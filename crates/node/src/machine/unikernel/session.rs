@@ -18,7 +18,7 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use vistara_control::{Event, VmGone};
 use vistara_machine::{OutputStream, Vm, VmEnd};
-use vistara_model::ExitStatus;
+use vistara_model::{ExitStatus, Signal};
 
 /// Name of the kernel's words in a machine's directory.
 pub(crate) const KERNEL_LOG: &str = "kernel.log";
@@ -104,7 +104,12 @@ pub(crate) fn unseen_end(dir: &Path) -> Option<Event> {
     let code = recorded_exit(dir)?;
     let words = std::fs::read(dir.join(KERNEL_LOG)).unwrap_or_default();
     let last = &words[words.len().saturating_sub(LAST_WORDS)..];
-    outcome(VmEnd::Killed, Some(code), &String::from_utf8_lossy(last))
+    outcome(
+        VmEnd::Killed,
+        Some(code),
+        &String::from_utf8_lossy(last),
+        false,
+    )
 }
 
 impl UnikernelSession {
@@ -126,7 +131,8 @@ impl UnikernelSession {
         let dir = self.dir.clone();
         let recorded = tokio::task::spawn_blocking(move || recorded_exit(&dir)).await;
         let words = kernel.text();
-        if let Some(event) = outcome(end, recorded.ok().flatten(), &words) {
+        let asked = self.shared.asked_to_end.load(Ordering::Relaxed);
+        if let Some(event) = outcome(end, recorded.ok().flatten(), &words, asked) {
             self.tell(event).await;
         }
     }
@@ -213,9 +219,9 @@ impl UnikernelSession {
     }
 }
 
-/// What became of the program: from the monitor's word, the record on the disk and the kernel's last words. Nothing where
-/// the monitor's word says it all.
-fn outcome(end: VmEnd, recorded: Option<i32>, words: &str) -> Option<Event> {
+/// What became of the program: from the monitor's word, the record on the disk, the kernel's last words, and whether it was
+/// asked to end. Nothing where the monitor's word says it all.
+fn outcome(end: VmEnd, recorded: Option<i32>, words: &str, asked: bool) -> Option<Event> {
     let exited = |status| {
         Some(Event::ProgramExited {
             status,
@@ -224,6 +230,10 @@ fn outcome(end: VmEnd, recorded: Option<i32>, words: &str) -> Option<Event> {
     };
     let byte = |code: i32| u8::try_from(code & 0xff).unwrap_or(u8::MAX);
     match (recorded, end) {
+        // The kernel gives no account of a program that the power button's signal has ended.
+        (Some(code), _) if asked && code == i32::from(Signal::TERM.0) => {
+            exited(ExitStatus::Signal(Signal::TERM.0))
+        }
         (Some(code), _) => exited(match signal(words) {
             // The kernel tells a signal's number as the code.
             Some(number) if i32::from(number) == code => ExitStatus::Signal(number),
@@ -247,7 +257,7 @@ mod tests {
     use super::*;
 
     fn status(end: VmEnd, recorded: Option<i32>, words: &str) -> Option<ExitStatus> {
-        match outcome(end, recorded, words) {
+        match outcome(end, recorded, words, false) {
             Some(Event::ProgramExited { status, .. }) => Some(status),
             _ => None,
         }
@@ -258,7 +268,7 @@ mod tests {
         for code in [1, 127, 128, 255] {
             assert_eq!(
                 status(VmEnd::GuestOff, Some(code), ""),
-                Some(ExitStatus::Code(code as u8))
+                Some(ExitStatus::Code(u8::try_from(code).unwrap()))
             );
         }
         assert_eq!(status(VmEnd::GuestOff, None, ""), Some(ExitStatus::Code(0)));
@@ -286,11 +296,25 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_was_asked_to_end_ends_by_that_signal_unless_it_says_otherwise() {
+        let told = |code, asked| outcome(VmEnd::GuestOff, Some(code), "", asked);
+        let exited = |status| {
+            Some(Event::ProgramExited {
+                status,
+                out_of_memory: false,
+            })
+        };
+        assert_eq!(told(15, true), exited(ExitStatus::Signal(15)));
+        assert_eq!(told(15, false), exited(ExitStatus::Code(15)));
+        assert_eq!(told(9, true), exited(ExitStatus::Code(9)));
+    }
+
+    #[test]
     fn a_kernel_that_failed_is_never_an_exit_with_0() {
         let failed = VmEnd::GuestPanic {
             message: "it failed".to_owned(),
         };
-        let event = outcome(failed.clone(), None, "cpu 0, vector 14\n");
+        let event = outcome(failed.clone(), None, "cpu 0, vector 14\n", false);
         let expected = VmGone::GuestPanic("it failed: cpu 0, vector 14".to_owned());
         assert_eq!(event, Some(Event::VmGone(expected)));
         // A program's own 126 has its record.
@@ -298,7 +322,7 @@ mod tests {
         let crashed = VmEnd::Crashed {
             message: "killed".to_owned(),
         };
-        assert_eq!(outcome(crashed, None, ""), None);
-        assert_eq!(outcome(VmEnd::Killed, None, ""), None);
+        assert_eq!(outcome(crashed, None, "", false), None);
+        assert_eq!(outcome(VmEnd::Killed, None, "", false), None);
     }
 }
