@@ -414,6 +414,7 @@ fn every_command_has_the_forms_that_users_of_docker_type() {
         "vistara kernel ls --json",
         "vistara kernel add debian --default",
         "vistara kernel add --name x --modules ./m ./vmlinux",
+        "vistara kernel add nanos ./kernel.img --klibs ./klibs",
         "vistara kernel rm x",
         "vistara kernel default x",
         "vistara doctor --json --fresh",

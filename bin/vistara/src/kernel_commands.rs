@@ -16,20 +16,18 @@ pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u
         KernelCommand::Add {
             name,
             modules,
+            klibs,
             default,
             source,
         } => {
-            // The node has another working directory.
-            let source = if source == "debian" {
-                source.clone()
-            } else {
-                absolute(Path::new(source))?
-            };
-            let modules_dir = modules.as_deref().map(absolute).transpose()?;
+            let (payload, source) = source_of(source)?;
             let request = AddKernelRequest {
                 source,
+                payload: payload.map(str::to_owned),
                 name: name.clone(),
-                modules_dir,
+                // The node has another working directory.
+                modules_dir: modules.as_deref().map(absolute).transpose()?,
+                klibs_dir: klibs.as_deref().map(absolute).transpose()?,
                 default: *default,
             };
             let kernel = client
@@ -57,6 +55,21 @@ pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u
     }
 }
 
+/// What `kernel add` is to add: its payload, where that is not Linux, and where it comes from.
+fn source_of(words: &[String]) -> Result<(Option<&'static str>, String), Failure> {
+    match words {
+        [one] if one == "debian" => Ok((None, one.clone())),
+        [one] if one == "nanos" => {
+            Err(Failure::new("a Nanos kernel is added from a file, and none was named")
+                .hint("vistara kernel add nanos FILE; for a Linux kernel in a file of that name, write ./nanos"))
+        }
+        [file] => Ok((None, absolute(Path::new(file))?)),
+        [kind, file] if kind == "nanos" => Ok((Some("nanos"), absolute(Path::new(file))?)),
+        _ => Err(Failure::new("one kernel is added at a time")
+            .hint("vistara kernel add debian, vistara kernel add FILE, or vistara kernel add nanos FILE")),
+    }
+}
+
 fn list(kernels: &[Kernel], json: bool) -> Result<u8, Failure> {
     if json {
         print_json(kernels)?;
@@ -75,7 +88,7 @@ fn list(kernels: &[Kernel], json: bool) -> Result<u8, Failure> {
         })
         .collect();
     print(&table(
-        &["NAME", "PAYLOAD", "VERSION", "SIZE", "DEFAULT"],
+        &["NAME", "KIND", "VERSION", "SIZE", "DEFAULT"],
         &rows,
     ))?;
     Ok(0)

@@ -16,6 +16,7 @@ use vistara_api::{
     AttachRequest, Client, ClientError, ErrorKind, Explanation, Machine, PullRequest, RunRequest,
     StopRequest, Timing,
 };
+use vistara_model::Bytes;
 
 /// Machines of ours whose start was interrupted get this long to end.
 const INTERRUPTED_GRACE: Duration = Duration::from_secs(3);
@@ -58,7 +59,12 @@ pub(crate) async fn explain(client: &Client, options: &RunOptions) -> Result<u8,
 
 /// The request, with the image at the node where it is a path or is always pulled.
 async fn prepare(client: &Client, options: &RunOptions) -> Result<RunRequest, Failure> {
-    let stdin = !options.no_stdin && (options.interactive || !terminal::stdin_is_terminal());
+    // An input that is at its end from the start is none, and who names a unikernel knows that it has none: neither is a
+    // reason against one.
+    let implied = !terminal::stdin_is_terminal()
+        && !terminal::stdin_is_null()
+        && options.hypervisor.as_deref() != Some("nanovms");
+    let stdin = !options.no_stdin && (options.interactive || implied);
     let mut request = options.request(&Surroundings {
         variable: &callers,
         working_dir: std::env::current_dir().unwrap_or_else(|_| "/".into()),
@@ -416,11 +422,12 @@ fn timings_text(steps: &[Timing]) -> String {
 fn explain_text(explanation: &Explanation) -> String {
     let choice = &explanation.choice;
     let mut text = format!(
-        "hypervisor   {}\nmonitor      {}\npayload      {}\naccelerator  {}\ncommand      {}\nstart        {}\n",
+        "hypervisor   {}\nmonitor      {}\npayload      {}\naccelerator  {}\nmemory       {}\ncommand      {}\nstart        {}\n",
         choice.hypervisor,
         choice.vmm,
         choice.payload,
         choice.accelerator,
+        Bytes(explanation.memory_bytes),
         command_line(&explanation.command),
         explanation.start
     );

@@ -103,11 +103,20 @@ fn a_pipe_on_stdin_reaches_the_program_with_its_end() {
 #[test]
 fn no_stdin_sends_none_and_tells_the_node_so() {
     let scene = Scene::new();
-    scene.run(&["run", "--no-stdin", "debian", "exit", "0"]);
-    scene.run(&["run", "debian", "exit", "0"]);
+    let run = |options: &[&str], stdin: Stdio| {
+        let words = [&["run"], options, &["debian", "exit", "0"]].concat();
+        let output = scene.command(&words).stdin(stdin).output().unwrap();
+        assert_eq!(code(&output), 0);
+    };
+    run(&["--no-stdin"], Stdio::piped());
+    run(&[], Stdio::piped());
+    // What is at its end from the start, and what a unikernel could not read, are none.
+    run(&[], Stdio::null());
+    run(&["--hypervisor", "nanovms"], Stdio::piped());
+    run(&["--hypervisor", "nanovms", "-i"], Stdio::piped());
     let seen = scene.fake.seen.lock().unwrap();
     let stdin: Vec<bool> = seen.runs.values().map(|request| request.stdin).collect();
-    assert_eq!(stdin, [false, true]);
+    assert_eq!(stdin, [false, true, false, false, true]);
     assert!(seen.runs.values().all(|request| request.attach));
 }
 

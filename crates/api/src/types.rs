@@ -447,15 +447,15 @@ pub struct Pruned {
 pub struct Kernel {
     /// Its name on this node.
     pub name: String,
-    /// `linux`, later `nanos`.
+    /// What it is the kernel of: `linux` or `nanos`.
     pub payload: String,
-    /// Its version, as `uname -r` prints it.
+    /// Its version: of Linux, as `uname -r` prints it; of Nanos, the beginning of its digest where it does not say.
     pub version: String,
-    /// Whether machines get it unless they ask for another.
+    /// Whether machines with this payload get it unless they ask for another.
     pub default: bool,
     /// Bytes on disk.
     pub size_bytes: u64,
-    /// The uncompressed kernel, on the node's host.
+    /// The kernel that is booted, on the node's host.
     pub path: String,
 }
 
@@ -463,13 +463,17 @@ pub struct Kernel {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AddKernelRequest {
-    /// `debian` (fetched with apt), or a path on the node's host: a `.deb`, a bzImage or a vmlinux.
+    /// `debian` (fetched with apt), or a path on the node's host: a `.deb`, a bzImage or a vmlinux; for Nanos, a kernel image.
     pub source: String,
+    /// What it is the kernel of: `linux` (default) or `nanos`.
+    pub payload: Option<String>,
     /// Name; the kernel's version where absent.
     pub name: Option<String>,
     /// Directory of its modules, for a kernel that needs any and is not a `.deb`.
     pub modules_dir: Option<String>,
-    /// Make it the default.
+    /// Directory of a Nanos kernel's modules.
+    pub klibs_dir: Option<String>,
+    /// Make it the default among those of its payload.
     pub default: bool,
 }
 
@@ -574,4 +578,43 @@ pub struct Explanation {
     pub command: Vec<String>,
     /// How it would start, in words: forked, from which template, or booted, and why.
     pub start: String,
+    /// Guest memory that it would get, in bytes.
+    pub memory_bytes: u64,
+    /// What is known of the program; absent where the image could not be looked at.
+    pub program: Option<ProgramFacts>,
+}
+
+/// What is known of one program of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ProgramFacts {
+    /// The path at which it was found; the first word of the command where it was not.
+    pub path: String,
+    /// The file behind that path, links followed; empty where there is none.
+    pub file: String,
+    /// `elf`, `script`, `missing`, or `other` for what cannot be executed or understood.
+    pub kind: String,
+    /// The executable that the rest speaks of: the program itself, or a script's interpreter.
+    pub executable: String,
+    /// `static`, `static-pie` or `dynamic`.
+    pub linkage: Option<String>,
+    /// How many libraries it loads when it starts.
+    pub libraries: u64,
+    /// Libraries that the image does not have.
+    pub missing: Vec<String>,
+    /// Languages that it is known to be made with or to run.
+    pub runtimes: Vec<String>,
+    /// Whether it may create processes: `no`, `in_libraries`, `on_demand` or `yes`.
+    pub may_create: String,
+    /// How sure that is: `certain`, `likely` or `guess`.
+    pub confidence: String,
+    /// Why it is not surer.
+    pub doubt: Option<String>,
+    /// What speaks for it: the strongest first, some of many.
+    pub evidence: Vec<String>,
+    /// What practice showed instead.
+    pub correction: Option<String>,
+    /// Files, directories and links of the whole image.
+    pub image_entries: u64,
+    /// Bytes of all its files.
+    pub image_bytes: u64,
 }

@@ -152,13 +152,19 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
             None,
         ),
     }
-    report.add(
-        "nanos-kernel",
-        false,
-        NeedState::Absent,
-        "none on this node; Linux guests stand in",
-        None,
-    );
+    let mend = Some("vistara kernel add nanos FILE");
+    let (state, detail) = match mechanisms.nanos.default_kernel() {
+        Ok(Some(kernel)) => (
+            NeedState::Works,
+            format!("{} (unikernels)", kernel.record.name),
+        ),
+        Ok(None) => (
+            NeedState::Absent,
+            "none on this node; Linux guests stand in".to_owned(),
+        ),
+        Err(error) => (NeedState::Broken, crate::fault::chain(&error)),
+    };
+    report.add("nanos-kernel", false, state, detail, mend);
     tool(
         &mut report,
         "squashfs",

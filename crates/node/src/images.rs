@@ -53,7 +53,15 @@ where
 {
     let (reports_in, reports) = mpsc::channel(REPORTS_MAX);
     let sink = ProgressSink::channel(reports_in);
-    let done = tokio::spawn(work(Arc::clone(&node), sink));
+    let worked = work(Arc::clone(&node), sink.clone());
+    let looking = Arc::clone(&node);
+    let done = tokio::spawn(async move {
+        let image = worked.await?;
+        looking.look_ahead(&image).await;
+        // Until here it counts as under way.
+        drop(sink);
+        Ok::<_, ImageError>(image)
+    });
     futures_util::stream::unfold(Some((node, reports, done)), |state| async move {
         let (node, mut reports, done) = state?;
         loop {

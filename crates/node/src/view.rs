@@ -3,8 +3,11 @@
 use crate::machine::{Record, Snapshot, Step};
 use crate::templates::Listed;
 use jiff::Timestamp;
-use vistara_api::{Choice, Image, Kernel, Machine, MachineDetail, Need, Template, Timing};
-use vistara_model::{NeedState, Network, VolumeMount};
+use vistara_api::{
+    Choice, Image, Kernel, Machine, MachineDetail, Need, ProgramFacts, Template, Timing,
+};
+use vistara_machine::boot::NanosKernel;
+use vistara_model::{ImageFacts, MayCreate, NeedState, Network, Payload, ProgramKind, VolumeMount};
 
 /// Nanoseconds since 1970 as RFC 3339.
 pub(crate) fn time(ns: u64) -> String {
@@ -158,11 +161,62 @@ pub(crate) fn template(listed: &Listed, machines: u64) -> Template {
 pub(crate) fn kernel(kernel: &vistara_machine::boot::Kernel) -> Kernel {
     Kernel {
         name: kernel.record.name.clone(),
-        payload: "linux".to_owned(),
+        payload: Payload::Linux.to_string(),
         version: kernel.record.release.clone(),
         default: kernel.is_default,
         size_bytes: kernel.record.vmlinux_bytes,
         path: kernel.vmlinux().display().to_string(),
+    }
+}
+
+pub(crate) fn nanos_kernel(kernel: &NanosKernel) -> Kernel {
+    Kernel {
+        name: kernel.record.name.clone(),
+        payload: Payload::Nanos.to_string(),
+        version: kernel.record.version.clone(),
+        default: kernel.is_default,
+        size_bytes: kernel.record.kernel_bytes,
+        path: kernel.path.display().to_string(),
+    }
+}
+
+/// Of what speaks for a program's making of processes, so much is shown.
+const EVIDENCE_SHOWN: usize = 8;
+
+pub(crate) fn program(facts: &ImageFacts) -> ProgramFacts {
+    let program = &facts.program;
+    let processes = &program.processes;
+    ProgramFacts {
+        path: program.path.clone(),
+        file: program.file.clone(),
+        kind: match &program.kind {
+            ProgramKind::Elf => "elf",
+            ProgramKind::Script { .. } => "script",
+            ProgramKind::Missing => "missing",
+            ProgramKind::Other { .. } => "other",
+        }
+        .to_owned(),
+        executable: program.executable.clone(),
+        linkage: program.linkage.map(|linkage| linkage.to_string()),
+        libraries: program.libraries.len() as u64,
+        missing: program.missing.clone(),
+        runtimes: program.runtimes.iter().map(ToString::to_string).collect(),
+        may_create: match processes.may_create {
+            MayCreate::No => "no",
+            MayCreate::InLibraries => "in_libraries",
+            MayCreate::OnDemand => "on_demand",
+            MayCreate::Yes => "yes",
+        }
+        .to_owned(),
+        confidence: processes.confidence.to_string(),
+        doubt: processes.doubt.clone(),
+        evidence: (processes.evidence.iter())
+            .take(EVIDENCE_SHOWN)
+            .map(ToString::to_string)
+            .collect(),
+        correction: (facts.correction.as_ref()).map(|correction| correction.seen.clone()),
+        image_entries: facts.entries,
+        image_bytes: facts.size.0,
     }
 }
 

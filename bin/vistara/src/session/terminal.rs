@@ -91,6 +91,16 @@ pub(crate) fn stdin_is_terminal() -> bool {
     std::io::stdin().is_terminal()
 }
 
+/// Whether standard input is `/dev/null`.
+pub(crate) fn stdin_is_null() -> bool {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let device = |path| {
+        let found = std::fs::metadata(path).ok()?;
+        found.file_type().is_char_device().then(|| found.rdev())
+    };
+    device("/dev/stdin").is_some_and(|stdin| device("/dev/null") == Some(stdin))
+}
+
 /// A notice for a person, on standard error, whatever the terminal's mode.
 pub(crate) fn notice(text: &str) {
     let text = crate::text::visible(text, true);

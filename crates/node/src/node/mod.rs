@@ -1,10 +1,12 @@
 //! The node's own state: its mechanisms, what it knows of the host, and its machines.
 
 mod adopt;
+mod choice;
 mod detect;
 mod templates;
 
 pub(crate) use adopt::Fate;
+pub(crate) use choice::{Decision, Look};
 
 use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
@@ -18,16 +20,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, RunRequest};
-use vistara_control::{
-    Capacity, Choice, Demand, MEMORY_MIN, Program, Request, admit, choose, lookup, program,
-};
-use vistara_image::{Image, ImageStore};
+use vistara_control::{Capacity, Demand, admit, lookup};
+use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer};
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
-    MachineState, VmmKind,
+    MachineState, Payload, VmmKind,
 };
 
 /// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
@@ -201,6 +201,7 @@ impl Node {
                 .map(|vmm| vmm.capabilities().version.clone())
         };
         let kernel = self.mechanisms.kernels.default_kernel().ok().flatten();
+        let nanos = self.mechanisms.nanos.default_kernel().ok().flatten();
         HostFacts {
             kvm: self
                 .kvm
@@ -210,65 +211,25 @@ impl Node {
             qemu: version(VmmKind::Qemu),
             // Its backend is not part of this version, so its presence on the host does not matter.
             firecracker: None,
-            nanos_kernel: None,
+            nanos_kernel: nanos.map(|kernel| kernel.record.name),
             linux_kernel: kernel.map(|kernel| kernel.record.name),
             cpus: vistara_host::facts::cpus(),
             memory_available: Bytes(vistara_host::facts::memory_available().unwrap_or(0)),
         }
     }
 
-    /// The image of a request, by name, id or id prefix.
-    pub(crate) fn image(&self, typed: &str) -> Answer<Image> {
-        match self.mechanisms.images.find(typed)? {
-            Some(image) => Ok(image),
-            None => Err(Fault::new(
-                ErrorKind::ImageNotFound,
-                format!("image {typed:?} is not on this node"),
-            )
-            .hint(format!("vistara images pull {typed}"))),
-        }
-    }
-
-    /// Everything about a request that is decided before anything is done.
-    pub(crate) fn decide(
-        &self,
-        request: &RunRequest,
-    ) -> Answer<(Image, MachineSpec, Program, Choice)> {
-        let image = self.image(&request.image)?;
-        let name = request
-            .image
-            .parse()
-            .ok()
-            .filter(|name| image.names.contains(name))
-            .or_else(|| image.names.first().cloned())
-            .map_or_else(|| format!("image:{}", image.id.short()).parse(), Ok)
-            .map_err(|error: vistara_model::ImageRefError| Fault::internal(&error))?;
-        let spec = crate::request::spec(request, name)?;
-        let ours = vistara_model::Architecture::host();
-        if image.architecture != ours {
-            return Err(Fault::user(format!(
-                "image {} is made for {}, and this host is {ours}",
-                spec.image.familiar(),
-                image.architecture
-            ))
-            .hint("pull or import the image for this architecture"));
-        }
-        let program = program(&spec, &image.config)?;
-        let choice = choose(&Request::of(&spec, &program), None, &self.facts())?;
-        Ok((image, spec, program, choice))
-    }
-
     /// Whether a machine of this size has room here.
-    fn admit(&self, spec: &MachineSpec, choice: &Choice, facts: &HostFacts) -> Answer<()> {
+    fn admit(&self, decision: &Decision, facts: &HostFacts) -> Answer<()> {
+        let spec = &decision.spec;
         let vcpus_max = self
             .mechanisms
-            .vmm(choice.backend.vmm)
+            .vmm(decision.choice.backend.vmm)
             .map_or(1, |vmm| vmm.capabilities().vcpus_max);
         Ok(admit(
             Demand {
                 cpus: spec.cpus,
                 memory: spec.memory,
-                memory_min: MEMORY_MIN,
+                memory_min: decision.memory_min,
                 disk: spec.disk,
             },
             Capacity {
@@ -285,14 +246,28 @@ impl Node {
         request: &RunRequest,
         zero: Instant,
     ) -> Answer<Arc<Handle>> {
-        let (image, mut spec, program, choice) = self.decide(request)?;
-        let facts = self.facts();
-        self.admit(&spec, &choice, &facts)?;
-        if let Some(kernel) = &spec.kernel {
-            self.mechanisms.kernels.get(kernel)?;
-        } else if facts.linux_kernel.is_none() && choice.backend.vmm != VmmKind::Fake {
-            self.mechanisms.linux_boot(None, UpperLayer::Disk)?;
-        }
+        let decision = self.decide(request, Look::IfItMatters).await?;
+        let host = self.facts();
+        self.admit(&decision, &host)?;
+        let Decision {
+            image,
+            mut spec,
+            program,
+            choice,
+            memory_min: _,
+            facts,
+        } = decision;
+        let kernel = match choice.backend.payload {
+            Payload::Linux => {
+                if let Some(kernel) = &spec.kernel {
+                    self.mechanisms.kernels.get(kernel)?;
+                } else if host.linux_kernel.is_none() && choice.backend.vmm != VmmKind::Fake {
+                    self.mechanisms.linux_boot(None, UpperLayer::Disk)?;
+                }
+                spec.kernel.clone().or(host.linux_kernel)
+            }
+            Payload::Nanos => host.nanos_kernel,
+        };
         choose_ports(&mut spec)?;
         let mut random = [0; 20];
         getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
@@ -318,7 +293,8 @@ impl Node {
             hypervisor: choice.hypervisor,
             backend: choice.backend,
             reasons: choice.reasons,
-            kernel: spec.kernel.clone().or(facts.linux_kernel),
+            kernel,
+            program_file: facts.map(|facts| facts.program.file),
             slot,
             spec,
             state: MachineState::Preparing,

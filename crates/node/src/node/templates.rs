@@ -1,13 +1,13 @@
 //! Templates as users ask for them: one made ahead, and what a run would start from.
 
-use super::Node;
+use super::{Decision, Look, Node};
 use crate::fault::{Answer, Fault};
 use crate::templates::{Blueprint, Parts, Shape, Template};
 use std::path::PathBuf;
 use std::sync::Arc;
 use vistara_api::{CreateTemplateRequest, ErrorKind, RunRequest};
-use vistara_control::{Choice, Program};
-use vistara_image::{Image, ProgressSink};
+use vistara_control::Choice;
+use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{MachineSpec, MachineState, Payload};
@@ -62,16 +62,18 @@ impl Node {
             hypervisor: request.hypervisor.clone(),
             ..RunRequest::default()
         };
-        let (image, spec, program, choice) = self.decide(&request)?;
-        let vmm = self.vmm_of(&choice)?;
-        if let Some(reason) = no_forks(&choice, vmm.as_ref()) {
+        let decision = self.decide(&request, Look::IfItMatters).await?;
+        let vmm = self.vmm_of(&decision.choice)?;
+        if let Some(reason) = no_forks(&decision.choice, vmm.as_ref()) {
             return Err(Fault::user(format!("no template can be made: {reason}")));
         }
-        self.admit(&spec, &choice, &self.facts())?;
-        let (kernel, boot) = self.boot_of(&spec).await?;
+        self.admit(&decision, &self.facts())?;
+        let (kernel, boot) = self.boot_of(&decision.spec).await?;
         let images = &self.mechanisms.images;
-        let root = images.root_disk(&image, &ProgressSink::none()).await?;
-        let shape = shape(&image, &spec, &program, &choice, kernel.as_deref());
+        let root = images
+            .root_disk(&decision.image, &ProgressSink::none())
+            .await?;
+        let shape = shape(&decision, kernel.as_deref());
         let blueprint = Blueprint::new(shape, self.parts(root.path, boot, vmm));
         let made = self.templates.make_now(blueprint).await;
         made.map_err(|reason| {
@@ -95,13 +97,8 @@ impl Node {
     }
 
     /// How a machine would start, in words.
-    pub(crate) async fn outlook(
-        &self,
-        image: &Image,
-        spec: &MachineSpec,
-        program: &Program,
-        choice: &Choice,
-    ) -> Answer<String> {
+    pub(crate) async fn outlook(&self, decision: &Decision) -> Answer<String> {
+        let (spec, choice) = (&decision.spec, &decision.choice);
         let vmm = self.vmm_of(choice)?;
         let reason = no_forks(choice, vmm.as_ref());
         let reason = reason.or_else(|| {
@@ -117,7 +114,7 @@ impl Node {
             return Ok(format!("boots ({reason})"));
         }
         let (kernel, boot) = self.boot_of(spec).await?;
-        let shape = shape(image, spec, program, choice, kernel.as_deref());
+        let shape = shape(decision, kernel.as_deref());
         // The key does not depend on where the root disk lies.
         let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();
         let known = self.templates.list().await;
@@ -139,19 +136,13 @@ impl Node {
     }
 }
 
-fn shape<'a>(
-    image: &'a Image,
-    spec: &'a MachineSpec,
-    program: &'a Program,
-    choice: &Choice,
-    kernel: Option<&'a str>,
-) -> Shape<'a> {
+fn shape<'a>(decision: &'a Decision, kernel: Option<&'a str>) -> Shape<'a> {
     Shape {
-        image_id: &image.id,
-        spec,
+        image_id: &decision.image.id,
+        spec: &decision.spec,
         kernel,
-        accelerator: choice.backend.accelerator,
-        argv: &program.argv,
-        env: &program.env,
+        accelerator: decision.choice.backend.accelerator,
+        argv: &decision.program.argv,
+        env: &decision.program.env,
     }
 }

@@ -6,6 +6,7 @@ use super::system::blocking;
 use crate::fault::{Answer, Fault, chain};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
+use crate::node::Look;
 use crate::view;
 use axum::Json;
 use axum::body::Body;
@@ -69,11 +70,13 @@ pub(super) async fn explain(
     State(app): State<App>,
     Json(request): Json<RunRequest>,
 ) -> Answer<Json<Explanation>> {
-    let (image, spec, program, choice) = app.node.decide(&request)?;
+    let decision = app.node.decide(&request, Look::Always).await?;
     Ok(Json(Explanation {
-        start: app.node.outlook(&image, &spec, &program, &choice).await?,
-        choice: view::choice(&choice),
-        command: program.argv,
+        start: app.node.outlook(&decision).await?,
+        choice: view::choice(&decision.choice),
+        memory_bytes: decision.spec.memory.0,
+        program: decision.facts.as_ref().map(view::program),
+        command: decision.program.argv,
     }))
 }
 

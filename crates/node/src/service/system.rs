@@ -3,13 +3,15 @@
 use super::App;
 use crate::doctor;
 use crate::fault::{Answer, Fault};
+use crate::node::Mechanisms;
 use crate::view;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use serde::Deserialize;
-use std::path::PathBuf;
 use utoipa::IntoParams;
 use vistara_api::{API_VERSION, AddKernelRequest, DoctorReport, ErrorBody, Kernel, Version};
+use vistara_machine::boot::BootError;
+use vistara_model::Payload;
 
 /// Runs work that blocks, off the runtime's threads.
 pub(super) async fn blocking<T: Send + 'static>(
@@ -69,9 +71,14 @@ pub(super) async fn shutdown(State(app): State<App>) -> Json<()> {
 /// Guest kernels.
 #[utoipa::path(get, path = "/v1/kernels", responses((status = 200, body = Vec<Kernel>)))]
 pub(super) async fn kernels(State(app): State<App>) -> Answer<Json<Vec<Kernel>>> {
-    let store = app.node.mechanisms().kernels;
-    let kernels = blocking(move || store.list()).await??;
-    Ok(Json(kernels.iter().map(view::kernel).collect()))
+    let mechanisms = app.node.mechanisms();
+    let (linux, nanos) =
+        blocking(move || Ok::<_, Fault>((mechanisms.kernels.list()?, mechanisms.nanos.list()?)))
+            .await??;
+    let linux = linux.iter().map(view::kernel);
+    Ok(Json(
+        linux.chain(nanos.iter().map(view::nanos_kernel)).collect(),
+    ))
 }
 
 /// Adds a guest kernel; answers when it is unpacked.
@@ -85,32 +92,92 @@ pub(super) async fn add_kernel(
     State(app): State<App>,
     Json(request): Json<AddKernelRequest>,
 ) -> Answer<Json<Kernel>> {
-    let store = app.node.mechanisms().kernels;
-    let kernel = blocking(move || {
-        let name = request.name.as_deref();
-        let kernel = if request.source == "debian" {
-            store.fetch_debian(name)?
-        } else {
-            let source = PathBuf::from(&request.source);
-            if !source.is_absolute() {
-                return Err(Fault::user(format!(
-                    "{:?} is not an absolute path",
-                    request.source
-                )));
-            }
-            store.add(
-                &source,
-                request.modules_dir.as_deref().map(std::path::Path::new),
-                name,
-            )?
-        };
-        if request.default {
-            store.set_default(&kernel.record.name)?;
-        }
-        Ok::<_, Fault>(store.get(&kernel.record.name)?)
+    let mechanisms = app.node.mechanisms();
+    let kernel = blocking(move || match request.payload.as_deref() {
+        None | Some("linux") => add_linux_kernel(&mechanisms, &request),
+        Some("nanos") => add_nanos_kernel(&mechanisms, &request),
+        Some(other) => Err(Fault::user(format!(
+            "{other:?} is no payload: write linux or nanos"
+        ))),
     })
     .await??;
-    Ok(Json(view::kernel(&kernel)))
+    Ok(Json(kernel))
+}
+
+fn absolute(path: &str) -> Answer<&std::path::Path> {
+    let path = std::path::Path::new(path);
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    Err(Fault::user(format!("{path:?} is not an absolute path")))
+}
+
+/// One name means one kernel, whatever its payload.
+fn taken(name: &str, payload: Payload) -> Fault {
+    Fault::conflict(format!("there is a {payload} kernel named {name:?}")).hint(format!(
+        "choose another --name, or vistara kernel rm {name}"
+    ))
+}
+
+fn add_linux_kernel(mechanisms: &Mechanisms, request: &AddKernelRequest) -> Answer<Kernel> {
+    let (store, name) = (&mechanisms.kernels, request.name.as_deref());
+    if request.klibs_dir.is_some() {
+        return Err(
+            Fault::user("klibs are modules of Nanos, and this is a Linux kernel")
+                .hint("vistara kernel add nanos FILE --klibs DIR"),
+        );
+    }
+    if let Some(name) = name
+        && mechanisms.nanos.get(name).is_ok()
+    {
+        return Err(taken(name, Payload::Nanos));
+    }
+    let kernel = if request.source == "debian" {
+        store.fetch_debian(name)?
+    } else {
+        let modules = request.modules_dir.as_deref().map(std::path::Path::new);
+        store.add(absolute(&request.source)?, modules, name)?
+    };
+    if request.default {
+        store.set_default(&kernel.record.name)?;
+    }
+    Ok(view::kernel(&store.get(&kernel.record.name)?))
+}
+
+fn add_nanos_kernel(mechanisms: &Mechanisms, request: &AddKernelRequest) -> Answer<Kernel> {
+    let (store, name) = (&mechanisms.nanos, request.name.as_deref());
+    if request.modules_dir.is_some() {
+        return Err(Fault::user("--modules is for Linux kernels")
+            .hint("vistara kernel add nanos FILE --klibs DIR"));
+    }
+    if let Some(name) = name
+        && mechanisms.kernels.get(name).is_ok()
+    {
+        return Err(taken(name, Payload::Linux));
+    }
+    let klibs = request.klibs_dir.as_deref().map(absolute).transpose()?;
+    let kernel = store.add(absolute(&request.source)?, klibs, name)?;
+    if request.default {
+        store.set_default(&kernel.record.name)?;
+    }
+    Ok(view::nanos_kernel(&store.get(&kernel.record.name)?))
+}
+
+/// What the kernel of this name is the kernel of.
+fn payload_of(mechanisms: &Mechanisms, name: &str) -> Answer<Payload> {
+    let unknown = match mechanisms.kernels.get(name) {
+        Err(BootError::UnknownKernel { known, .. }) => known,
+        // One whose record is damaged is there, too.
+        Ok(_) | Err(_) => return Ok(Payload::Linux),
+    };
+    match mechanisms.nanos.get(name) {
+        Err(BootError::UnknownKernel { name, known }) => Err(BootError::UnknownKernel {
+            name,
+            known: unknown.into_iter().chain(known).collect(),
+        }
+        .into()),
+        Ok(_) | Err(_) => Ok(Payload::Nanos),
+    }
 }
 
 /// Removes a guest kernel.
@@ -124,12 +191,16 @@ pub(super) async fn remove_kernel(
     State(app): State<App>,
     Path(name): Path<String>,
 ) -> Answer<Json<()>> {
-    let store = app.node.mechanisms().kernels;
-    blocking(move || store.remove(&name)).await??;
+    let mechanisms = app.node.mechanisms();
+    blocking(move || match payload_of(&mechanisms, &name)? {
+        Payload::Linux => Ok::<_, Fault>(mechanisms.kernels.remove(&name)?),
+        Payload::Nanos => Ok(mechanisms.nanos.remove(&name)?),
+    })
+    .await??;
     Ok(Json(()))
 }
 
-/// Makes a guest kernel the default.
+/// Makes a guest kernel the default among those of its payload.
 #[utoipa::path(
     post,
     path = "/v1/kernels/{name}/default",
@@ -140,11 +211,17 @@ pub(super) async fn default_kernel(
     State(app): State<App>,
     Path(name): Path<String>,
 ) -> Answer<Json<Kernel>> {
-    let store = app.node.mechanisms().kernels;
-    let kernel = blocking(move || {
-        store.set_default(&name)?;
-        store.get(&name)
+    let mechanisms = app.node.mechanisms();
+    let kernel = blocking(move || match payload_of(&mechanisms, &name)? {
+        Payload::Linux => {
+            mechanisms.kernels.set_default(&name)?;
+            Ok::<_, Fault>(view::kernel(&mechanisms.kernels.get(&name)?))
+        }
+        Payload::Nanos => {
+            mechanisms.nanos.set_default(&name)?;
+            Ok(view::nanos_kernel(&mechanisms.nanos.get(&name)?))
+        }
     })
     .await??;
-    Ok(Json(view::kernel(&kernel)))
+    Ok(Json(kernel))
 }
