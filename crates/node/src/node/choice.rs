@@ -107,11 +107,17 @@ impl Node {
         let usual = usual.map(|needs| Bytes(needs.usual()));
         asked.unikernel_memory_min = floor;
         asked.memory = usual.unwrap_or(asked.memory);
-        let choice = choose(&asked, facts.as_ref(), &host)?;
+        let mut choice = choose(&asked, facts.as_ref(), &host)?;
         let memory_min = match choice.backend.payload {
             Payload::Linux => MEMORY_MIN,
             Payload::Nanos => {
-                spec.memory = asked.memory;
+                spec.memory = Bytes(vistara_nanos::memory::safe_size(asked.memory.0));
+                if spec.memory != asked.memory {
+                    choice.reasons.push(format!(
+                        "memory is raised from {} to {}: Nanos fails at some sizes between powers of two",
+                        asked.memory, spec.memory
+                    ));
+                }
                 floor.unwrap_or(MEMORY_MIN)
             }
         };

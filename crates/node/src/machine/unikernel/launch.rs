@@ -45,10 +45,9 @@ pub(crate) async fn launch(
             Ok(kernel)
         })
         .await
-        .map_err(|message| {
+        .inspect_err(|_| {
             // Half a disk is nobody's; the machine's directory goes with the machine.
             let _ = std::fs::remove_file(dir.join(OVERLAY));
-            message
         })?
     };
     watch.note("unikernel disk", begin);
