@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use vistara_control::{Effect, Event, Lifecycle, VmGone};
 use vistara_machine::{Vm, VmEnd};
 use vistara_model::{MachineState, Payload, Signal};
@@ -71,6 +72,8 @@ pub(crate) struct Actor {
     published: watch::Sender<Snapshot>,
     session: Option<JoinHandle<()>>,
     prepared: Option<JoinHandle<Prepared>>,
+    /// Ends the wait for what is being prepared.
+    cancel: CancellationToken,
     waiter: Option<JoinHandle<VmEnd>>,
     grace: Option<tokio::time::Instant>,
     limit: Option<tokio::time::Instant>,
@@ -98,6 +101,17 @@ async fn at(moment: Option<tokio::time::Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
+    }
+}
+
+/// A monitor's word in the lifecycle's.
+fn vm_gone(end: Result<VmEnd, String>) -> VmGone {
+    match end {
+        Ok(VmEnd::GuestOff) => VmGone::GuestOff,
+        Ok(VmEnd::GuestPanic { message }) => VmGone::GuestPanic(message),
+        Ok(VmEnd::Killed) => VmGone::Killed,
+        Ok(VmEnd::Crashed { message }) => VmGone::Crashed(message),
+        Err(message) => VmGone::Crashed(message),
     }
 }
 
@@ -140,6 +154,7 @@ impl Actor {
             published,
             session: None,
             prepared: None,
+            cancel: CancellationToken::new(),
             waiter: None,
             grace: None,
             limit: None,
@@ -187,14 +202,7 @@ impl Actor {
                 }
                 Ok(Fate::Over(event)) => {
                     self.trouble = None;
-                    if self.record.backend.payload == Payload::Nanos {
-                        // Its own end may be on its disk, though nobody saw it.
-                        let dir = self.dir.clone();
-                        let found = tokio::task::spawn_blocking(move || unseen_end(&dir)).await;
-                        if let Ok(Some(exited)) = found {
-                            self.on(exited).await;
-                        }
-                    }
+                    self.learn_unseen_end(&event).await;
                     return self.on(event).await;
                 }
                 Err(message) => {
@@ -270,11 +278,20 @@ impl Actor {
     }
 
     async fn command(&mut self, command: Command) {
+        self.obey(command).await;
+        if self.life.state() == MachineState::Preparing && self.life.end().is_some() {
+            // Nobody waits any more for what is being prepared.
+            self.cancel.cancel();
+        }
+    }
+
+    async fn obey(&mut self, command: Command) {
         match command {
             Command::Stop { signal, grace } => {
                 let signal = signal.unwrap_or(self.record.stop_signal);
                 self.on(Event::StopAsked { signal, grace }).await;
             }
+            Command::Signal(signal) => self.signal(signal),
             Command::Kill => self.on(Event::KillAsked).await,
             // Whoever removes waits for the end first; before it there is nothing to do.
             Command::Remove => {}
@@ -302,19 +319,22 @@ impl Actor {
 
     /// The monitor is gone. What the session still holds is recorded before that is believed.
     async fn gone(&mut self, end: Result<VmEnd, String>) {
-        if let Some(session) = self.session.take() {
-            let mut session = session;
-            let last_words = tokio::time::timeout(LAST_WORDS_BOUND, async {
-                loop {
-                    tokio::select! {
-                        Some(news) = self.news.1.recv() => self.hear(news).await,
-                        _ = &mut session => break,
-                    }
+        if let Some(mut session) = self.session.take() {
+            // A Linux guest is taken down only when all it said is recorded. A unikernel is gone by itself: its session ends
+            // when the last word is recorded, however long the disk or a reader takes, unless somebody wants it gone.
+            let bound = match self.record.backend.payload {
+                Payload::Linux => Some(tokio::time::Instant::now() + LAST_WORDS_BOUND),
+                Payload::Nanos => None,
+            };
+            loop {
+                tokio::select! {
+                    Some(news) = self.news.1.recv() => self.hear(news).await,
+                    _ = &mut session => break,
+                    () = at(bound) => break,
+                    Some(Command::Kill) = self.commands.recv() => break,
                 }
-            });
-            if last_words.await.is_err() {
-                session.abort();
             }
+            session.abort();
             while let Ok(news) = self.news.1.try_recv() {
                 self.hear(news).await;
             }
@@ -322,14 +342,23 @@ impl Actor {
         self.vm = None;
         self.shared.vm.send_replace(None);
         self.shared.agent.send_replace(None);
-        let gone = match end {
-            Ok(VmEnd::GuestOff) => VmGone::GuestOff,
-            Ok(VmEnd::GuestPanic { message }) => VmGone::GuestPanic(message),
-            Ok(VmEnd::Killed) => VmGone::Killed,
-            Ok(VmEnd::Crashed { message }) => VmGone::Crashed(message),
-            Err(message) => VmGone::Crashed(message),
-        };
-        self.on(Event::VmGone(gone)).await;
+        let gone = vm_gone(end);
+        let gone = Event::VmGone(gone);
+        self.learn_unseen_end(&gone).await;
+        self.on(gone).await;
+    }
+
+    /// A unikernel's end is on its disk even where no session saw it to the last.
+    async fn learn_unseen_end(&mut self, event: &Event) {
+        if self.record.backend.payload != Payload::Nanos || self.life.end().is_some() {
+            return;
+        }
+        let (dir, event) = (self.dir.clone(), event.clone());
+        let found = tokio::task::spawn_blocking(move || unseen_end(&dir, &event)).await;
+        if let Ok(Some((exited, words))) = found {
+            self.shared.hear(&words);
+            self.on(exited).await;
+        }
     }
 
     async fn on(&mut self, event: Event) {
@@ -360,7 +389,9 @@ impl Actor {
 
     /// Begins anew on Linux where a unikernel was the wrong choice and the program may be run twice.
     async fn run_again(&mut self) -> bool {
-        if self.record.backend.payload != Payload::Nanos {
+        // What a user ends is not begun again.
+        let asked_to_end = self.shared.asked_to_end.load(Ordering::Relaxed);
+        if self.record.backend.payload != Payload::Nanos || asked_to_end {
             return false;
         }
         let console = self.shared.last_words();
@@ -385,6 +416,8 @@ impl Actor {
         record.log_base = self.log.offsets();
         record.hypervisor = again.choice.hypervisor;
         record.backend = again.choice.backend;
+        record.kernel = again.kernel;
+        record.spec.memory = again.memory;
         record.reasons = again.choice.reasons;
         record.reasons.push(again.reason);
         record.state = self.life.state();
@@ -392,6 +425,7 @@ impl Actor {
         record.started_ns = None;
         record.vm = None;
         self.shared.started.store(false, Ordering::Relaxed);
+        self.shared.asked_to_end.store(false, Ordering::Relaxed);
         self.limit = None;
         self.prepare(self.zero.unwrap_or_else(Instant::now));
         true
@@ -404,8 +438,9 @@ impl Actor {
             self.record.clone(),
             self.dir.clone(),
         );
+        let cancel = self.cancel.clone();
         self.prepared = Some(tokio::spawn(async move {
-            prepare(&node, &record, &dir, zero).await
+            prepare(&node, &record, &dir, zero, &cancel).await
         }));
     }
 
@@ -531,7 +566,7 @@ impl Actor {
             loop {
                 match self.commands.recv().await {
                     Some(Command::Remove) => break,
-                    Some(Command::Stop { .. } | Command::Kill) => {}
+                    Some(Command::Stop { .. } | Command::Signal(_) | Command::Kill) => {}
                     // Nobody holds a handle any more: the node is leaving, and the record stays for the next one.
                     None => return,
                 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use vistara_machine::VmRecord;
 use vistara_model::{
-    Backend, Digest, EndReason, EnvVar, Generation, Hypervisor, MachineId, MachineName,
+    Backend, Bytes, Digest, EndReason, EnvVar, Generation, Hypervisor, MachineId, MachineName,
     MachineSpec, MachineState, Signal,
 };
 
@@ -50,6 +50,9 @@ pub(crate) struct Record {
     /// The file of the program in its image, where it was looked at: corrections of what is known of it are kept under it.
     #[serde(default)]
     pub(crate) program_file: Option<String>,
+    /// The memory that it gets if it is run again in a Linux guest; `spec` has what it has now.
+    #[serde(default)]
+    pub(crate) linux_memory: Option<Bytes>,
     /// The slot from which its user id and group id on the host follow, where it has any of its own.
     pub(crate) slot: u32,
     pub(crate) state: MachineState,

@@ -21,6 +21,8 @@ pub(crate) struct Decision {
     pub(crate) choice: Choice,
     /// The least memory with which it boots.
     pub(crate) memory_min: Bytes,
+    /// What it gets in a Linux guest, also where it is not to be one.
+    pub(crate) linux_memory: Bytes,
     /// What is known of the program, where it was looked at.
     pub(crate) facts: Option<ImageFacts>,
 }
@@ -108,6 +110,7 @@ impl Node {
         asked.unikernel_memory_min = floor;
         asked.memory = usual.unwrap_or(asked.memory);
         let mut choice = choose(&asked, facts.as_ref(), &host)?;
+        let linux_memory = spec.memory;
         let memory_min = match choice.backend.payload {
             Payload::Linux => MEMORY_MIN,
             Payload::Nanos => {
@@ -127,6 +130,7 @@ impl Node {
             program,
             choice,
             memory_min,
+            linux_memory,
             facts,
         })
     }

@@ -20,13 +20,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, RunRequest};
-use vistara_control::{Capacity, Demand, admit, lookup};
+use vistara_control::{Capacity, Demand, MEMORY_MIN, admit, lookup};
 use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer};
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
-    Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
+    Backend, Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
     MachineState, Payload, VmmKind,
 };
 
@@ -220,16 +220,26 @@ impl Node {
 
     /// Whether a machine of this size has room here.
     fn admit(&self, decision: &Decision, facts: &HostFacts) -> Answer<()> {
-        let spec = &decision.spec;
+        let vmm = decision.choice.backend.vmm;
+        self.admit_size(&decision.spec, decision.memory_min, vmm, facts)
+    }
+
+    fn admit_size(
+        &self,
+        spec: &MachineSpec,
+        memory_min: Bytes,
+        vmm: VmmKind,
+        facts: &HostFacts,
+    ) -> Answer<()> {
         let vcpus_max = self
             .mechanisms
-            .vmm(decision.choice.backend.vmm)
+            .vmm(vmm)
             .map_or(1, |vmm| vmm.capabilities().vcpus_max);
         Ok(admit(
             Demand {
                 cpus: spec.cpus,
                 memory: spec.memory,
-                memory_min: decision.memory_min,
+                memory_min,
                 disk: spec.disk,
             },
             Capacity {
@@ -238,6 +248,31 @@ impl Node {
                 memory_available: facts.memory_available,
             },
         )?)
+    }
+
+    /// Whether a machine of this size has room here as a Linux guest under this monitor.
+    pub(crate) fn admit_on_linux(&self, spec: &MachineSpec, vmm: VmmKind) -> Answer<()> {
+        self.admit_size(spec, MEMORY_MIN, vmm, &self.facts())
+    }
+
+    /// The name of the kernel that a machine boots.
+    pub(crate) fn kernel(
+        &self,
+        spec: &MachineSpec,
+        backend: Backend,
+        host: &HostFacts,
+    ) -> Answer<Option<String>> {
+        match backend.payload {
+            Payload::Linux => {
+                if let Some(kernel) = &spec.kernel {
+                    self.mechanisms.kernels.get(kernel)?;
+                } else if host.linux_kernel.is_none() && backend.vmm != VmmKind::Fake {
+                    self.mechanisms.linux_boot(None, UpperLayer::Disk)?;
+                }
+                Ok(spec.kernel.clone().or_else(|| host.linux_kernel.clone()))
+            }
+            Payload::Nanos => Ok(host.nanos_kernel.clone()),
+        }
     }
 
     /// Accepts a request: the machine exists, and is being prepared, when this returns.
@@ -255,19 +290,10 @@ impl Node {
             program,
             choice,
             memory_min: _,
+            linux_memory,
             facts,
         } = decision;
-        let kernel = match choice.backend.payload {
-            Payload::Linux => {
-                if let Some(kernel) = &spec.kernel {
-                    self.mechanisms.kernels.get(kernel)?;
-                } else if host.linux_kernel.is_none() && choice.backend.vmm != VmmKind::Fake {
-                    self.mechanisms.linux_boot(None, UpperLayer::Disk)?;
-                }
-                spec.kernel.clone().or(host.linux_kernel)
-            }
-            Payload::Nanos => host.nanos_kernel,
-        };
+        let kernel = self.kernel(&spec, choice.backend, &host)?;
         choose_ports(&mut spec)?;
         let mut random = [0; 20];
         getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
@@ -295,6 +321,7 @@ impl Node {
             reasons: choice.reasons,
             kernel,
             program_file: facts.map(|facts| facts.program.file),
+            linux_memory: Some(linux_memory),
             slot,
             spec,
             state: MachineState::Preparing,

@@ -1,17 +1,20 @@
 //! After a unikernel: what its end teaches about its program, and whether it is run again on Linux.
 
 use super::super::Record;
-use crate::fault::chain;
+use crate::fault::{Answer, chain};
 use crate::node::Node;
 use vistara_control::{AfterUnikernel, Choice, Ended, Request, after_unikernel, choose};
 use vistara_image::Asked;
-use vistara_model::{Correction, ImageFacts, Payload};
+use vistara_model::{Bytes, Correction, ImageFacts, MachineSpec, Payload};
 
 /// A second run.
 pub(crate) struct Again {
     /// For the user, as a sentence.
     pub(crate) reason: String,
     pub(crate) choice: Choice,
+    /// The kernel and the memory that it gets now.
+    pub(crate) kernel: Option<String>,
+    pub(crate) memory: Bytes,
 }
 
 /// Draws the conclusions from the end of a machine: corrects the image's facts where they were wrong, and gives the second
@@ -47,17 +50,37 @@ pub(crate) async fn after(node: &Node, record: &Record, console: &str) -> Option
             stop_signal: record.stop_signal,
         },
     );
-    match choose(&request, facts.as_ref(), &node.facts()) {
-        Ok(choice) if choice.backend.payload == Payload::Linux => Some(Again {
-            reason: reason?,
-            choice,
-        }),
-        Ok(_) => None,
-        Err(error) => {
-            tracing::warn!(machine = %record.id, error = chain(&error), "a program cannot be run again on Linux");
+    let reason = reason?;
+    let again = match choose(&request, facts.as_ref(), &node.facts()) {
+        Ok(choice) if choice.backend.payload == Payload::Linux => {
+            on_linux(node, record, reason, choice)
+        }
+        Ok(_) => return None,
+        Err(error) => Err(error.into()),
+    };
+    match again {
+        Ok(again) => Some(again),
+        Err(fault) => {
+            tracing::warn!(machine = %record.id, error = fault.0.message, "a program cannot be run again on Linux");
             None
         }
     }
+}
+
+/// What the second run takes, where this node has it.
+fn on_linux(node: &Node, record: &Record, reason: String, choice: Choice) -> Answer<Again> {
+    let memory = record.linux_memory.unwrap_or(record.spec.memory);
+    let spec = MachineSpec {
+        memory,
+        ..record.spec.clone()
+    };
+    node.admit_on_linux(&spec, choice.backend.vmm)?;
+    Ok(Again {
+        kernel: node.kernel(&spec, choice.backend, &node.facts())?,
+        reason,
+        choice,
+        memory,
+    })
 }
 
 /// Keeps what was seen with the image, and gives its facts as they are now.
