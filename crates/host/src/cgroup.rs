@@ -375,6 +375,26 @@ impl Cgroup {
         pids
     }
 
+    /// Lets its processes have this much more memory than they might have so far, where that is limited.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn raise_memory_max(&self, by: u64) -> io::Result<()> {
+        for dir in &self.dirs {
+            for name in ["memory.max", "memory.limit_in_bytes"] {
+                let path = dir.join(name);
+                let Ok(text) = fs::read_to_string(&path) else {
+                    continue;
+                };
+                // `max` is no number.
+                if let Ok(limit) = text.trim().parse::<u64>() {
+                    fs::write(&path, limit.saturating_add(by).to_string())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn kill_all(&self) {
         for dir in &self.dirs {
             if fs::write(dir.join("cgroup.kill"), "1").is_ok() {

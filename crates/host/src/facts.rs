@@ -203,6 +203,11 @@ pub fn start_ticks(pid: u32) -> Option<u64> {
     stat_fields(pid)?.get(19)?.parse().ok()
 }
 
+/// What a process does, as `/proc/PID/stat` has it: `R`, `S`, `T` (held), `Z` (ended) and others. Absent where there is none.
+pub(crate) fn state(pid: u32) -> Option<char> {
+    stat_fields(pid)?.first()?.chars().next()
+}
+
 /// What a process uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ProcessUsage {

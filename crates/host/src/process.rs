@@ -137,12 +137,40 @@ impl ProcessHandle {
         self.end.get().copied()
     }
 
+    /// Holds all its threads still, as far as it is not gone; waits until they are, at most `bound`.
+    ///
+    /// # Errors
+    /// No permission, or `TimedOut`.
+    pub async fn hold(&self, bound: std::time::Duration) -> io::Result<()> {
+        self.signal(Signal::STOP)?;
+        let held = async {
+            // Stopped, dead, or about to be.
+            while !facts::state(self.identity.pid).is_none_or(|state| "TtZX".contains(state)) {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        let held = tokio::time::timeout(bound, held).await;
+        held.map_err(|_| io::ErrorKind::TimedOut.into())
+    }
+
+    /// Lets a process that is held go on.
+    ///
+    /// # Errors
+    /// No permission.
+    pub fn go_on(&self) -> io::Result<()> {
+        self.signal(Signal::CONT)
+    }
+
     /// Sends SIGKILL; succeeds when it is gone already.
     ///
     /// # Errors
     /// No permission.
     pub fn kill(&self) -> io::Result<()> {
-        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+        self.signal(Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }

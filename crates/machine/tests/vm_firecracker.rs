@@ -270,13 +270,13 @@ async fn a_monitor_that_is_killed_from_outside_has_crashed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_api_that_is_gone_is_told_and_the_machine_can_still_be_taken_over_and_killed() {
-    let Some(machine) = run(|_| {}).await else {
+async fn a_machine_whose_api_is_gone_can_still_be_taken_over_held_and_killed() {
+    let Some(machine) = run(|plan| plan.capturable = true).await else {
         return;
     };
     let vmm = Firecracker.vmm().await.unwrap();
     std::fs::remove_file(machine.root().join("api.sock")).unwrap();
-    match soon("pausing", machine.vm.pause()).await {
+    match soon("capturing", machine.vm.capture()).await {
         Err(VmmError::Control { message, .. }) => assert!(message.contains("API"), "{message}"),
         other => panic!("{other:?}"),
     }
@@ -286,25 +286,32 @@ async fn an_api_that_is_gone_is_told_and_the_machine_can_still_be_taken_over_and
     let Adoption::Running(vm) = adopted.unwrap() else {
         panic!("it runs");
     };
-    Lines::open(&*vm).await.echo("there").await;
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("there").await;
+    soon("holding", vm.pause()).await.unwrap();
+    soon("letting go", vm.resume()).await.unwrap();
+    lines.echo("still there").await;
     soon("killing", vm.kill()).await.unwrap();
     assert_eq!(left_of(&record), [] as [&str; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_monitor_that_does_not_answer_is_told_so_within_its_time_and_can_be_killed() {
+async fn a_monitor_that_stands_still_is_taken_over_as_it_is_and_can_be_killed() {
     let Some(machine) = run(|_| {}).await else {
         return;
     };
+    let vmm = Firecracker.vmm().await.unwrap();
     signal(machine.vm.record().pid, "-STOP");
+    let record = machine.vm.record().clone();
+    drop((machine.vm, machine.lines));
     let begin = Instant::now();
-    let paused = soon("pausing", machine.vm.pause()).await;
-    assert!(
-        matches!(paused, Err(VmmError::Control { .. })),
-        "{paused:?}"
-    );
-    assert!(begin.elapsed() < Duration::from_secs(15));
-    machine.end().await;
+    let adopted = soon("adopting", vmm.adopt(machine.dir.path(), &record)).await;
+    let Adoption::Running(vm) = adopted.unwrap() else {
+        panic!("it is there");
+    };
+    soon("killing", vm.kill()).await.unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert_eq!(left_of(&record), [] as [&str; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -431,11 +438,18 @@ async fn a_full_host_disk_fails_the_guests_writes_and_is_told() {
         machine.end().await;
     };
     let done = tokio::time::timeout(2 * limit(), tested).await;
-    assert!(mount(&["umount", &at]));
+    // The kernel gives up the machine's mounts a moment after its last process.
+    let begin = Instant::now();
+    while !mount(&["umount", &at]) {
+        assert!(begin.elapsed() < Duration::from_secs(10), "it stays busy");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("unmounted after {:?}", begin.elapsed());
     done.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "each of 400,000 bytes is a trap: minutes in the lab"]
 async fn a_guest_that_floods_its_console_takes_no_room_on_the_host() {
     let Some(mut machine) = run(|_| {}).await else {
         return;
@@ -591,6 +605,7 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
     std::fs::set_permissions(&busybox, mode).unwrap();
     let inside = |script: &str| {
         let output = Command::new("nsenter")
+            .stdin(Stdio::null())
             .args(["--target", &pid.to_string()])
             .args([
                 "--mount", "--pid", "--net", "--ipc", "--uts", "--root", "--wd",
@@ -643,7 +658,7 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
         ("processes at all", "/busybox ls /proc/1".to_owned()),
         (
             "the host's network",
-            format!("/busybox nc -w 2 127.0.0.1 {port} < /dev/null"),
+            format!("/busybox nc -w 2 127.0.0.1 {port}"),
         ),
         (
             "a new mount",

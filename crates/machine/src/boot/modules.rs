@@ -29,6 +29,7 @@ const STAGES: &[(&str, &[&str])] = &[
     ),
     ("net", &["failover", "net_failover", "virtio_net"]),
     ("share", &["fuse", "virtiofs"]),
+    ("vsock", &["vmw_vsock_virtio_transport"]),
     ("rng", &["virtio_rng"]),
     ("balloon", &["virtio_balloon"]),
 ];

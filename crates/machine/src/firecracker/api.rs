@@ -3,7 +3,7 @@
 //! Each request has a connection of its own: there are some ten in a machine's life, and a connection that is kept would be
 //! one of the ten that Firecracker allows. What comes back is bounded in size and in time.
 
-use super::types::{Action, Fault, InstanceInfo, VmState};
+use super::types::{Action, Fault, VmState};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -84,21 +84,12 @@ impl Api {
         self.put("/actions", &action, START_LIMIT).await
     }
 
-    /// Holds the guest, or lets it go on.
-    pub(super) async fn set_running(&self, running: bool) -> Result<(), ApiError> {
-        let state = if running { "Resumed" } else { "Paused" };
-        let body = VmState { state };
+    /// Holds the guest, for a snapshot.
+    pub(super) async fn pause(&self) -> Result<(), ApiError> {
+        let body = VmState { state: "Paused" };
         self.request(Method::PATCH, "/vm", Some(&body), ANSWER_LIMIT)
             .await
             .map(drop)
-    }
-
-    /// What it says of itself.
-    pub(super) async fn info(&self) -> Result<InstanceInfo, ApiError> {
-        let answer = self
-            .request(Method::GET, "/", None::<&()>, ANSWER_LIMIT)
-            .await?;
-        serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
     }
 
     async fn request(

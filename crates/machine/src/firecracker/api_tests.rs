@@ -38,7 +38,7 @@ fn serve(answer: Vec<u8>) -> (tempfile::TempDir, Api, JoinHandle<String>) {
 #[tokio::test]
 async fn a_request_is_what_firecracker_expects_and_an_empty_answer_is_consent() {
     let (_dir, api, server) = serve(b"HTTP/1.1 204 \r\nConnection: keep-alive\r\n\r\n".to_vec());
-    api.set_running(false).await.unwrap();
+    api.pause().await.unwrap();
     let request = server.join().unwrap();
     assert!(request.starts_with("PATCH /vm HTTP/1.1\r\n"), "{request}");
     assert!(request.ends_with(r#"{"state":"Paused"}"#), "{request}");
@@ -66,14 +66,9 @@ async fn an_answer_without_end_or_sense_is_an_error() {
         vec![b'x'; 10_000_000],
     ]
     .concat();
-    for answer in [
-        huge,
-        b"SSH-2.0-OpenSSH\r\n".to_vec(),
-        Vec::new(),
-        b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n[]".to_vec(),
-    ] {
+    for answer in [huge, b"SSH-2.0-OpenSSH\r\n".to_vec(), Vec::new()] {
         let (_dir, api, server) = serve(answer);
-        let error = api.info().await.unwrap_err();
+        let error = api.pause().await.unwrap_err();
         assert!(
             matches!(error, ApiError::Odd(_) | ApiError::Gone(_)),
             "{error}"
@@ -86,7 +81,7 @@ async fn an_answer_without_end_or_sense_is_an_error() {
 async fn a_server_that_is_silent_or_gone_is_told_so() {
     let dir = tempfile::tempdir().unwrap();
     let api = Api::new(dir.path());
-    assert!(matches!(api.info().await.unwrap_err(), ApiError::Gone(_)));
+    assert!(matches!(api.pause().await.unwrap_err(), ApiError::Gone(_)));
     let _listener = sockets::listen_in(dir.path(), API_SOCKET).unwrap();
     let limit = Duration::from_millis(50);
     let asked = api.put("/vsock", &(), limit).await;

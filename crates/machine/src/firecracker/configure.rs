@@ -38,9 +38,10 @@ const CONSOLE_BURST: TokenBucket = TokenBucket {
 };
 
 /// Words for every Linux guest in Firecracker: there is one serial port, no PCI, and of the keyboard controller only the
-/// line that resets the machine, so that the kernel need not look for more.
+/// line that resets the machine, so that the kernel need not look for more. That line is how a reboot shall end the machine:
+/// a triple fault, which is what our payloads ask for elsewhere, is an error to Firecracker.
 const DEVICE_WORDS: &str =
-    "console=ttyS0 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd pci=off";
+    "reboot=k console=ttyS0 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd pci=off";
 
 /// One request.
 #[derive(Debug, Clone, PartialEq)]

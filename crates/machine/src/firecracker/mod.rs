@@ -26,7 +26,6 @@ mod vm;
 use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
-use api::Api;
 use console::Console;
 use state::BackendRecord;
 use std::path::{Path, PathBuf};
@@ -380,14 +379,11 @@ impl Vmm for FirecrackerVmm {
         let Some(process) = process else {
             return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
         };
-        // It may be dead and not yet waited for, as a child of ours is.
-        if let Err(error) = Api::new(&backend.root).info().await {
-            let gone = tokio::time::timeout(Duration::from_millis(100), process.wait()).await;
-            if let Ok(Ok(_)) = gone {
-                return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
-            }
-            // It can still be spoken with through its channel, watched and killed.
-            tracing::warn!(%error, pid = record.pid, "a machine's monitor runs, but its API does not answer");
+        // It may be dead and not yet waited for, as a child of ours is. Whether its API answers does not matter: it can be
+        // spoken with through its channel, watched, held and killed without.
+        let gone = tokio::time::timeout(Duration::from_millis(20), process.wait()).await;
+        if let Ok(Ok(_)) = gone {
+            return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
         }
         let of_monitor = |fd: u32| PathBuf::from(format!("/proc/{}/fd/{fd}", record.pid));
         let in_memory = !backend.unikernel && !dir.join(state::LIVE_CONSOLE).exists();

@@ -136,13 +136,6 @@ pub(super) struct SnapshotLoad {
     pub(super) resume_vm: bool,
 }
 
-/// `GET /`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub(super) struct InstanceInfo {
-    /// `Not started`, `Running` or `Paused`.
-    pub(super) state: String,
-}
-
 /// What every refusal carries.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Fault {

@@ -1,7 +1,7 @@
 //! One running Firecracker, its supervisor, and its end.
 //!
 //! ```text
-//! running ◄──► paused        (pause, resume)
+//! running ◄──► paused        (pause, resume: the process is held, see [`FirecrackerVm::hold`])
 //!    │            │
 //!    ▼            ▼
 //! process gone (the guest's end is Firecracker's; or by kill, or by itself): the end is read from its exit status, its log
@@ -39,6 +39,8 @@ pub(super) const LOG: &str = "log";
 pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
 /// How long a kill may take in all: the kernel frees a guest of some GiB in well under a second.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
+/// How long a process may take to stand still.
+const HOLD_LIMIT: Duration = Duration::from_secs(5);
 /// How long after its API has gone silent Firecracker may take to be gone itself.
 const GONE_LIMIT: Duration = Duration::from_secs(1);
 /// How often the sizes of console and log, and the room on the host's disk, are looked at.
@@ -53,6 +55,9 @@ const LOG_TAIL: u64 = 8 << 10;
 const TOLD: usize = 2_000;
 /// Bytes of the largest state that is taken: it is some 30 KiB.
 const STATE_MAX: u64 = 64 << 20;
+
+/// Bytes that writing a snapshot takes beyond the guest's memory.
+const SNAPSHOT_BEYOND: u64 = 32 << 20;
 
 /// Parts of a running machine.
 pub(super) struct Parts {
@@ -107,6 +112,24 @@ impl FirecrackerVm {
 
     fn ended(&self) -> bool {
         self.inner.end.borrow().is_some()
+    }
+
+    /// Holds the whole process. Firecracker's own pause would do, but that a vsock of version 1.16 hears nothing any more after
+    /// it: it then waits for the guest to confirm a reset that only a snapshot sends.
+    async fn hold(&self) -> Result<(), VmmError> {
+        let held = self.inner.parts.process.hold(HOLD_LIMIT).await;
+        held.map_err(|error| VmmError::Control {
+            operation: "pause",
+            message: error.to_string(),
+        })
+    }
+
+    fn go_on(&self) -> Result<(), VmmError> {
+        let going = self.inner.parts.process.go_on();
+        going.map_err(|error| VmmError::Control {
+            operation: "resume",
+            message: error.to_string(),
+        })
     }
 
     /// What a request's failure means for the machine.
@@ -246,6 +269,11 @@ impl LogTail {
         self.0.contains("exiting successfully. exit_code=0")
     }
 
+    /// Whether it ended by a triple fault of the guest's: how Nanos, and a Linux that was told so, restarts.
+    fn triple_fault(&self) -> bool {
+        self.0.contains("exit reason on vcpu run: Shutdown")
+    }
+
     /// Its last lines, without their times and without what is said of every request.
     pub(super) fn complaints(&self) -> String {
         let lines: Vec<&str> = self
@@ -278,20 +306,29 @@ pub(super) fn read_end(
     complaint: &str,
 ) -> VmEnd {
     let log = log_tail(&backend.root);
-    let well = match end {
-        Ok(ProcessEnd::Exited(code)) => code == 0,
-        Ok(ProcessEnd::Signaled(_)) => false,
+    let (reset, fault) = match end {
+        Ok(ProcessEnd::Exited(code)) => (code == 0, log.triple_fault()),
+        Ok(ProcessEnd::Signaled(_)) => (false, false),
         // It was another process's child: only its log can tell.
-        Ok(ProcessEnd::Unknown) | Err(_) => log.ended_well(),
+        Ok(ProcessEnd::Unknown) | Err(_) => (log.ended_well(), log.triple_fault()),
     };
-    if well {
-        // A panic ends in a reboot as well. A unikernel's console is its output, and its end is on its disk.
-        if !backend.unikernel
-            && let Some(message) = panic_message(&console.last(usize::MAX))
-        {
-            return VmEnd::GuestPanic { message };
+    match (backend.unikernel, reset, fault) {
+        // Its kernel restarts by a triple fault when its program has ended. When the kernel itself has failed it tells a device
+        // of QEMU's, which is not here, and then resets the machine by the keyboard controller.
+        (true, true, _) => {
+            return VmEnd::GuestPanic {
+                message: "the unikernel's kernel failed".to_owned(),
+            };
         }
-        return VmEnd::GuestOff;
+        (true, false, true) => return VmEnd::GuestOff,
+        // A panic ends in a reboot as well.
+        (false, true, _) | (false, _, true) => {
+            return match panic_message(&console.last(usize::MAX)) {
+                Some(message) => VmEnd::GuestPanic { message },
+                None => VmEnd::GuestOff,
+            };
+        }
+        (_, false, false) => {}
     }
     let how = match end {
         Ok(ProcessEnd::Exited(code)) => format!("Firecracker ended with exit code {code}"),
@@ -379,20 +416,14 @@ impl Vm for FirecrackerVm {
         if self.ended() {
             return Err(VmmError::Ended);
         }
-        match self.inner.api.set_running(false).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.control("pause", error).await),
-        }
+        self.hold().await
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
         if self.ended() {
             return Err(VmmError::Ended);
         }
-        match self.inner.api.set_running(true).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.control("resume", error).await),
-        }
+        self.go_on()
     }
 
     async fn capture(&self) -> Result<Capture, VmmError> {
@@ -407,8 +438,17 @@ impl Vm for FirecrackerVm {
             });
         };
         const OPERATION: &str = "the capture";
-        if let Err(error) = self.inner.api.set_running(false).await {
+        // One that is held answers nobody.
+        self.go_on()?;
+        if let Err(error) = self.inner.api.pause().await {
             return Err(self.control(OPERATION, error).await);
+        }
+        // What it writes is charged to the machine's cgroup, all the more where the directory is in memory. The guest is held,
+        // so nobody else can use what is given here.
+        let cgroup = Cgroup::from_dirs(parts.backend.cgroup.clone());
+        let room = info.memory.0.saturating_add(SNAPSHOT_BEYOND);
+        if let Err(error) = cgroup.raise_memory_max(room) {
+            tracing::warn!(%error, "a machine has no more memory for its capture than for itself");
         }
         let body = SnapshotCreate {
             snapshot_type: "Full",

@@ -127,7 +127,7 @@ pub(crate) fn boot_with(channel: Channel) -> Result<LinuxBoot, String> {
         if find(&modules, "vmw_vsock_virtio_transport.ko").is_none() {
             return Err("the kernel was added without its vsock modules: add it again".to_owned());
         }
-        archive.entry("bridge", 0o100_755, &bridge()?);
+        archive.entry("bridge", 0o100_755, &compiled("bridge", BRIDGE)?);
         name = "suite-initramfs-vsock";
     }
     archive.entry("TRAILER!!!", 0, b"");
@@ -139,15 +139,15 @@ pub(crate) fn boot_with(channel: Channel) -> Result<LinuxBoot, String> {
     })
 }
 
-/// [`BRIDGE`], compiled once.
-fn bridge() -> Result<Vec<u8>, String> {
+/// A static program, compiled once for all tests.
+pub(crate) fn compiled(name: &str, text_of_it: &str) -> Result<Vec<u8>, String> {
     let text = |error: std::io::Error| error.to_string();
-    let source = kept("bridge.c", BRIDGE.as_bytes()).map_err(text)?;
+    let source = kept(&format!("{name}.c"), text_of_it.as_bytes()).map_err(text)?;
     let program = source.with_extension("built");
     let age = |path: &Path| std::fs::metadata(path).and_then(|data| data.modified());
     if !matches!((age(&program), age(&source)), (Ok(built), Ok(written)) if built >= written) {
         let dir = tempfile::tempdir_in(source.parent().unwrap()).map_err(text)?;
-        let new = dir.path().join("bridge");
+        let new = dir.path().join(name);
         let built = std::process::Command::new("gcc")
             .args(["-static", "-O1", "-o"])
             .args([&new, &source])
