@@ -57,3 +57,43 @@ pub(crate) fn own_processes(target: &CString) -> rustix::io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
     mount(c"proc", target, c"proc", flags, c"subset=pid")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::OutputBox;
+    use crate::launch::Launch;
+
+    #[tokio::test]
+    async fn a_program_alone_sees_its_files_its_processes_and_an_empty_network() {
+        if !crate::facts::is_root() {
+            return println!("SKIP: mounts and namespaces take root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (source, target) = (dir.path().join("source"), dir.path().join("target"));
+        std::fs::write(&source, "shown").unwrap();
+        std::fs::write(&target, "").unwrap();
+        std::fs::create_dir(dir.path().join("proc")).unwrap();
+        let output = OutputBox::new(4096).unwrap();
+        let mut launch = Launch::new("/bin/sh");
+        let script = "cat target; echo; echo x 2>&1 >>target; echo $$; cd proc; echo [0-9]*; test -e version && echo kernel; cat self/net/dev | grep -c :";
+        launch.args = vec!["-c".into(), script.into()];
+        launch.working_dir = dir.path().to_owned();
+        launch.output = Some(output.writer().unwrap());
+        launch.binds = vec![Bind::new(&File::open(&source).unwrap(), &target, true).unwrap()];
+        launch.proc_at = Some(dir.path().join("proc"));
+        (launch.own_processes, launch.own_network) = (true, true);
+        let launched = launch.start().unwrap();
+        launched.process.wait().await.unwrap();
+        let text = output.tail(4096);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "shown", "{text}");
+        assert!(lines[1].contains("Read-only"), "{text}");
+        assert_eq!(lines[2], "1", "the first of its processes: {text}");
+        assert!(lines[3].starts_with('1'), "{text}");
+        assert!(!text.contains("kernel"), "{text}");
+        assert_eq!(std::fs::read(&target).unwrap(), b"", "nobody else sees it");
+        assert_eq!(std::fs::read(&source).unwrap(), b"shown");
+        assert!(!std::fs::exists(dir.path().join("proc/1")).unwrap());
+    }
+}

@@ -697,6 +697,8 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
     let writable = disk(dir.path(), "writable", "wwww", 0o600);
     let shape = |dir: &Path, writable: &Path| {
         let mut plan = Firecracker.plan(dir);
+        // Every byte is looked at several times, in the lab by a translated program.
+        plan.memory = Bytes::mib(128);
         let disk = |path: &Path, read_only| Disk {
             path: path.to_owned(),
             read_only,
