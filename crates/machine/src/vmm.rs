@@ -255,6 +255,26 @@ pub enum VmmError {
     },
 }
 
+/// Step of a launch in which a monitor takes its settings, and what it starts from.
+pub(crate) const BUILDING: &str = "building the machine";
+/// Step of a launch in which a monitor goes on from a capture, where that is one of its own.
+pub(crate) const GOING_ON: &str = "going on from the capture";
+
+impl VmmError {
+    /// Whether a fork that failed like this says that no other can go on from its capture either. What failed for the
+    /// machine's own files, its cgroup, its ports, or for want of something on the host, says nothing of the capture.
+    pub fn speaks_against_capture(&self) -> bool {
+        match self {
+            VmmError::Unsupported { .. } | VmmError::Control { .. } => true,
+            VmmError::Launch { step, .. } => [BUILDING, GOING_ON].contains(step),
+            VmmError::Absent { .. }
+            | VmmError::PortTaken(_)
+            | VmmError::Ended
+            | VmmError::Io { .. } => false,
+        }
+    }
+}
+
 /// A virtual machine monitor on this host.
 #[async_trait::async_trait]
 pub trait Vmm: Send + Sync {
@@ -304,7 +324,7 @@ pub trait Vm: Send + Sync {
     async fn open_channel(&self) -> Result<ChannelStream, VmmError>;
 
     /// Opens what a unikernel prints: every byte that nobody has read yet, also after the machine's end. Two readers share
-    /// the bytes, so that there should be one.
+    /// the bytes, so that there should be one. The end of a machine whose guest ended by itself is told once all is read.
     ///
     /// # Errors
     /// [`VmmError::Unsupported`] in a machine with an agent, [`VmmError::Io`].
@@ -364,4 +384,70 @@ pub trait Vm: Send + Sync {
     /// A condition of the running machine that its owner should hear of, such as a paused guest because the host's disk
     /// is full. Empty while all is well.
     fn trouble(&self) -> Option<String>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vistara_model::Protocol;
+
+    #[test]
+    fn only_failures_at_the_capture_speak_against_it() {
+        let text = || "a reason".to_owned();
+        let launch = |step| VmmError::Launch {
+            step,
+            message: text(),
+        };
+        let table = [
+            (
+                VmmError::Unsupported {
+                    kind: VmmKind::Qemu,
+                    reason: text(),
+                },
+                true,
+            ),
+            (
+                VmmError::Control {
+                    operation: "resume",
+                    message: text(),
+                },
+                true,
+            ),
+            (launch("building the machine"), true),
+            (launch("going on from the capture"), true),
+            (launch("creating its cgroup"), false),
+            (launch("making the guest's memory"), false),
+            (launch("making room for output"), false),
+            (launch("starting QEMU"), false),
+            (launch("noting the launch"), false),
+            (
+                VmmError::Absent {
+                    what: text(),
+                    mend: text(),
+                },
+                false,
+            ),
+            (
+                VmmError::PortTaken(PortMapping {
+                    host_address: std::net::Ipv4Addr::LOCALHOST,
+                    host_port: 80,
+                    guest_port: 80,
+                    protocol: Protocol::Tcp,
+                }),
+                false,
+            ),
+            (VmmError::Ended, false),
+            (
+                VmmError::Io {
+                    operation: "opening the disk",
+                    path: "/d/overlay.img".into(),
+                    source: std::io::ErrorKind::StorageFull.into(),
+                },
+                false,
+            ),
+        ];
+        for (error, against) in table {
+            assert_eq!(error.speaks_against_capture(), against, "{error}");
+        }
+    }
 }

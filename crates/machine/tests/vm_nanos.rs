@@ -175,7 +175,7 @@ async fn output_and_exit_codes_are_exact() {
         let plan = lab.plan(dir.path(), &["exit", &code.to_string()]);
         let begin = std::time::Instant::now();
         let vm = launch(&lab.vmm, &plan).await;
-        let output = vm.open_output().unwrap();
+        let printed = all(vm.open_output().unwrap()).await;
         let end = soon("ending", vm.wait()).await;
         println!("code {code}: {end:?} after {:?}", begin.elapsed());
         match code {
@@ -183,7 +183,6 @@ async fn output_and_exit_codes_are_exact() {
             126 => assert!(matches!(end, VmEnd::GuestPanic { .. }), "{end:?}"),
             _ => assert_eq!(end, VmEnd::GuestOff),
         }
-        let printed = all(output).await;
         assert!(printed.contains(&format!("code {code}")), "{printed:?}");
         assert_eq!(recorded(&plan), (code != 0).then_some(code));
         let names = std::fs::read_dir(dir.path()).unwrap();
@@ -252,9 +251,8 @@ async fn a_signal_that_kills_the_program_is_its_code() {
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["abort"]);
     let vm = launch(&lab.vmm, &plan).await;
-    let output = vm.open_output().unwrap();
+    let printed = all(vm.open_output().unwrap()).await;
     assert_eq!(soon("ending", vm.wait()).await, VmEnd::GuestOff);
-    let printed = all(output).await;
     assert!(printed.contains("*** signal 6 received"), "{printed}");
     assert_eq!(recorded(&plan), Some(6));
 }

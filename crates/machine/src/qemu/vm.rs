@@ -37,6 +37,8 @@ const QUIT_LIMIT: Duration = Duration::from_secs(5);
 pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
 /// How long a kill may take in all: the kernel frees a guest of some GiB in well under a second.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
+/// How often it is looked whether a unikernel's last words have been read; only after its end.
+const OUTPUT_LOOK: Duration = Duration::from_millis(5);
 /// How often a full disk is looked at; only while it is full.
 const FULL_DISK_POLL: Duration = Duration::from_secs(1);
 /// How long after a question for the machine's state that had no answer it is asked again. What rang may have been the
@@ -157,6 +159,11 @@ async fn supervise(inner: Arc<Inner>) {
         () = inner.watch_guest() => true,
     };
     if guest_is_over {
+        tokio::select! {
+            () = inner.output_is_read() => {}
+            // It was killed meanwhile; there is nobody to ask then.
+            _ = inner.parts.process.wait() => {}
+        }
         if let Err(error) = inner.qmp.quit().await {
             tracing::warn!(%error, pid = inner.parts.record.pid, "QEMU would not quit");
         }
@@ -239,6 +246,17 @@ impl Inner {
         self.decide(VmEnd::Crashed {
             message: format!("{how}{reason}{printed}"),
         });
+    }
+
+    /// Waits until somebody has read all that a unikernel printed: until then QEMU, which holds the pipe, must stay, or a
+    /// node that dies would take the last words with it.
+    async fn output_is_read(&self) {
+        let Some(printed) = &self.parts.printed else {
+            return;
+        };
+        while rustix::io::ioctl_fionread(printed).is_ok_and(|unread| unread > 0) {
+            tokio::time::sleep(OUTPUT_LOOK).await;
+        }
     }
 
     /// What QEMU has printed.

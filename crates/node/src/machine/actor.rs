@@ -331,7 +331,11 @@ impl Actor {
                     Some(news) = self.news.1.recv() => self.hear(news).await,
                     _ = &mut session => break,
                     () = at(bound) => break,
-                    Some(Command::Kill) = self.commands.recv() => break,
+                    Some(command) = self.commands.recv() => {
+                        if matches!(command, Command::Kill | Command::Stop { .. }) {
+                            break;
+                        }
+                    }
                 }
             }
             session.abort();

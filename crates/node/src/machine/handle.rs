@@ -20,6 +20,8 @@ pub(crate) enum Command {
         signal: Option<Signal>,
         grace: Duration,
     },
+    /// Send its program a signal.
+    Signal(Signal),
     /// Take it down at once.
     Kill,
     /// Forget it altogether: only once it has ended.

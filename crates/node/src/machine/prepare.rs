@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio_util::sync::CancellationToken;
 use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
 use vistara_host::files::clone_sparse_file;
 use vistara_image::ProgressSink;
@@ -25,6 +26,9 @@ pub(crate) const MONITOR_PIDS: u32 = 128;
 /// First user id on the host for monitors; each machine's slot is added. Above what people, services and subordinate
 /// ids of containers usually have.
 pub(crate) const UID_BASE: u32 = 1_879_048_192;
+/// How many user ids from there on are for machines, one for each slot: more than a node keeps machines
+/// (`node::MACHINES_MAX`).
+pub(crate) const MACHINE_UIDS: u32 = 1 << 17;
 /// Random bytes that a guest gets at its start.
 const ENTROPY_BYTES: usize = 64;
 
@@ -91,6 +95,9 @@ pub(crate) struct Launched {
     pub(crate) template: Option<String>,
 }
 
+/// Why a machine that nobody wants any more does not start; whoever asked it to end hears their own reason.
+const CANCELLED: &str = "it was asked to end while it was being prepared";
+
 /// A failure's words for the user.
 pub(super) fn told(fault: Fault) -> String {
     match fault.0.hint {
@@ -114,6 +121,7 @@ pub(crate) async fn prepare(
     record: &Record,
     dir: &Path,
     zero: Instant,
+    cancel: &CancellationToken,
 ) -> Result<Launched, String> {
     let mechanisms = &node.mechanisms();
     let mut watch = Stopwatch::new(zero);
@@ -174,7 +182,12 @@ pub(crate) async fn prepare(
         let parts = node.parts(root.path, boot, Arc::clone(&vmm));
         let blueprint = Blueprint::new(shape, parts);
         let templates = node.templates();
-        if let Some(template) = templates.get_or_make(blueprint).await {
+        let template = tokio::select! {
+            template = templates.get_or_make(blueprint) => template,
+            // It is made on: others will want it.
+            () = cancel.cancelled() => return Err(CANCELLED.to_owned()),
+        };
+        if let Some(template) = template {
             watch.note("template", begin);
             match fork(vmm.as_ref(), &plan, &template, &mut watch).await {
                 Ok(vm) => {
@@ -189,10 +202,12 @@ pub(crate) async fn prepare(
                 Err(error) => {
                     tracing::warn!(
                         machine = %record.id, template = template.key(), error = chain(&error),
-                        "a fork failed: the template is dropped, and the machine boots"
+                        "a fork failed, and the machine boots"
                     );
                     let _ = std::fs::remove_file(&overlay);
-                    templates.give_up(&template, &error).await;
+                    if error.speaks_against_capture() {
+                        templates.give_up(&template, &error).await;
+                    }
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::App;
 use super::images::sse;
 use super::system::blocking;
-use crate::fault::{Answer, Fault, chain};
+use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
 use crate::node::Look;
@@ -192,15 +192,11 @@ pub(super) async fn kill(
         }
         // All that a unikernel can be told, by its power button.
         Some(Signal::TERM) if handle.record().backend.payload == Payload::Nanos => {
-            let vm = handle.shared.vm.borrow().clone();
-            let pressed = match vm {
-                Some(vm) => vm.press_power_button().await.map_err(|error| chain(&error)),
-                None => Err("it is not running".to_owned()),
-            };
-            let name = &handle.record().name;
-            pressed.map_err(|message| {
-                Fault::conflict(format!("machine {name} could not be told: {message}"))
-            })?;
+            if handle.state() != MachineState::Running {
+                let name = &handle.record().name;
+                return Err(Fault::conflict(format!("machine {name} is not running")));
+            }
+            handle.send(Command::Signal(Signal::TERM)).await;
             Ok(Json(view::machine(&handle.snapshot())))
         }
         Some(signal) => {

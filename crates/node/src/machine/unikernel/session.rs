@@ -99,17 +99,25 @@ fn recorded_exit(dir: &Path) -> Option<i32> {
     }
 }
 
-/// The end of a program that ended while no node saw it, as far as the files in `dir` tell. Blocks on files.
-pub(crate) fn unseen_end(dir: &Path) -> Option<Event> {
-    let code = recorded_exit(dir)?;
+/// The end of a program that no session saw to the last: from the monitor's own end and what the files in `dir` tell, with
+/// the kernel's last words. Blocks on files.
+pub(crate) fn unseen_end(dir: &Path, gone: &Event) -> Option<(Event, Vec<u8>)> {
+    let end = match gone {
+        Event::VmGone(VmGone::GuestOff) => VmEnd::GuestOff,
+        Event::VmGone(VmGone::GuestPanic(message)) => VmEnd::GuestPanic {
+            message: message.clone(),
+        },
+        _ => VmEnd::Killed,
+    };
     let words = std::fs::read(dir.join(KERNEL_LOG)).unwrap_or_default();
-    let last = &words[words.len().saturating_sub(LAST_WORDS)..];
-    outcome(
-        VmEnd::Killed,
-        Some(code),
-        &String::from_utf8_lossy(last),
+    let last = words[words.len().saturating_sub(LAST_WORDS)..].to_vec();
+    let exited = outcome(
+        end,
+        recorded_exit(dir),
+        &String::from_utf8_lossy(&last),
         false,
-    )
+    )?;
+    Some((exited, last))
 }
 
 impl UnikernelSession {
