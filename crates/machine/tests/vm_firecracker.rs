@@ -414,6 +414,7 @@ async fn a_full_host_disk_fails_the_guests_writes_and_is_told() {
     let path = small.path().join("disk");
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(20 << 20).unwrap();
+    drop(file);
     std::fs::write(small.path().join("ballast"), vec![1; 18 << 20]).unwrap();
     let tested = async {
         let own = vec![Disk {

@@ -313,14 +313,15 @@ pub(super) fn read_end(
         Ok(ProcessEnd::Unknown) | Err(_) => (log.ended_well(), log.triple_fault()),
     };
     match (backend.unikernel, reset, fault) {
-        // Its kernel restarts by a triple fault when its program has ended. When the kernel itself has failed it tells a device
-        // of QEMU's, which is not here, and then resets the machine by the keyboard controller.
-        (true, true, _) => {
+        // Its kernel restarts by a triple fault when its program has ended, which Firecracker sometimes calls an error and
+        // sometimes not. When the kernel itself has failed it tells a device of QEMU's, which is not here, and then resets the
+        // machine by the keyboard controller.
+        (true, _, true) => return VmEnd::GuestOff,
+        (true, true, false) => {
             return VmEnd::GuestPanic {
                 message: "the unikernel's kernel failed".to_owned(),
             };
         }
-        (true, false, true) => return VmEnd::GuestOff,
         // A panic ends in a reboot as well.
         (false, true, _) | (false, _, true) => {
             return match panic_message(&console.last(usize::MAX)) {
