@@ -136,6 +136,8 @@ pub struct NanosEntry {
     pub kind: NanosKind,
     /// Whether somebody may execute it.
     pub executable: bool,
+    /// When it was last changed, in seconds since 1970.
+    pub modified: u32,
     /// The same for all names of one file: hard links of one another.
     pub inode: u32,
 }
@@ -262,6 +264,7 @@ pub(crate) fn select(tree: Tree, facts: &ProgramFacts, wishes: &Wishes<'_>) -> N
             path: tree.path(visit.node),
             kind,
             executable: visit.inode.mode & 0o111 != 0,
+            modified: visit.inode.mtime,
             inode: visit.inode_number,
         });
     }

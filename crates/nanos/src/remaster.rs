@@ -27,6 +27,8 @@ pub struct Changes {
     pub files: Vec<(Vec<u8>, Vec<u8>)>,
     /// Directories that are to be there, such as those that volumes are mounted on. What is in them stays.
     pub directories: Vec<Vec<u8>>,
+    /// When those files were last changed, in seconds since 1970.
+    pub modified: Option<u32>,
 }
 
 /// Why no disk could be made from another.
@@ -77,7 +79,7 @@ pub fn remaster<R: Read + Seek, W: Write + Seek>(
         tree.enter(path, path)?;
     }
     let mut disk = BootDisk::create(out, options, manifest).map_err(RemasterError::New)?;
-    tree.write(&mut reader, disk.tree())?;
+    tree.write(&mut reader, changes, disk.tree())?;
     disk.finish().map_err(RemasterError::New)
 }
 
@@ -224,6 +226,7 @@ impl<'a> Tree<'a> {
     fn write<R: Read + Seek, W: Write + Seek>(
         &self,
         reader: &mut Reader<R>,
+        changes: &Changes,
         writer: &mut Writer<W>,
     ) -> Result<(), RemasterError> {
         let failed = |error: WriteError| RemasterError::New(DiskError::Write(error));
@@ -253,6 +256,7 @@ impl<'a> Tree<'a> {
                 writer.hard_link(directory, name, *first).map_err(failed)?;
                 continue;
             }
+            let modified = reader.modified(file);
             let mut content = reader
                 .content(file)
                 .map_err(|error| RemasterError::Base(DiskError::Read(error)))?;
@@ -262,12 +266,18 @@ impl<'a> Tree<'a> {
                     WriteError::Source { source, .. } => RemasterError::Base(DiskError::Io(source)),
                     other => failed(other),
                 })?;
+            if let Some(modified) = modified {
+                writer.set_modified(written, modified).map_err(failed)?;
+            }
             first_names.insert(file.id, written);
         }
         for (mut content, directory, name) in new {
-            writer
+            let written = writer
                 .file(directory, name, content.len() as u64, &mut content)
                 .map_err(failed)?;
+            if let Some(modified) = changes.modified {
+                writer.set_modified(written, modified).map_err(failed)?;
+            }
         }
         Ok(())
     }

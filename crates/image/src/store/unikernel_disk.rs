@@ -31,7 +31,7 @@ use vistara_nanos::manifest::Manifest;
 use vistara_nanos::tfs::{Label, VolumeId, WriteError};
 
 /// Raise it when the same image would give other disks, or the list another form: older disks are then made anew.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const LIST: &str = "disks.json";
 /// Disks of one image that are kept; the one made longest ago goes first. Only large images have more than one, of up to
 /// 512 MiB each.
@@ -317,9 +317,10 @@ fn write(image: &Image, tree: &NanosTree, path: &Path) -> Result<u64, ImageError
                 return Err(io::Error::other("an entry lies in no directory"));
             };
             let written = match first {
-                None => writer
-                    .file(*parent, name, *size, content)
-                    .map(|file| first = Some(file)),
+                None => writer.file(*parent, name, *size, content).and_then(|file| {
+                    first = Some(file);
+                    writer.set_modified(file, entry.modified)
+                }),
                 Some(first) => writer.hard_link(*parent, name, first),
             };
             written.map_err(|error| {

@@ -125,6 +125,7 @@ fn files_and_directories_come_in_the_place_of_what_was_there() {
             b"/etc".to_vec(),
             b"/sbin".to_vec(),
         ],
+        modified: Some(7),
     };
     let base = base();
     let mut wanted = shown(&base);
@@ -147,11 +148,37 @@ fn files_and_directories_come_in_the_place_of_what_was_there() {
 }
 
 #[test]
+fn when_a_file_was_changed_stays_and_a_new_one_has_its_own_time() {
+    let mut base =
+        BootDisk::create(Cursor::new(Vec::new()), &options(1), &manifest("/old")).unwrap();
+    let tree = base.tree();
+    let root = tree.root();
+    let file = tree.file(root, b"old", 3, &mut &b"old"[..]).unwrap();
+    tree.set_modified(file, 1_700_000_000).unwrap();
+    tree.file(root, b"timeless", 0, &mut &b""[..]).unwrap();
+    let (base, _) = base.finish().unwrap();
+    let changes = Changes {
+        files: vec![(b"new".to_vec(), b"new".to_vec())],
+        modified: Some(u32::MAX),
+        ..Changes::default()
+    };
+    let (new, _) = again(base, &changes).unwrap();
+    let reader = disk::open(new, &Limits::default()).unwrap();
+    let time = |path: &[u8]| match reader.lookup(path) {
+        Ok(Some(Node::File(file))) => reader.modified(file),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(time(b"old"), Some(1_700_000_000));
+    assert_eq!(time(b"timeless"), None);
+    assert_eq!(time(b"new"), Some(u32::MAX));
+}
+
+#[test]
 fn what_the_tree_does_not_allow_is_refused_by_its_path() {
     let file = |path: &str| {
         let changes = Changes {
             files: vec![(path.as_bytes().to_vec(), Vec::new())],
-            directories: Vec::new(),
+            ..Changes::default()
         };
         again(base(), &changes).unwrap_err().to_string()
     };
@@ -164,8 +191,8 @@ fn what_the_tree_does_not_allow_is_refused_by_its_path() {
     assert!(file("/etc/hosts/x").contains("a file in its way"));
     assert!(file("/loop/x").contains("too many links"));
     let changes = Changes {
-        files: Vec::new(),
         directories: vec![b"/etc/hosts".to_vec()],
+        ..Changes::default()
     };
     let refused = again(base(), &changes).unwrap_err().to_string();
     assert!(refused.contains("a file in its way"), "{refused}");

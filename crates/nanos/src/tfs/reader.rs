@@ -11,6 +11,7 @@ use super::graph::{Cell, Graph, Id, Objects, decimal};
 use super::label::{Label, VolumeId};
 use super::log::{END_OF_LOG, END_OF_SEGMENT, LINK, TUPLE_AVAILABLE, TUPLE_EXTENDED};
 use super::value::Value;
+use super::writer::FRACTION_BITS;
 use std::collections::HashSet;
 use std::io::{Read, Seek, SeekFrom};
 
@@ -246,6 +247,14 @@ impl<R: Read + Seek> Reader<R> {
             }));
         }
         Ok(Node::Other)
+    }
+
+    /// When a file was last changed, in seconds since 1970, where the file system says so. A later time than its 32 bits
+    /// hold is told as the last of them.
+    pub fn modified(&self, file: FileHandle) -> Option<u32> {
+        let time = self.objects.get(file.id.0, b"mtime")?;
+        let seconds = self.objects.number(time)? >> FRACTION_BITS;
+        Some(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
     /// What a path leads to; symbolic links are not followed, `.` and `..` not known.

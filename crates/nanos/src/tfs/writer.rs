@@ -14,6 +14,9 @@ use super::{DEPTH_MAX, NAME_BYTES_MAX, SECTOR_BYTES, TARGET_BYTES_MAX};
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Seek, Write};
 
+/// The kernel counts time in parts of a second; so many bits of a number are behind the point.
+pub(super) const FRACTION_BITS: u32 = 32;
+
 /// A directory in a file system that is being written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Directory {
@@ -164,6 +167,14 @@ impl<W: Write + Seek> Writer<W> {
         self.commit()?;
         self.content_bytes += length;
         Ok(file)
+    }
+
+    /// Says when a file was last changed, in seconds since 1970. Programs are told 1970 of a file without it.
+    pub fn set_modified(&mut self, file: File, seconds: u32) -> Result<(), WriteError> {
+        self.refer_to_tuple(file.0, 1);
+        self.put_symbol(b"mtime");
+        self.put_integer(false, u64::from(seconds) << FRACTION_BITS);
+        self.commit()
     }
 
     /// Adds a symbolic link.

@@ -43,6 +43,7 @@ pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> R
     let changes = Changes {
         files: names(record),
         directories: Vec::new(),
+        modified: u32::try_from(record.created_ns / 1_000_000_000).ok(),
     };
     let manifest = manifest(record, program);
     let written = remaster(
