@@ -234,9 +234,8 @@ impl Capture {
     }
 
     fn state_bytes(&self) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.state()?.take(STATE_MAX).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        let bytes = at_most(self.state()?, STATE_MAX)?;
+        bytes.ok_or_else(|| io::ErrorKind::FileTooLarge.into())
     }
 
     /// Reads the one in `dir` into memory, and checks every byte of it. Blocks on files for as long as some 100 MB take.
@@ -250,7 +249,7 @@ impl Capture {
             reason,
         };
         let path = dir.join(STATE);
-        let state = read_bounded(&path, STATE_MAX)?;
+        let state = read_bounded(&path, STATE_MAX, &damaged)?;
         if blake3::hash(&state).to_hex().as_str() != about.state_blake3 {
             return Err(damaged(
                 "the monitor's state is not what was written".to_owned(),
@@ -313,13 +312,22 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CaptureError> {
         .map_err(io_error("write", path))
 }
 
-fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, CaptureError> {
-    let file = File::open(path).map_err(io_error("open", path))?;
+/// All that there is to read; nothing where that is more than `limit` bytes.
+fn at_most(from: impl Read, limit: u64) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
-    file.take(limit)
-        .read_to_end(&mut bytes)
-        .map_err(io_error("read", path))?;
-    Ok(bytes)
+    from.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64 <= limit).then_some(bytes))
+}
+
+fn read_bounded(
+    path: &Path,
+    limit: u64,
+    damaged: &impl Fn(String) -> CaptureError,
+) -> Result<Vec<u8>, CaptureError> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    let bytes = at_most(file, limit).map_err(io_error("read", path))?;
+    let name = path.file_name().unwrap_or_default();
+    bytes.ok_or_else(|| damaged(format!("{name:?} has more than {limit} bytes")))
 }
 
 fn read_about(dir: &Path) -> Result<About, CaptureError> {
@@ -327,11 +335,13 @@ fn read_about(dir: &Path) -> Result<About, CaptureError> {
     struct Format {
         format: u32,
     }
-    let bytes = read_bounded(&dir.join(ABOUT), ABOUT_MAX)?;
-    let damaged = |error: serde_json::Error| CaptureError::Damaged {
+    let because = |reason: String| CaptureError::Damaged {
         path: dir.to_owned(),
-        reason: format!("its description cannot be read: {error}"),
+        reason,
     };
+    let bytes = read_bounded(&dir.join(ABOUT), ABOUT_MAX, &because)?;
+    let damaged =
+        |error: serde_json::Error| because(format!("its description cannot be read: {error}"));
     let Format { format } = serde_json::from_slice(&bytes).map_err(damaged)?;
     if format != FORMAT {
         return Err(CaptureError::Foreign {

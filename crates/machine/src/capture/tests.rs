@@ -95,6 +95,38 @@ fn every_flipped_bit_and_every_cut_is_found_before_use() {
 }
 
 #[test]
+fn what_is_longer_than_may_be_read_is_refused_and_not_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = files::sealable_memory_file(1 << 20).unwrap();
+    let state = files::sealable_memory_file(STATE_MAX + 1).unwrap();
+    let long = Capture::seal(info(1 << 20), memory, state).unwrap();
+    match long.write(dir.path()) {
+        Err(CaptureError::Io { source, .. }) => {
+            assert_eq!(source.kind(), io::ErrorKind::FileTooLarge);
+        }
+        other => panic!("{other:?}"),
+    }
+    sample().write(dir.path()).unwrap();
+    for (name, limit) in [(STATE, STATE_MAX), (ABOUT, ABOUT_MAX)] {
+        let path = dir.path().join(name);
+        let good = fs::read(&path).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(limit + 1).unwrap();
+        match Capture::read(dir.path()) {
+            Err(CaptureError::Damaged { reason, .. }) => {
+                assert!(
+                    reason.contains(&format!("more than {limit} bytes")),
+                    "{reason}"
+                );
+            }
+            other => panic!("{name}: {other:?}"),
+        }
+        fs::write(&path, &good).unwrap();
+    }
+    Capture::read(dir.path()).unwrap();
+}
+
+#[test]
 fn a_description_of_another_version_or_none_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let nothing = Capture::read(dir.path()).unwrap_err();
