@@ -601,6 +601,8 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
     };
     let shape = |dir: &Path, writable: &Path| {
         let mut plan = Qemu.plan(dir);
+        // No whole MiB: what QEMU rounds up must be rounded up everywhere.
+        plan.memory.0 += 4096;
         plan.disks = vec![disk(&root, true), disk(writable, false)];
         plan.nic = Some(Nic {
             ports: vec![],

@@ -51,7 +51,7 @@ pub(super) fn arguments(
         args.push(name.to_owned());
         args.push(value);
     };
-    let memory_mib = plan.memory.to_mib_ceil();
+    let memory_mib = super::guest_memory(plan).to_mib_ceil();
     // ACPI stays on: distributions' kernels find virtio-mmio devices only through it.
     let mut machine = "microvm,acpi=on,dump-guest-core=off,mem-merge=off".to_owned();
     let fork = matches!(plan.start, Start::Fork(_));

@@ -408,6 +408,11 @@ impl QemuVmm {
     }
 }
 
+/// The memory that a guest gets: QEMU takes whole MiB.
+fn guest_memory(plan: &LaunchPlan) -> Bytes {
+    Bytes::mib(plan.memory.to_mib_ceil())
+}
+
 /// What a fork must have in common with this machine.
 fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
     CaptureInfo {
@@ -421,7 +426,7 @@ fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
         },
         counter_khz: tools.tsc_khz,
         vcpus: plan.vcpus,
-        memory: Bytes::mib(plan.memory.to_mib_ceil()),
+        memory: guest_memory(plan),
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
         nic: plan.nic.is_some(),
     }

@@ -130,7 +130,7 @@ async fn give_up(started: Started, plan: &LaunchPlan, message: String) -> VmmErr
     if let Some(port) = command::taken_port(plan, &words) {
         return VmmError::PortTaken(port);
     }
-    failed("building the machine")(if words.is_empty() { message } else { words })
+    failed(crate::vmm::BUILDING)(if words.is_empty() { message } else { words })
 }
 
 /// Prepares and starts the processes. Blocking.
@@ -220,7 +220,7 @@ fn spawn_in(
             let initramfs = readable(&boot.initramfs, foreign_user)?;
             handles.initramfs = Some(hand_over(initramfs.into()));
             if plan.capturable {
-                let memory = memory_file(sealable_memory_file(plan.memory.0))?;
+                let memory = memory_file(sealable_memory_file(super::guest_memory(plan).0))?;
                 let state = memory_file(sealable_memory_file(0))?;
                 handles.memory = Some(hand_over(memory_file(memory.try_clone())?.into()));
                 kept = Some(CaptureFiles { memory, state });
