@@ -79,24 +79,30 @@ impl LinuxPayload {
         agent: &[u8],
         upper: UpperLayer,
     ) -> Result<LinuxBoot, BootError> {
-        let initramfs = self.cache.join(format!("{}.cpio", key(kernel, agent)));
+        let boot = self.planned(kernel, agent, upper);
+        let initramfs = &boot.initramfs;
         // Marked as used now, so that it is not among the old ones; if that fails it is not there.
         let found = fs::File::options()
             .write(true)
-            .open(&initramfs)
+            .open(initramfs)
             .and_then(|file| file.set_modified(SystemTime::now()));
         if found.is_err() {
-            self.write(&initramfs, &initramfs_bytes(kernel, agent)?)?;
+            self.write(initramfs, &initramfs_bytes(kernel, agent)?)?;
             self.remove_old();
         }
-        Ok(LinuxBoot {
+        Ok(boot)
+    }
+
+    /// What [`LinuxPayload::prepare`] gives, whose initramfs need not be there: nothing is written, and none looked for.
+    pub fn planned(&self, kernel: &Kernel, agent: &[u8], upper: UpperLayer) -> LinuxBoot {
+        LinuxBoot {
             kernel: kernel.vmlinux(),
-            initramfs,
+            initramfs: self.cache.join(format!("{}.cpio", key(kernel, agent))),
             cmdline: format!(
                 "{CMDLINE} vistara.root=/dev/vda vistara.overlay={} vistara.channel=virtio-serial",
                 upper.word()
             ),
-        })
+        }
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), BootError> {

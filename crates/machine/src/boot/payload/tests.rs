@@ -34,6 +34,16 @@ fn the_initramfs_holds_the_agent_the_console_and_the_modules_in_order() {
 }
 
 #[test]
+fn what_is_planned_is_what_is_prepared_and_writes_nothing() {
+    let (dir, kernel, payload) = bench();
+    let planned = payload.planned(&kernel, b"agent", UpperLayer::Disk);
+    let written = fs::read_dir(dir.path().join("cache")).unwrap().count();
+    assert_eq!(written, 0);
+    let prepared = payload.prepare(&kernel, b"agent", UpperLayer::Disk);
+    assert_eq!(planned, prepared.unwrap());
+}
+
+#[test]
 fn the_command_line_tells_the_agent_where_things_are() {
     let (_dir, kernel, payload) = bench();
     for (upper, word) in [
