@@ -331,6 +331,9 @@ impl Vm for FakeVm {
     }
 
     async fn kill(&self) -> Result<(), VmmError> {
+        if self.capturable {
+            locked(&self.machine.faults).can_end()?;
+        }
         self.machine.finish(VmEnd::Killed);
         Ok(())
     }

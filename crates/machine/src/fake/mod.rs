@@ -38,18 +38,34 @@ pub struct Faults {
     pub launch_failure: Option<String>,
     /// Every launch of a fork fails with this message.
     pub fork_failure: Option<String>,
+    /// Every launch of a fork fails with this message, for what the machine lacks rather than the capture.
+    pub fork_shortage: Option<String>,
     /// Every launch of a fork with published ports finds the first of them taken.
     pub ports_taken: bool,
     /// Every capture fails with this message.
     pub capture_failure: Option<String>,
     /// Captures serve forks, and cannot be read by who wants to write them to a disk.
     pub capture_unreadable: bool,
+    /// Machines that are to be captured are not ended: every kill of one, and every sweep, fails with this message.
+    pub end_failure: Option<String>,
     /// The guest starts this long after the launch.
     pub boot_delay: Option<Duration>,
     /// The machine ends like this as soon as it has started, before its guest.
     pub end_at_once: Option<FakeEnd>,
     /// What [`Vm::trouble`] tells, in machines that run and in those to come.
     pub trouble: Option<String>,
+}
+
+impl Faults {
+    fn can_end(&self) -> Result<(), VmmError> {
+        match self.end_failure.clone() {
+            Some(message) => Err(VmmError::Control {
+                operation: "the kill",
+                message,
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A monitor of fake machines.
@@ -146,7 +162,13 @@ impl Vmm for FakeVmm {
             let faults = machine::locked(&self.faults).clone();
             if let Some(message) = faults.fork_failure {
                 return Err(VmmError::Launch {
-                    step: "going on from a capture",
+                    step: crate::vmm::GOING_ON,
+                    message,
+                });
+            }
+            if let Some(message) = faults.fork_shortage {
+                return Err(VmmError::Launch {
+                    step: "creating its cgroup",
                     message,
                 });
             }
@@ -172,6 +194,7 @@ impl Vmm for FakeVmm {
     }
 
     async fn sweep(&self, _id: &MachineId, dir: &Path) -> Result<(), VmmError> {
+        machine::locked(&self.faults).can_end()?;
         if let Some(machine) = Machine::find(dir) {
             machine.finish(VmEnd::Killed);
         }
