@@ -4,15 +4,21 @@
 //! Nothing is executed and nothing depends on the result: a file that is not understood is read and that is all. Search
 //! paths that a program names itself are not followed.
 
+use rustix::fs::OFlags;
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// Most bytes that are read: they take memory in the capture.
 const BYTES_MAX: u64 = 32 << 20;
 /// Most files; a program with more libraries gains little from the rest.
 const FILES_MAX: usize = 64;
+/// Most bytes of a path, its end included (`PATH_MAX`).
+const TEXT_MAX: usize = 4096;
+/// Most entries of a table of what a file is linked to: real ones have some forty, and one for each library.
+const ENTRIES_MAX: usize = 4096;
 /// Where loaders look for libraries when nothing else is said: Debian's and Fedora's places, then everybody's.
 const LIBRARIES: [&str; 6] = [
     "/lib/x86_64-linux-gnu",
@@ -40,15 +46,32 @@ pub(super) fn read(paths: &[String]) {
         if seen.len() >= FILES_MAX || left == 0 || !seen.insert(path.clone()) {
             continue;
         }
-        let mut bytes = Vec::new();
-        let read = File::open(&path).and_then(|file| file.take(left).read_to_end(&mut bytes));
-        left = left.saturating_sub(read.map_or(0, |count| count as u64));
+        // What cannot be read is missed by nobody.
+        let bytes = content(&path, left).unwrap_or_default();
+        left = left.saturating_sub(bytes.len() as u64);
         let needs = needs(&bytes);
         if !needs.is_empty() {
             wanted.push(LOADERS_CACHE.to_owned());
         }
-        wanted.extend(needs.iter().filter_map(|name| found(name)));
+        // Beyond as many as are read nothing is gained by remembering more.
+        let room = FILES_MAX.saturating_sub(wanted.len());
+        wanted.extend(needs.iter().filter_map(|name| found(name)).take(room));
     }
+}
+
+/// The beginning of a regular file. Anything else may have no end, or nobody who writes to it.
+fn content(path: &str, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::options()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(bytes_max).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Where a library lies, or an interpreter.
@@ -76,11 +99,11 @@ fn part(bytes: &[u8], at: u64, count: u64) -> Option<&[u8]> {
     bytes.get(usize::try_from(at).ok()?..end)
 }
 
-/// The text from `at` to the next zero.
+/// The text from `at` to the next zero; nothing where that is too far away for a path.
 fn text(bytes: &[u8], at: u64) -> Option<String> {
     let rest = bytes.get(usize::try_from(at).ok()?..)?;
-    let text = rest.split(|byte| *byte == 0).next()?;
-    Some(String::from_utf8_lossy(text).into_owned())
+    let end = rest.iter().take(TEXT_MAX).position(|byte| *byte == 0)?;
+    Some(String::from_utf8_lossy(&rest[..end]).into_owned())
 }
 
 /// The interpreter and the libraries that a program or a library names: absolute paths and plain names.
@@ -124,6 +147,7 @@ fn linked(bytes: &[u8]) -> Option<Vec<String>> {
         let entries: Vec<(u64, u64)> = entries
             .chunks_exact(16)
             .filter_map(|entry| Some((long(entry, 0)?, long(entry, 8)?)))
+            .take(ENTRIES_MAX)
             .take_while(|(tag, _)| *tag != 0)
             .collect();
         let address = entries.iter().find(|(tag, _)| *tag == STRINGS)?.1;
@@ -133,7 +157,9 @@ fn linked(bytes: &[u8]) -> Option<Vec<String>> {
             (inside < long(header, 32)?).then_some(long(header, 8)?.checked_add(inside))?
         })?;
         let names = entries.iter().filter(|(tag, _)| *tag == NEEDED);
-        needs.extend(names.filter_map(|(_, at)| text(bytes, strings.checked_add(*at)?)));
+        let names = names.filter_map(|(_, at)| text(bytes, strings.checked_add(*at)?));
+        let room = FILES_MAX.saturating_sub(needs.len());
+        needs.extend(names.take(room));
     }
     Some(needs)
 }
@@ -160,6 +186,69 @@ mod tests {
     fn a_script_names_its_interpreter() {
         assert_eq!(needs(b"#! /usr/bin/env python3\nx"), ["/usr/bin/env"]);
         assert_eq!(needs(b"#!"), [] as [&str; 0]);
+    }
+
+    /// A program whose table of needs has these places in `texts`.
+    fn program(texts: &[u8], places: impl Iterator<Item = u64>) -> Vec<u8> {
+        const TABLES: u64 = 64;
+        const NAMES: u64 = TABLES + 2 * 56;
+        let entries = std::iter::once((STRINGS, NAMES)).chain(places.map(|at| (NEEDED, at)));
+        let entries: Vec<u8> = entries
+            .flat_map(|(tag, value)| [tag.to_le_bytes(), value.to_le_bytes()].concat())
+            .collect();
+        let (at, len) = (NAMES + texts.len() as u64, entries.len() as u64);
+        let header = |kind: u32, offset: u64, len: u64| {
+            let mut header = kind.to_le_bytes().to_vec();
+            header.extend([0; 4]);
+            for field in [offset, offset, offset, len, len, 0] {
+                header.extend(field.to_le_bytes());
+            }
+            header
+        };
+        let mut file = b"\x7fELF\x02\x01".to_vec();
+        file.resize(TABLES as usize, 0);
+        file[32..40].copy_from_slice(&TABLES.to_le_bytes());
+        file[54..56].copy_from_slice(&56_u16.to_le_bytes());
+        file[56..58].copy_from_slice(&2_u16.to_le_bytes());
+        file.extend(header(LOAD, 0, at + len));
+        file.extend(header(DYNAMIC, at, len));
+        file.extend(texts);
+        file.extend(entries);
+        file
+    }
+
+    #[test]
+    fn what_a_program_claims_to_need_is_bounded_in_count_and_length() {
+        assert_eq!(needs(&program(b"libx.so\0", [0].into_iter())), ["libx.so"]);
+        let many = program(b"libx.so\0", std::iter::repeat_n(0, 100_000));
+        assert_eq!(needs(&many).len(), FILES_MAX);
+        let mut texts = vec![b'x'; TEXT_MAX];
+        texts.push(0);
+        // One byte too long, then as long as may be.
+        let names = needs(&program(&texts, [0, 1].into_iter()));
+        assert_eq!(
+            names,
+            [String::from_utf8(vec![b'x'; TEXT_MAX - 1]).unwrap()]
+        );
+    }
+
+    #[test]
+    fn only_regular_files_are_read_and_a_pipe_without_a_writer_holds_nobody_up() {
+        let dir = std::env::temp_dir().join(format!("vistara-agent-ahead-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("file"), "content").unwrap();
+        assert_eq!(content(&path("file"), 4).unwrap(), b"cont");
+        rustix::fs::mkfifoat(rustix::fs::CWD, path("pipe"), rustix::fs::Mode::RWXU).unwrap();
+        let paths = [path("pipe"), "/dev/zero".to_owned(), path(".")];
+        let (done, waiting) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let found = paths.iter().filter(|path| content(path, 4096).is_ok());
+            done.send(found.count())
+        });
+        let bound = std::time::Duration::from_secs(10);
+        assert_eq!(waiting.recv_timeout(bound), Ok(0));
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
