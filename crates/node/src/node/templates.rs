@@ -1,7 +1,8 @@
 //! Templates as users ask for them: one made ahead, and what a run would start from.
 
-use super::{Decision, Look, Node};
+use super::{Decision, Look, Mechanisms, Node};
 use crate::fault::{Answer, Fault};
+use crate::machine::MACHINE_UIDS;
 use crate::templates::{Blueprint, Parts, Shape, Template};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +11,10 @@ use vistara_control::Choice;
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
 use vistara_machine::{LinuxBoot, Vmm};
-use vistara_model::{MachineSpec, MachineState, Payload};
+use vistara_model::{MachineSpec, MachineState, Payload, VmmKind};
+
+// Each of the machines that a node keeps may run as a user of its own.
+const _: () = assert!(super::MACHINES_MAX < MACHINE_UIDS as usize);
 
 /// Why a machine of this choice is not forked.
 fn no_forks(choice: &Choice, vmm: &dyn Vmm) -> Option<String> {
@@ -19,6 +23,23 @@ fn no_forks(choice: &Choice, vmm: &dyn Vmm) -> Option<String> {
     }
     let refused = vmm.capabilities().capture.as_ref().err();
     refused.map(|reason| format!("{} cannot: {reason}", choice.backend.vmm))
+}
+
+impl Mechanisms {
+    fn planned_boot(&self, kernel: Option<&str>) -> Answer<Option<LinuxBoot>> {
+        const UPPER: UpperLayer = UpperLayer::Disk;
+        let fake = self.vmm(VmmKind::Fake);
+        if fake.is_some_and(|vmm| vmm.capabilities().kind == VmmKind::Fake) {
+            // For these machines there is nothing to make.
+            return self.linux_boot(kernel, UPPER).map(Some);
+        }
+        let kernel = match kernel {
+            Some(name) => Some(self.kernels.get(name)?),
+            None => self.kernels.default_kernel()?,
+        };
+        let planned = |kernel| (self.payload).planned(&kernel, vistara_guest_embed::AGENT, UPPER);
+        Ok(kernel.map(planned))
+    }
 }
 
 impl Node {
@@ -46,6 +67,21 @@ impl Node {
         ))
     }
 
+    /// As [`Node::boot_of`], of which nothing need be there yet, and nothing is made; `None` where there is no kernel.
+    async fn planned_boot(
+        &self,
+        spec: &MachineSpec,
+    ) -> Answer<Option<(Option<String>, LinuxBoot)>> {
+        let (mechanisms, kernel) = (self.mechanisms(), spec.kernel.clone());
+        let kernel = kernel.or_else(|| self.facts().linux_kernel);
+        let planned = {
+            let kernel = kernel.clone();
+            tokio::task::spawn_blocking(move || mechanisms.planned_boot(kernel.as_deref()))
+        };
+        let boot = planned.await.map_err(|error| Fault::internal(&error))??;
+        Ok(boot.map(|boot| (kernel, boot)))
+    }
+
     /// The template for a request, and whether it was made now.
     pub(crate) async fn make_template(
         &self,
@@ -65,7 +101,12 @@ impl Node {
         let decision = self.decide(&request, Look::IfItMatters).await?;
         let vmm = self.vmm_of(&decision.choice)?;
         if let Some(reason) = no_forks(&decision.choice, vmm.as_ref()) {
-            return Err(Fault::user(format!("no template can be made: {reason}")));
+            let hint = match decision.choice.backend.payload {
+                Payload::Linux => "vistara doctor",
+                Payload::Nanos => "add --hypervisor qemu, or run it as it is: it boots",
+            };
+            let message = format!("no template can be made: {reason}");
+            return Err(Fault::user(message).hint(hint));
         }
         self.admit(&decision, &self.facts())?;
         let (kernel, boot) = self.boot_of(&decision.spec).await?;
@@ -81,6 +122,7 @@ impl Node {
                 ErrorKind::Host,
                 format!("the template could not be made: {reason}"),
             )
+            .hint("machines boot without it; see `vistara doctor`, then try again")
         })
     }
 
@@ -91,6 +133,7 @@ impl Node {
             boot,
             vmm,
             overlays: self.mechanisms.overlays.clone(),
+            images: self.mechanisms.images.clone(),
             is_root: self.mechanisms.is_root,
             boot_bound: self.boot_bound(),
         }
@@ -110,10 +153,16 @@ impl Node {
                 None
             }
         });
-        if let Some(reason) = reason {
-            return Ok(format!("boots ({reason})"));
+        let boots = |reason| Ok(format!("boots ({reason})"));
+        if let (Some(reason), Payload::Nanos) = (&reason, choice.backend.payload) {
+            return boots(reason.clone());
         }
-        let (kernel, boot) = self.boot_of(spec).await?;
+        let Some((kernel, boot)) = self.planned_boot(spec).await? else {
+            return Ok("cannot boot (no Linux kernel; vistara kernel add debian)".to_owned());
+        };
+        if let Some(reason) = reason {
+            return boots(reason);
+        }
         let shape = shape(decision, kernel.as_deref());
         // The key does not depend on where the root disk lies.
         let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();

@@ -1,10 +1,11 @@
 //! Of what a template is made, and the key that follows from it.
 
-use crate::machine::{MONITOR_PIDS, OVERHEAD};
+use crate::machine::{MACHINE_UIDS, MONITOR_PIDS, OVERHEAD, UID_BASE};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::{Disk, Fence, LaunchPlan, LinuxBoot, Nic, Start, Vmm};
 use vistara_model::{Accelerator, Bytes, Digest, EnvVar, MachineId, MachineSpec, Network};
@@ -13,8 +14,9 @@ use vistara_model::{Accelerator, Bytes, Digest, EnvVar, MachineId, MachineSpec, 
 const RECIPE: u32 = 1;
 /// Hexadecimal digits of a key.
 const KEY_DIGITS: usize = 32;
-/// Users below the machines' own, one after the other, as which machines to be captured run.
-const UID_TOP: u32 = crate::machine::UID_BASE - 1;
+/// Users as which machines to be captured run, one after the other: above the machines' own. Below them systemd-nspawn
+/// gives users to containers (`UIDS-GIDS` of systemd: up to 0x6fff_ffff). Far more than are made at once.
+const UID_FIRST: u32 = UID_BASE + MACHINE_UIDS;
 const UIDS: u32 = 4096;
 
 /// What of a machine says from which template it can be forked.
@@ -37,6 +39,8 @@ pub(crate) struct Parts {
     pub(crate) boot: LinuxBoot,
     pub(crate) vmm: Arc<dyn Vmm>,
     pub(crate) overlays: OverlayTemplates,
+    /// Where the image may vanish from meanwhile.
+    pub(crate) images: ImageStore,
     /// Whether monitors run as users of their own.
     pub(crate) is_root: bool,
     pub(crate) boot_bound: Duration,
@@ -136,7 +140,7 @@ impl Blueprint {
 
 fn own_user() -> (u32, u32) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let user = UID_TOP - NEXT.fetch_add(1, Ordering::Relaxed) % UIDS;
+    let user = UID_FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % UIDS;
     (user, user)
 }
 
@@ -159,6 +163,18 @@ fn read_ahead(argv: &[String], env: &[EnvVar]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machines_to_be_captured_run_as_users_that_nobody_else_gives() {
+        for _ in 0..2 * UIDS {
+            let (user, group) = own_user();
+            assert_eq!(user, group);
+            // systemd's containers end where the machines begin, which end before these.
+            assert!(user >= UID_BASE + MACHINE_UIDS, "{user}");
+            // systemd leaves the upper half alone, as some programs take its numbers for negative ones.
+            assert!(user < 1 << 31, "{user}");
+        }
+    }
 
     #[test]
     fn a_program_is_read_where_its_path_may_find_it() {
