@@ -8,13 +8,15 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use support::{BOUND, TestNode, can_make_disks, guest, request};
 use vistara_api::{
     ClientError, CreateTemplateRequest, ErrorKind, Machine, MachineDetail, RunRequest, Template,
 };
 use vistara_machine::fake::{FakeVmm, Faults};
+use vistara_machine::{LaunchPlan, Vmm};
+use vistara_model::{Bytes, VmmKind};
 use vistara_node::TemplateLimits;
 
 /// A node whose monitor counts what boots to be captured.
@@ -26,6 +28,11 @@ struct Setup {
 
 impl Setup {
     fn new() -> Option<Setup> {
+        Setup::with(|_| {})
+    }
+
+    /// One in which `before` runs in every machine that is to be captured, before its guest.
+    fn with(before: impl Fn(&LaunchPlan) + Send + Sync + 'static) -> Option<Setup> {
         if !can_make_disks() {
             return None;
         }
@@ -34,6 +41,7 @@ impl Setup {
         let vmm = FakeVmm::new(Arc::new(move |fake| {
             if fake.plan().capturable && !fake.is_killed() {
                 count.fetch_add(1, Ordering::Relaxed);
+                before(fake.plan());
             }
             guest(fake)
         }));
@@ -71,6 +79,11 @@ impl Setup {
         assert_eq!(dirs.len(), 1, "{dirs:?}");
         dirs[0].clone()
     }
+}
+
+fn pipe_at(path: &Path) {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
 }
 
 async fn until(what: &str, holds: impl AsyncFn() -> bool) {
@@ -404,6 +417,179 @@ async fn what_does_not_fit_into_memory_is_read_again_from_disk() {
 }
 
 #[tokio::test]
+async fn a_template_that_is_being_written_is_not_dropped_from_memory() {
+    let side = tempfile::tempdir().unwrap();
+    let pipe = side.path().join("pipe");
+    pipe_at(&pipe);
+    let again = pipe.clone();
+    // Whoever writes the small machine's template waits there for a reader.
+    let Some(setup) = Setup::with(move |plan| {
+        if plan.memory == Bytes::mib(128) {
+            std::fs::hard_link(&again, plan.dir.join("template.json.new")).unwrap();
+        }
+    }) else {
+        return;
+    };
+    let none = TemplateLimits {
+        memory_bytes: 0,
+        disk_bytes: u64::MAX,
+    };
+    let node = TestNode::start_with(setup.dir.path(), Arc::clone(&setup.vmm), |options| {
+        options.template_limits = Some(none);
+    })
+    .await;
+    node.image("test").await;
+    let first = ran(&node, &said()).await.template;
+    let resident = async |key: &Option<String>| {
+        let all = listed(&node).await;
+        let held = all.iter().find(|known| Some(&known.key) == key.as_ref());
+        held.map_or(0, |held| held.resident_bytes)
+    };
+    for size in ["130m", "132m"] {
+        let larger = RunRequest {
+            memory: Some(size.to_owned()),
+            ..said()
+        };
+        // Each drops what it may once it is written.
+        let larger = ran(&node, &larger).await.template;
+        until("it is written", async || {
+            let all = listed(&node).await;
+            let held = all.iter().find(|known| Some(&known.key) == larger.as_ref());
+            held.is_some_and(|held| held.stored_bytes > 0)
+        })
+        .await;
+    }
+    until("the one before the last is dropped", async || {
+        let held = listed(&node).await;
+        held.iter().filter(|held| held.resident_bytes > 0).count() == 2
+    })
+    .await;
+    assert!(resident(&first).await > 0, "dropped while it was written");
+    assert_eq!(ran(&node, &said()).await.template, first);
+    assert_eq!(setup.captured(), 3, "made again under its writer");
+    // The reader goes, and with him what cannot be written: the limits are kept now.
+    drop(std::fs::File::open(&pipe).unwrap());
+    until(
+        "only the one that was written last is in memory",
+        async || {
+            let held = listed(&node).await;
+            held.iter().filter(|held| held.resident_bytes > 0).count() == 1
+        },
+    )
+    .await;
+    assert!(resident(&first).await > 0);
+    assert_eq!(ran(&node, &said()).await.template, first);
+    assert_eq!(setup.captured(), 3);
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_be_ended_keeps_its_note_until_it_can() {
+    let Some(setup) = Setup::new() else { return };
+    let node = setup.node().await;
+    let stuck = Faults {
+        capture_failure: Some("no capture".to_owned()),
+        end_failure: Some("it stays".to_owned()),
+        ..Faults::default()
+    };
+    setup.vmm.set_faults(stuck.clone());
+    assert_eq!(ran(&node, &said()).await.template, None);
+    let note = || {
+        let dirs = setup.dirs();
+        assert_eq!(dirs.len(), 1, "{dirs:?}");
+        std::fs::read_to_string(dirs[0].join("making.json")).unwrap()
+    };
+    let noted = note();
+    // Nobody makes another in its place.
+    let wanted = CreateTemplateRequest {
+        image: "test".to_owned(),
+        memory: Some("128m".to_owned()),
+        disk: Some("64m".to_owned()),
+        command: vec!["echo".to_owned()],
+        ..CreateTemplateRequest::default()
+    };
+    let error = node.client.create_template(&wanted).await.unwrap_err();
+    assert!(error.to_string().contains("it stays"), "{error}");
+    assert_eq!((note(), setup.captured()), (noted.clone(), 1));
+    node.vanish();
+    // Nor does the next node forget it, whether it cannot end it or has not its monitor.
+    let node = TestNode::start(setup.dir.path(), Arc::clone(&setup.vmm)).await;
+    assert_eq!(note(), noted);
+    node.vanish();
+    setup.vmm.set_faults(Faults::default());
+    let mut of_another = support::fake().capabilities().clone();
+    of_another.kind = VmmKind::Qemu;
+    let other = FakeVmm::new(Arc::new(guest)).with_capabilities(of_another);
+    let node = TestNode::start(setup.dir.path(), Arc::new(other)).await;
+    assert_eq!(note(), noted);
+    node.vanish();
+    // The one that cannot end it at its start does so before it makes another.
+    setup.vmm.set_faults(stuck);
+    let node = TestNode::start(setup.dir.path(), Arc::clone(&setup.vmm)).await;
+    assert_eq!(note(), noted);
+    setup.vmm.set_faults(Faults::default());
+    assert!(ran(&node, &said()).await.template.is_some());
+    assert_eq!(setup.captured(), 2);
+    let dir = setup.written().await;
+    assert!(!dir.join("making.json").exists());
+}
+
+#[tokio::test]
+async fn an_image_that_is_removed_while_its_template_is_made_takes_it_with_it() {
+    let open = Arc::new(AtomicBool::new(false));
+    let gate = Arc::clone(&open);
+    let Some(setup) = Setup::with(move |_| {
+        let begin = std::time::Instant::now();
+        while !gate.load(Ordering::Relaxed) && begin.elapsed() < BOUND {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }) else {
+        return;
+    };
+    let node = setup.node().await;
+    let wanted = CreateTemplateRequest {
+        image: "test".to_owned(),
+        memory: Some("128m".to_owned()),
+        disk: Some("64m".to_owned()),
+        command: vec!["echo".to_owned()],
+        ..CreateTemplateRequest::default()
+    };
+    let remove = async {
+        until("a machine is to be captured", async || {
+            setup.captured() == 1
+        })
+        .await;
+        node.client.remove_image("test", true).await.unwrap();
+        open.store(true, Ordering::Relaxed);
+    };
+    let (made, ()) = tokio::join!(node.client.create_template(&wanted), remove);
+    let error = made.unwrap_err();
+    assert!(error.to_string().contains("image was removed"), "{error}");
+    assert!(listed(&node).await.is_empty());
+    assert!(setup.dirs().is_empty(), "{:?}", setup.dirs());
+}
+
+#[tokio::test]
+async fn a_templates_use_is_noted_for_the_next_node_while_it_is_in_memory() {
+    let Some(setup) = Setup::new() else { return };
+    let node = setup.node().await;
+    ran(&node, &said()).await;
+    let dir = setup.written().await;
+    let file = std::fs::File::options()
+        .write(true)
+        .open(dir.join("template.json"))
+        .unwrap();
+    let days = Duration::from_secs(13 * 24 * 3600);
+    let long_ago = std::time::SystemTime::now() - days;
+    file.set_modified(long_ago).unwrap();
+    ran(&node, &said()).await;
+    until("its use is noted", async || {
+        let modified = file.metadata().unwrap().modified().unwrap();
+        modified > long_ago + Duration::from_secs(3600)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn an_image_takes_its_templates_with_it() {
     let Some(setup) = Setup::new() else { return };
     let node = setup.node().await;
@@ -430,6 +616,22 @@ async fn a_fork_that_fails_boots_instead_and_its_template_is_not_tried_again_at_
     assert_eq!(ran(&node, &said()).await.template, None);
     assert!(setup.dirs().is_empty(), "{:?}", setup.dirs());
     assert_eq!(ran(&node, &said()).await.template, None);
+    assert_eq!(setup.captured(), 1);
+}
+
+#[tokio::test]
+async fn a_fork_that_fails_for_its_own_machines_reasons_leaves_the_template() {
+    let Some(setup) = Setup::new() else { return };
+    let node = setup.node().await;
+    let key = ran(&node, &said()).await.template;
+    setup.vmm.set_faults(Faults {
+        fork_shortage: Some("no room for it".to_owned()),
+        ..Faults::default()
+    });
+    assert_eq!(ran(&node, &said()).await.template, None, "it boots");
+    assert_eq!(listed(&node).await.len(), 1);
+    setup.vmm.set_faults(Faults::default());
+    assert_eq!(ran(&node, &said()).await.template, key);
     assert_eq!(setup.captured(), 1);
 }
 
@@ -519,4 +721,19 @@ async fn explain_says_from_what_a_machine_would_start() {
         ..said()
     };
     assert_eq!(start(&boots).await, "boots (--no-template)");
+}
+
+#[tokio::test]
+async fn explain_without_a_kernel_says_so_and_makes_nothing() {
+    let Some(setup) = Setup::new() else { return };
+    // One that stands for QEMU boots a kernel, of which there is none.
+    let mut capabilities = support::fake().capabilities().clone();
+    capabilities.kind = VmmKind::Qemu;
+    let vmm = FakeVmm::new(Arc::new(guest)).with_capabilities(capabilities);
+    let node = TestNode::start(setup.dir.path(), Arc::new(vmm)).await;
+    node.image("test").await;
+    let start = node.client.explain(&said()).await.unwrap().start;
+    assert!(start.contains("no Linux kernel"), "{start}");
+    let made = std::fs::read_dir(setup.dir.path().join("state/initramfs")).unwrap();
+    assert_eq!(made.count(), 0);
 }

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! templates/<key>/          made by the first machine that needs it, which then is its first fork
-//!   making.json             the machine being captured, for a later node to end if this one dies
+//!   making.json             the machine being captured, for a later node to end if this one dies; while it is there the
+//!                           directory stays, and no other machine is captured in it
 //!   overlay.img             the writable disk as it was at the capture; each fork gets a copy
 //!   memory, state, capture.json   written behind the first fork's back
 //!   template.json           what it is of; written last: a directory without one is swept away by the next node

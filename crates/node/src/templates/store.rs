@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_control::{Held, evict, unused_since};
+use vistara_image::ImageStore;
 use vistara_machine::{Capture, Vmm, VmmError};
 use vistara_model::Digest;
 
@@ -19,6 +20,10 @@ use vistara_model::Digest;
 const RETRY_AFTER: Duration = Duration::from_secs(600);
 /// A template that was not used for so long is removed by the next node that starts: its image is hardly run any more.
 const UNUSED_MAX: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// Most keys for which something is remembered that is no template in memory, failures above all: more than a user has
+/// images and sizes, and some 100 KB. Beyond it they are forgotten, which costs another try each.
+const SLOTS_MAX: usize = 1024;
 
 /// A template in use.
 #[derive(Debug)]
@@ -35,6 +40,10 @@ impl Template {
     pub(crate) fn key(&self) -> &str {
         &self.kept.key
     }
+
+    fn image_id(&self) -> &Digest {
+        &self.kept.image_id
+    }
 }
 
 #[derive(Default)]
@@ -47,10 +56,26 @@ type SharedSlot = Arc<tokio::sync::Mutex<Slot>>;
 
 #[derive(Default)]
 struct Known {
-    /// Locked while the template is read, made or removed: others who want it wait for it. As many as there are templates,
-    /// and those that could not be made.
+    /// Locked while the template is read, made or removed: others who want it wait for it. Besides those that are at work or
+    /// hold a template in memory, which the limits bound, at most [`SLOTS_MAX`].
     slots: HashMap<String, SharedSlot>,
+    /// Of templates that are there.
     used_ns: HashMap<String, u64>,
+}
+
+impl Known {
+    fn slot(&mut self, key: &str) -> SharedSlot {
+        if let Some(slot) = self.slots.get(key) {
+            return Arc::clone(slot);
+        }
+        if self.slots.len() >= SLOTS_MAX {
+            // One that somebody else has is at work.
+            self.slots.retain(|_, slot| {
+                Arc::get_mut(slot).is_none_or(|slot| slot.get_mut().template.is_some())
+            });
+        }
+        Arc::clone(self.slots.entry(key.to_owned()).or_default())
+    }
 }
 
 /// A template as it is listed.
@@ -105,16 +130,13 @@ impl Templates {
                 }
                 continue;
             }
-            if let Some(id) = files::making(&dir) {
-                for vmm in vmms {
-                    if let Err(error) = vmm.sweep(&id, &dir).await {
-                        tracing::error!(
-                            template = key,
-                            error = chain(&error),
-                            "a machine that was to be captured could not be ended"
-                        );
-                    }
-                }
+            if let Err(message) = make::end_earlier(vmms, &dir).await {
+                tracing::error!(
+                    template = key,
+                    message,
+                    "a machine that was to be captured could not be ended; it is tried again later"
+                );
+                continue;
             }
             tracing::info!(
                 template = key,
@@ -137,8 +159,7 @@ impl Templates {
     }
 
     fn slot(&self, key: &str) -> SharedSlot {
-        let mut known = self.known();
-        Arc::clone(known.slots.entry(key.to_owned()).or_default())
+        self.known().slot(key)
     }
 
     fn slots(&self) -> Vec<(String, SharedSlot)> {
@@ -240,11 +261,25 @@ impl Templates {
         {
             return Err(reason.clone());
         }
-        self.known().used_ns.insert(key.clone(), now_ns());
+        let dir = self.dir.join(&key);
         if let Some(template) = &slot.template {
+            self.known().used_ns.insert(key, now_ns());
+            // Nobody waits for it, and nobody misses it.
+            tokio::task::spawn_blocking(move || files::note_use(&dir));
             return Ok((Arc::clone(template), false));
         }
-        let dir = self.dir.join(&key);
+        if let Err(message) =
+            make::end_earlier(std::slice::from_ref(&blueprint.parts.vmm), &dir).await
+        {
+            let message = format!("the machine of an earlier try could not be ended: {message}");
+            tracing::warn!(
+                template = key,
+                message,
+                "no template is made while another may be in the making; machines boot without it"
+            );
+            slot.failed = Some((Instant::now(), message.clone()));
+            return Err(message);
+        }
         let found = {
             let dir = dir.clone();
             tokio::task::spawn_blocking(move || files::read(&dir))
@@ -270,12 +305,19 @@ impl Templates {
                         "a template could not be made; machines boot without it"
                     );
                     slot.failed = Some((Instant::now(), message.clone()));
+                    self.known().used_ns.remove(&key);
                     let _ = tokio::task::spawn_blocking(move || files::remove(&dir)).await;
                     return Err(message);
                 }
             },
         };
         slot.failed = None;
+        let images = blueprint.parts.images.clone();
+        if made && image_is_gone(&images, template.image_id()).await {
+            self.clear(&mut slot, &key).await;
+            return Err("its image was removed meanwhile".to_owned());
+        }
+        self.known().used_ns.insert(key, now_ns());
         slot.template = Some(Arc::clone(&template));
         // From before anybody can have it removed: whoever removes it waits until it is written.
         let writing = match made {
@@ -286,6 +328,10 @@ impl Templates {
         tokio::spawn(async move {
             if let Some(writing) = writing {
                 write(&fresh, dir, writing).await;
+            }
+            // Again now that those who remove an image find its template: until here they may have missed it.
+            if image_is_gone(&images, fresh.image_id()).await {
+                templates.remove(fresh.key()).await;
             }
             templates.keep_to_limits(fresh.key()).await;
         });
@@ -343,7 +389,6 @@ impl Templates {
         let there = self.clear(&mut held, key).await;
         drop(held);
         let mut known = self.known();
-        known.used_ns.remove(key);
         // Ours and the map's: nobody waits for it. Who does makes it anew.
         if Arc::strong_count(&slot) == 2 {
             known.slots.remove(key);
@@ -368,6 +413,7 @@ impl Templates {
     async fn clear(&self, slot: &mut Slot, key: &str) -> bool {
         let template = slot.template.take();
         slot.failed = None;
+        self.known().used_ns.remove(key);
         let writing = match &template {
             Some(template) => Some(template.writing.lock().await),
             None => None,
@@ -376,7 +422,7 @@ impl Templates {
         let on_disk = tokio::task::spawn_blocking(move || {
             let there = dir.is_dir();
             files::remove(&dir);
-            there
+            there && !dir.exists()
         });
         let on_disk = on_disk.await.unwrap_or(false);
         drop(writing);
@@ -414,12 +460,27 @@ impl Templates {
         let in_memory = held(|listed| listed.resident_bytes);
         let in_memory = in_memory.into_iter().filter(|held| held.bytes > 0);
         for key in evict(in_memory.collect(), self.limits.memory_bytes, Some(fresh)) {
-            tracing::info!(template = key, "a template is dropped from memory");
             let slot = self.slot(&key);
-            // What is on disk is read again when it is wanted.
-            slot.lock().await.template = None;
+            let mut held = slot.lock().await;
+            // One that is being written stays: who asks for it would find half of it, and make another under the writer, who
+            // sees to these limits himself once he is done.
+            let written = (held.template.as_ref())
+                .is_some_and(|template| template.writing.try_lock().is_ok());
+            if written {
+                tracing::info!(template = key, "a template is dropped from memory");
+                // What is on disk is read again when it is wanted.
+                held.template = None;
+            }
         }
     }
+}
+
+/// Whether an image was removed; where that cannot be told, it was not.
+async fn image_is_gone(images: &ImageStore, image: &Digest) -> bool {
+    let (images, image) = (images.clone(), image.clone());
+    let looked =
+        tokio::task::spawn_blocking(move || matches!(images.find(image.as_ref()), Ok(None)));
+    looked.await.unwrap_or(false)
 }
 
 /// Writes a new template to disk. Where that fails it serves from memory as long as this node lives, and nothing of it stays
@@ -439,5 +500,33 @@ async fn write(template: &Arc<Template>, dir: PathBuf, writing: tokio::sync::Own
     });
     if let Err(error) = written.await {
         tracing::error!(%error, "writing a template failed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_remembered_of_failures_is_bounded_and_nobody_at_work_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = TemplateLimits {
+            memory_bytes: 0,
+            disk_bytes: 0,
+        };
+        let templates = Templates::new(dir.path().to_owned(), limits);
+        let at_work = templates.slot("at work");
+        let working = at_work.lock().await;
+        for number in 0..3 * SLOTS_MAX {
+            let slot = templates.slot(&number.to_string());
+            slot.lock().await.failed = Some((Instant::now(), "on purpose".to_owned()));
+        }
+        let count = templates.known().slots.len();
+        assert!(count <= SLOTS_MAX, "{count}");
+        assert!(Arc::ptr_eq(&templates.slot("at work"), &at_work));
+        // The last failure is still known.
+        let last = templates.slot(&(3 * SLOTS_MAX - 1).to_string());
+        assert!(last.lock().await.failed.is_some());
+        drop(working);
     }
 }
