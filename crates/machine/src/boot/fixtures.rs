@@ -147,6 +147,12 @@ pub(crate) fn modules(release: &str, except: &[&str]) -> Vec<(String, Vec<u8>)> 
         ("fs/fuse/virtiofs", "fuse,virtio,virtio_ring"),
         ("drivers/char/hw_random/virtio-rng", "rng-core,virtio"),
         ("drivers/virtio/virtio_balloon", "virtio"),
+        ("net/vmw_vsock/vsock", ""),
+        ("net/vmw_vsock/vmw_vsock_virtio_transport_common", "vsock"),
+        (
+            "net/vmw_vsock/vmw_vsock_virtio_transport",
+            "vmw_vsock_virtio_transport_common,virtio,virtio_ring,vsock",
+        ),
         ("drivers/unneeded", ""),
     ]
     .iter()

@@ -25,7 +25,7 @@ fn the_initramfs_holds_the_agent_the_console_and_the_modules_in_order() {
     assert_eq!(find("init").2, b"agent");
     assert_eq!(find("dev/console").1, 0o020_600);
     let order = String::from_utf8(find("modules/order").2.clone()).unwrap();
-    assert_eq!(order.lines().count(), 14);
+    assert_eq!(order.lines().count(), 17);
     for line in order.lines() {
         let (_, file) = line.split_once(' ').unwrap();
         assert!(!find(&format!("modules/{file}")).2.is_empty());

@@ -56,7 +56,7 @@ fn a_package_gives_its_kernel_and_modules_whatever_its_compression() {
         fixtures::deb(&path, &files, compression);
         let package = deb(&path, &dir.path().join("out")).unwrap();
         assert_eq!(std::fs::read(package.bzimage).unwrap(), b"image");
-        assert_eq!(std::fs::read_dir(package.modules).unwrap().count(), 15);
+        assert_eq!(std::fs::read_dir(package.modules).unwrap().count(), 18);
     }
 }
 
