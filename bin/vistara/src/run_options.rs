@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 use vistara_api::{RunRequest, TerminalSize};
-use vistara_model::{Bytes, Cpus, Hypervisor, MachineName, PortMapping, VolumeMount};
+use vistara_model::{Bytes, Cpus, Hypervisor, MachineName, NamedVolume, PortMapping, VolumeMount};
 
 /// Largest file of environment variables, in bytes; what a kernel passes to a program is smaller.
 const ENV_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -60,8 +60,8 @@ pub(crate) struct RunOptions {
     /// Remove the machine when it ends
     #[arg(long)]
     pub(crate) rm: bool,
-    /// Host directory in the guest
-    #[arg(short, long = "volume", value_name = "HOSTDIR:GUESTDIR[:ro]")]
+    /// Host directory in the guest; or, for a unikernel, a volume that the node keeps under a NAME without a slash
+    #[arg(short, long = "volume", value_name = "HOSTDIR|NAME:GUESTDIR[:ro]")]
     pub(crate) volumes: Vec<String>,
     /// Host name in the guest
     #[arg(long, value_name = "NAME")]
@@ -245,7 +245,7 @@ pub(crate) fn checked<T: FromStr<Err: std::fmt::Display>>(text: &str) -> Result<
         .map_err(|error| error.to_string())
 }
 
-/// `HOST:GUEST[:OPTIONS]` with an absolute host path. Of docker's options, `z` and `Z` mean nothing here.
+/// `HOST:GUEST[:OPTIONS]` with an absolute host path, or a volume's name as it is, which has no slash. Of docker's options, `z` and `Z` mean nothing here.
 fn volume(text: &str, working_dir: &Path) -> Result<String, Failure> {
     let mut parts = text.splitn(3, ':');
     let (host, guest) = match (parts.next(), parts.next()) {
@@ -268,12 +268,21 @@ fn volume(text: &str, working_dir: &Path) -> Result<String, Failure> {
             }
         }
     }
+    let mode = if read_only { ":ro" } else { "" };
+    if !host.contains('/') && host != "." && host != ".." {
+        let whole = format!("{host}:{guest}{mode}");
+        return match whole.parse::<NamedVolume>() {
+            Ok(_) => Ok(whole),
+            Err(error) => Err(Failure::new(error.to_string())
+                .hint(format!("for the directory, write ./{host}:{guest}"))),
+        };
+    }
     let host = working_dir.join(host);
     let host: PathBuf = host.components().collect();
     let Some(host) = host.to_str() else {
         return Err(Failure::new(format!("{text:?} is not UTF-8")));
     };
-    let whole = format!("{host}:{guest}{}", if read_only { ":ro" } else { "" });
+    let whole = format!("{host}:{guest}{mode}");
     match whole.parse::<VolumeMount>() {
         Ok(_) => Ok(whole),
         Err(error) => Err(Failure::new(error.to_string())),

@@ -117,6 +117,7 @@ mod tests {
             hostname: None,
             read_only: false,
             volumes: Vec::new(),
+            named_volumes: Vec::new(),
             ports: Vec::new(),
             network: Network::User,
             tty: None,

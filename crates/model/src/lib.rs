@@ -25,6 +25,6 @@ pub use machine::MachineState;
 pub use quantity::{Bytes, Cpus, QuantityError};
 pub use signal::{Signal, SignalError};
 pub use spec::{
-    Backend, EnvVar, Hypervisor, MachineSpec, Network, Payload, PortMapping, Protocol, SpecError,
-    TtySize, VolumeMount,
+    Backend, EnvVar, Hypervisor, MachineSpec, NamedVolume, Network, Payload, PortMapping, Protocol,
+    SpecError, TtySize, VolumeMount,
 };

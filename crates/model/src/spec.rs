@@ -19,6 +19,11 @@ pub enum SpecError {
         "{0:?} is not a volume: write HOSTDIR:GUESTDIR or HOSTDIR:GUESTDIR:ro, both beginning with /"
     )]
     Volume(String),
+    /// Not `NAME:GUESTDIR[:ro]`.
+    #[error(
+        "{0:?} is not a named volume: write NAME:GUESTDIR or NAME:GUESTDIR:ro; a name takes 1 to 31 of a-z A-Z 0-9 . - _ and begins with a letter or digit"
+    )]
+    NamedVolume(String),
     /// Not `NAME=value`.
     #[error("{0:?} is not an environment variable: write NAME=value, without NUL")]
     Env(String),
@@ -184,6 +189,65 @@ impl FromStr for VolumeMount {
     }
 }
 
+/// A volume that the node keeps under a name, seen in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NamedVolume {
+    /// Its name: a file's name without a path, and a file system's label.
+    pub name: String,
+    /// Absolute path in the guest.
+    pub guest_path: String,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+}
+
+impl NamedVolume {
+    /// Bytes of a name: as many as a label of the unikernel's file system has.
+    pub const NAME_BYTES_MAX: usize = 31;
+
+    /// Whether a volume may have this name.
+    pub fn is_name(name: &str) -> bool {
+        let first = name.bytes().next();
+        first.is_some_and(|byte| byte.is_ascii_alphanumeric())
+            && name.len() <= NamedVolume::NAME_BYTES_MAX
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte))
+    }
+}
+
+impl fmt::Display for NamedVolume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = if self.read_only { ":ro" } else { "" };
+        write!(f, "{}:{}{mode}", self.name, self.guest_path)
+    }
+}
+
+impl FromStr for NamedVolume {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let error = || SpecError::NamedVolume(text.to_owned());
+        let parts: Vec<&str> = text.split(':').collect();
+        let (name, guest, read_only) = match parts[..] {
+            [name, guest] | [name, guest, "rw"] => (name, guest, false),
+            [name, guest, "ro"] => (name, guest, true),
+            _ => return Err(error()),
+        };
+        let covers_root = guest.bytes().all(|byte| byte == b'/');
+        if !NamedVolume::is_name(name)
+            || !guest.starts_with('/')
+            || covers_root
+            || text.contains('\0')
+        {
+            return Err(error());
+        }
+        Ok(NamedVolume {
+            name: name.to_owned(),
+            guest_path: guest.to_owned(),
+            read_only,
+        })
+    }
+}
+
 /// One environment variable, `NAME=value`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct EnvVar {
@@ -255,6 +319,9 @@ pub struct MachineSpec {
     pub read_only: bool,
     /// Host directories.
     pub volumes: Vec<VolumeMount>,
+    /// Volumes that the node keeps under names.
+    #[serde(default)]
+    pub named_volumes: Vec<NamedVolume>,
     /// Published ports.
     pub ports: Vec<PortMapping>,
     /// Attachment to the network.
@@ -306,6 +373,18 @@ mod tests {
         assert_eq!(port.to_string(), "0.0.0.0:5353->53/udp");
         for bad in ["80", "a:b", "1:0", "70000:1", "1:2/icmp", "1:2:3:4"] {
             assert!(bad.parse::<PortMapping>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_named_volume_has_a_name_without_a_path() {
+        let volume: NamedVolume = "data-1:/srv/d:ro".parse().unwrap();
+        assert_eq!(volume.to_string(), "data-1:/srv/d:ro");
+        let long = format!("{}:/d", "x".repeat(32));
+        for bad in [
+            "/a:/b", "../a:/b", ".a:/b", "a:b", "a:/", "a://", "a", ":/b", "a b:/c", &long,
+        ] {
+            assert!(bad.parse::<NamedVolume>().is_err(), "{bad:?}");
         }
     }
 

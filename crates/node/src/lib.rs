@@ -17,6 +17,7 @@ mod request;
 mod service;
 mod templates;
 mod view;
+mod volumes;
 
 pub use fault::NodeError;
 pub use options::{NodeOptions, TemplateLimits, Vmms};

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 use vistara_api::RunRequest;
-use vistara_model::{Bytes, Cpus, ImageRef, MachineSpec, Network, PortMapping, TtySize};
+use vistara_model::{
+    Bytes, Cpus, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, TtySize,
+};
 
 /// Memory of a machine whose user names none: enough for an interpreter, little enough for dozens on a laptop.
 const MEMORY_DEFAULT: Bytes = Bytes::mib(512);
@@ -74,7 +76,20 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
             "a machine without a network cannot publish ports; leave out one of the two",
         ));
     }
-    let volumes: Vec<vistara_model::VolumeMount> = parse_all(&request.volumes)?;
+    let (paths, names): (Vec<String>, Vec<String>) = (request.volumes.iter().cloned())
+        .partition(|text| text.starts_with('/') || !text.contains(':'));
+    let volumes: Vec<vistara_model::VolumeMount> = parse_all(&paths)?;
+    let named_volumes: Vec<NamedVolume> = parse_all(&names)?;
+    for (index, volume) in named_volumes.iter().enumerate() {
+        let same = |other: &NamedVolume| {
+            other.name == volume.name || other.guest_path == volume.guest_path
+        };
+        if named_volumes[..index].iter().any(same) {
+            return Err(Fault::user(format!(
+                "the volume {volume} is mounted twice, or where another one is"
+            )));
+        }
+    }
     for volume in &volumes {
         if !Path::new(&volume.host_path).is_dir() {
             return Err(Fault::user(format!(
@@ -108,6 +123,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         hostname: request.hostname.clone(),
         read_only: request.read_only,
         volumes,
+        named_volumes,
         ports,
         network,
         tty: request.tty.map(size),
@@ -175,10 +191,17 @@ mod tests {
             ),
             (
                 RunRequest {
-                    volumes: vec!["x:/y".into()],
+                    volumes: vec!["x/z:/y".into()],
                     ..base()
                 },
-                "HOSTDIR:GUESTDIR",
+                "NAME:GUESTDIR",
+            ),
+            (
+                RunRequest {
+                    volumes: vec!["x:/y".into(), "x:/z".into()],
+                    ..base()
+                },
+                "mounted twice",
             ),
             (
                 RunRequest {

@@ -96,7 +96,9 @@ pub(crate) fn detail(snapshot: &Snapshot, dir: &std::path::Path) -> MachineDetai
         working_dir: record.working_dir.clone(),
         hostname: record.hostname.clone(),
         read_only: spec.read_only,
-        volumes: spec.volumes.iter().map(volume).collect(),
+        volumes: (spec.volumes.iter().map(volume))
+            .chain(spec.named_volumes.iter().map(ToString::to_string))
+            .collect(),
         network: match spec.network {
             Network::User => "user".to_owned(),
             Network::None => "none".to_owned(),

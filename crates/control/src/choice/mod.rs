@@ -73,6 +73,8 @@ pub struct Request {
     pub stdin: bool,
     /// Directories of the host are mounted.
     pub host_directories: bool,
+    /// Volumes that the node keeps under names are mounted.
+    pub named_volumes: bool,
     /// Somebody will want to run further programs in the machine.
     pub exec: bool,
     /// A graphics processor is wanted.
@@ -101,6 +103,7 @@ impl Request {
             tty: spec.tty.is_some(),
             stdin: spec.stdin,
             host_directories: !spec.volumes.is_empty(),
+            named_volumes: !spec.named_volumes.is_empty(),
             exec: false,
             gpu: false,
             user: program.user.clone(),
@@ -129,6 +132,10 @@ pub fn choose(
         hint: hint.to_owned(),
     };
     let mut reasons = Vec::new();
+    let linux_by_name = matches!(asked, Hypervisor::Qemu | Hypervisor::Firecracker);
+    if linux_by_name && request.named_volumes {
+        return Err(named_volumes(asked, "a Linux guest was asked for"));
+    }
     match asked {
         Hypervisor::Auto => automatic(request, image, host),
         Hypervisor::Qemu => {
@@ -173,6 +180,17 @@ pub fn choose(
     }
 }
 
+/// What a Linux guest cannot do yet.
+fn named_volumes(hypervisor: Hypervisor, why_linux: &str) -> ChoiceError {
+    ChoiceError::Unavailable {
+        hypervisor,
+        reason: format!("a volume with a name is mounted by unikernels only, and {why_linux}"),
+        hint:
+            "mount a directory of this host instead: -v /DIR:/GUESTDIR; or try --hypervisor nanovms"
+                .to_owned(),
+    }
+}
+
 fn automatic(
     request: &Request,
     image: Option<&ImageFacts>,
@@ -183,6 +201,9 @@ fn automatic(
         Ok(why) => {
             reasons.extend(why);
             Payload::Nanos
+        }
+        Err(why_not) if request.named_volumes => {
+            return Err(named_volumes(request.hypervisor, &why_not.join("; ")));
         }
         Err(why_not) => {
             reasons.extend(

@@ -34,6 +34,7 @@ fn asked(hypervisor: Hypervisor) -> Request {
         tty: false,
         stdin: false,
         host_directories: false,
+        named_volumes: false,
         exec: false,
         gpu: false,
         user: String::new(),
@@ -449,4 +450,25 @@ fn a_refusal_says_what_to_type_next() {
     let host = host(absent(), false, false, false);
     let error = choose(&asked(Hypervisor::Auto), None, &host).unwrap_err();
     assert!(error.hint().contains("apt-get install"), "{error}");
+}
+
+#[test]
+fn a_named_volume_is_refused_where_the_program_gets_a_linux_guest() {
+    let with_volume = |hypervisor| Request {
+        named_volumes: true,
+        ..asked(hypervisor)
+    };
+    let host = host(KvmVerdict::Works, true, true, true);
+    for hypervisor in [Hypervisor::Qemu, Hypervisor::Firecracker] {
+        let error = choose(&with_volume(hypervisor), Some(&plain()), &host).unwrap_err();
+        assert!(error.hint().contains("-v /DIR"), "{error}");
+    }
+    let fits = choose(&with_volume(Hypervisor::Auto), Some(&plain()), &host).unwrap();
+    assert_eq!(fits.backend.payload, Payload::Nanos);
+    let terminal = Request {
+        tty: true,
+        ..with_volume(Hypervisor::Auto)
+    };
+    let error = choose(&terminal, Some(&plain()), &host).unwrap_err();
+    assert!(error.to_string().contains("terminal"), "{error}");
 }

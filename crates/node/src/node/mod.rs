@@ -13,6 +13,7 @@ use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::options::{NodeOptions, TemplateLimits};
 use crate::templates::Templates;
+use crate::volumes::Volumes;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -27,7 +28,7 @@ use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer}
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Backend, Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
-    MachineState, Payload, VmmKind,
+    MachineState, NamedVolume, Payload, VmmKind,
 };
 
 /// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
@@ -104,6 +105,7 @@ struct Machines {
     /// Names and slots promised to machines that are being created.
     names: HashSet<MachineName>,
     slots: HashSet<u32>,
+    volumes: HashSet<String>,
 }
 
 fn make_private_dir(dir: &Path) -> Result<(), NodeError> {
@@ -134,6 +136,7 @@ impl Node {
             "overlays",
             "initramfs",
             "templates",
+            "volumes",
             "tmp",
         ] {
             make_private_dir(&state.join(name))?;
@@ -300,7 +303,10 @@ impl Node {
         let (for_id, for_name) = random.split_at(16);
         let id = MachineId::from_random(for_id.try_into().unwrap_or([0; 16]));
         let for_name = for_name.try_into().unwrap_or([0; 4]);
-        let (name, slot) = self.reserve(spec.name.as_ref(), for_name)?;
+        let (name, slot) = self.reserve(&spec, for_name)?;
+        let volumes: Vec<String> = (spec.named_volumes.iter())
+            .map(|volume| volume.name.clone())
+            .collect();
         let record = Record {
             format: Record::FORMAT,
             id: id.clone(),
@@ -354,6 +360,7 @@ impl Node {
         let mut machines = self.machines();
         machines.names.remove(&name);
         machines.slots.remove(&slot);
+        machines.volumes.retain(|volume| !volumes.contains(volume));
         let log = made.map_err(|error| {
             Fault::new(
                 ErrorKind::Host,
@@ -375,8 +382,9 @@ impl Node {
         Ok(handle)
     }
 
-    /// Promises a name and a slot to a machine that is about to be.
-    fn reserve(&self, wanted: Option<&MachineName>, random: [u8; 4]) -> Answer<(MachineName, u32)> {
+    /// Promises a name, a slot and its volumes to a machine that is about to be.
+    fn reserve(&self, spec: &MachineSpec, random: [u8; 4]) -> Answer<(MachineName, u32)> {
+        let wanted = spec.name.as_ref();
         let mut machines = self.machines();
         if machines.by_id.len() >= MACHINES_MAX {
             return Err(Fault::conflict(format!(
@@ -393,6 +401,27 @@ impl Node {
             records.iter().any(|record| record.name.as_ref() == name)
                 || machines.names.iter().any(|known| known.as_ref() == name)
         };
+        let user = |volume: &NamedVolume| {
+            let uses = |record: &&Arc<Record>| {
+                let volumes = &record.spec.named_volumes;
+                record.state != MachineState::Ended
+                    && volumes.iter().any(|other| other.name == volume.name)
+            };
+            match records.iter().find(uses) {
+                Some(record) => Some(record.name.to_string()),
+                None => (machines.volumes.contains(&volume.name))
+                    .then(|| "that is being made".to_owned()),
+            }
+        };
+        for volume in &spec.named_volumes {
+            if let Some(user) = user(volume) {
+                return Err(Fault::conflict(format!(
+                    "the volume {:?} is used by the machine {user}, and one machine at a time can have it",
+                    volume.name
+                ))
+                .hint("wait until that machine ends, stop it, or use another volume"));
+            }
+        }
         let name = match wanted {
             Some(name) if taken(name.as_ref()) => {
                 return Err(
@@ -415,7 +444,13 @@ impl Node {
         let slot = (0..).find(|slot| !used.contains(slot)).unwrap_or(0);
         machines.names.insert(name.clone());
         machines.slots.insert(slot);
+        let volumes = spec.named_volumes.iter();
+        (machines.volumes).extend(volumes.map(|volume| volume.name.clone()));
         Ok((name, slot))
+    }
+
+    pub(crate) fn volumes(&self) -> Volumes {
+        Volumes::new(self.options.state_dir.join("volumes"))
     }
 
     pub(crate) fn machine_dir(&self, id: &MachineId) -> PathBuf {

@@ -6,9 +6,9 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::net::Ipv4Addr;
 use std::path::Path;
-use vistara_model::Network;
+use vistara_model::{NamedVolume, Network};
 use vistara_nanos::disk::DiskOptions;
-use vistara_nanos::manifest::{self, ExitMatch, Manifest};
+use vistara_nanos::manifest::{self, ExitMatch, Manifest, Mount, MountSource};
 use vistara_nanos::tfs::{Label, Value, VolumeId};
 use vistara_nanos::{Changes, klog, remaster};
 
@@ -42,10 +42,14 @@ pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> R
     };
     let changes = Changes {
         files: names(record),
-        directories: Vec::new(),
+        // The kernel mounts nothing on what is not there.
+        directories: (record.spec.named_volumes.iter())
+            .map(|volume| volume.guest_path.as_bytes().to_vec())
+            .collect(),
         modified: u32::try_from(record.created_ns / 1_000_000_000).ok(),
     };
-    let manifest = manifest(record, program);
+    let mut manifest = manifest(record, program);
+    manifest.mounts = mounts(record)?;
     let written = remaster(
         BufReader::with_capacity(BUFFER, from),
         BufWriter::with_capacity(BUFFER, file),
@@ -80,6 +84,18 @@ fn names(record: &Record) -> Vec<(Vec<u8>, Vec<u8>)> {
     ]
     .map(|(path, text)| (path.as_bytes().to_vec(), text.into_bytes()))
     .into()
+}
+
+fn mounts(record: &Record) -> Result<Vec<Mount>, String> {
+    let mount = |volume: &NamedVolume| {
+        let label = Label::new(&volume.name).map_err(|error| error.to_string())?;
+        Ok(Mount {
+            volume: MountSource::Label(label),
+            directory: volume.guest_path.as_bytes().to_vec(),
+            read_only: volume.read_only,
+        })
+    };
+    record.spec.named_volumes.iter().map(mount).collect()
 }
 
 fn manifest(record: &Record, program: &str) -> Manifest {

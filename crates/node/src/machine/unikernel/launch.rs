@@ -58,10 +58,18 @@ pub(crate) async fn launch(
             VmmKind::Qemu | VmmKind::Fake => kernel.path,
         },
     });
-    let disks = vec![Disk {
+    let mut disks = vec![Disk {
         path,
         read_only: false,
     }];
+    let volumes = node.volumes();
+    for volume in record.spec.named_volumes.clone() {
+        let (volumes, name) = (volumes.clone(), volume.name);
+        disks.push(Disk {
+            path: blocking(move || volumes.get_or_make(&name)).await?,
+            read_only: volume.read_only,
+        });
+    }
     let mut plan = plan(node, record, dir, start, disks);
     plan.shares.clear();
     let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
