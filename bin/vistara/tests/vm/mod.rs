@@ -34,7 +34,7 @@ fn hash(value: impl std::hash::Hash) -> u64 {
 
 /// A state directory for this build of the program, outside the target directory since paths of sockets are short. What
 /// earlier builds of the same checkout left is cleared away, machines and all.
-fn state_dir(name: &str) -> PathBuf {
+pub(crate) fn state_dir(name: &str) -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_vistara"));
     let prefix = format!("vistara-system-{:08x}-{name}-", hash(program) as u32);
     let built = std::fs::metadata(program).unwrap().modified().unwrap();
