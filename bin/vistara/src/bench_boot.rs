@@ -273,7 +273,9 @@ async fn after_first_line(
         "nanovms" => {
             let copy = scratch.as_ref().join("unikernel.img");
             let from = Path::new(&detail.dir).join("overlay.img");
-            std::fs::copy(&from, &copy).map_err(|error| {
+            // An earlier round's, if there was one.
+            let _ = std::fs::remove_file(&copy);
+            vistara_node::clone_sparse(&from, &copy).map_err(|error| {
                 Failure::because(format!("cannot copy {}", from.display()), error)
             })?;
             Some(copy)

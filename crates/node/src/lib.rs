@@ -22,6 +22,8 @@ mod volumes;
 pub use fault::NodeError;
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use service::{openapi, run};
+/// For whoever copies a machine's disk, which is mostly holes.
+pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
 /// The baselines that `vistara bench` measures against.
