@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use vistara_api::{Client, Image, Machine, RunRequest, StopRequest};
 use vistara_model::{Accelerator, Bytes};
 
+/// What runs the machines: the baseline is the same monitor with a Linux guest, whatever `auto` would choose for `echo`.
+const HYPERVISOR: &str = "qemu";
 /// Memory of the guests on both sides: what `vistara run` gives when nothing is said.
 const MEMORY: Bytes = Bytes::mib(512);
 /// Machines that are kept running while the node's memory for each is measured.
@@ -98,6 +100,7 @@ pub(crate) async fn bench(
     let request = RunRequest {
         image: name.clone(),
         command: vec!["echo".to_owned()],
+        hypervisor: Some(HYPERVISOR.to_owned()),
         ..RunRequest::default()
     };
     let choice = client.explain(&request).await?.choice;
@@ -109,7 +112,7 @@ pub(crate) async fn bench(
         .kernels()
         .await?
         .into_iter()
-        .find(|kernel| kernel.default)
+        .find(|kernel| kernel.payload == "linux" && kernel.default)
         .ok_or_else(|| {
             Failure::new("there is no guest kernel").hint("vistara kernel add debian")
         })?;
@@ -224,6 +227,7 @@ async fn one_run(
         .arg("--state-dir")
         .arg(&places.state_dir)
         .args(["run", "--quiet", "--name", &name])
+        .args(["--hypervisor", HYPERVISOR])
         .args(flags)
         .args([image, "echo", "up"])
         .stdin(Stdio::null())
@@ -284,6 +288,7 @@ async fn memory(client: &Client, image: &str) -> Result<(u64, u64), Failure> {
             image: image.to_owned(),
             command: ["sleep", "1000"].map(str::to_owned).to_vec(),
             memory: Some("128m".to_owned()),
+            hypervisor: Some(HYPERVISOR.to_owned()),
             auto_remove: true,
             ..RunRequest::default()
         };
