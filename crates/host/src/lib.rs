@@ -7,6 +7,7 @@ pub mod facts;
 pub mod files;
 pub mod kvm;
 pub mod launch;
+pub mod memory;
 pub mod mounts;
 pub mod process;
 pub mod sockets;

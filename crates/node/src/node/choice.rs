@@ -149,7 +149,10 @@ impl Node {
         );
         let looked = tokio::task::spawn_blocking(move || {
             let asked = Asked::new(&program.argv, &program.env, &program.working_dir);
-            images.program_facts(&image, &asked)
+            let facts = images.program_facts(&image, &asked);
+            // Layers and programs were in memory.
+            vistara_host::memory::give_back();
+            facts
         });
         match looked.await.map_err(|error| Fault::internal(&error))? {
             Ok(facts) => Ok(Some(facts)),

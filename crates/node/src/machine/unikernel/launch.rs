@@ -42,6 +42,8 @@ pub(crate) async fn launch(
             let base = mechanisms.images.unikernel_disk(&image, &facts, &wishes)?;
             disk::write(&record, program, &base.path, &path)
                 .map_err(|message| Fault::new(vistara_api::ErrorKind::Host, message))?;
+            // The trees of both disks were in memory.
+            vistara_host::memory::give_back();
             Ok(kernel)
         })
         .await
