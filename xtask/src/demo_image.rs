@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Raised when what is made changes.
@@ -42,7 +42,11 @@ pub(crate) fn make(dir: &Path) -> Result<()> {
         );
         let scratch = tempfile::tempdir_in(dir).context("make a scratch directory")?;
         let layer = scratch.path().join("layer.tar");
-        bootstrap(&sources, &layer)?;
+        // Compiled modules that are believed without a look at their source: clamped times would make Python compile the
+        // others again at every start, and hashing the sources is slow where the guest's code is translated.
+        let compile =
+            "chroot \"$1\" python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib";
+        bootstrap(&sources, PACKAGES, compile, &layer)?;
         let layer = fs::read(&layer).context("read the root file system")?;
         let fresh = scratch.path().join(ARCHIVE);
         fs::write(&fresh, oci_archive(&layer)?).with_context(|| format!("write {fresh:?}"))?;
@@ -51,6 +55,29 @@ pub(crate) fn make(dir: &Path) -> Result<()> {
     }
     println!("{}", archive.display());
     Ok(())
+}
+
+/// Makes a root file system with these packages as a tar of this name in `dir`, unless one of the same recipe is there.
+/// `script` is run by the shell with the file system's directory as its first argument. Gives the tar's path.
+pub(crate) fn root_tar(dir: &Path, name: &str, packages: &str, script: &str) -> Result<PathBuf> {
+    let tar = dir.join(name);
+    let recipe_path = dir.join(format!("{name}.recipe"));
+    let recipe = format!(
+        "{RECIPE} {EPOCH} {packages} {} {script}\n",
+        LEFT_OUT.join(" ")
+    );
+    let kept = fs::read_to_string(&recipe_path).is_ok_and(|kept| kept == recipe);
+    if kept && tar.exists() {
+        return Ok(tar);
+    }
+    let sources = apt_sources()?;
+    eprintln!("making a Debian image from {} (some minutes)", sources.0);
+    let scratch = tempfile::tempdir_in(dir).context("make a scratch directory")?;
+    let fresh = scratch.path().join(name);
+    bootstrap(&sources, packages, script, &fresh)?;
+    fs::rename(&fresh, &tar).with_context(|| format!("write {tar:?}"))?;
+    fs::write(&recipe_path, recipe).with_context(|| format!("write {recipe_path:?}"))?;
+    Ok(tar)
 }
 
 /// The suite's name and the `deb` lines of the Debian mirror that apt here uses.
@@ -83,20 +110,21 @@ fn apt_sources() -> Result<(String, Vec<String>)> {
     }
 }
 
-fn bootstrap((suite, lines): &(String, Vec<String>), dest: &Path) -> Result<()> {
+fn bootstrap(
+    (suite, lines): &(String, Vec<String>),
+    packages: &str,
+    script: &str,
+    dest: &Path,
+) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
     command
         .args(["--quiet", "--variant=essential", "--format=tar"])
-        .arg(format!("--include={PACKAGES}"))
+        .arg(format!("--include={packages}"))
         .env("SOURCE_DATE_EPOCH", EPOCH);
     for path in LEFT_OUT {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    // Compiled modules that are believed without a look at their source: clamped times would make Python compile the
-    // others again at every start, and hashing the sources is slow where the guest's code is translated.
-    command.arg(
-        "--customize-hook=chroot \"$1\" python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib",
-    );
+    command.arg(format!("--customize-hook={script}"));
     command.arg(suite).arg(dest).args(lines);
     let status = match command.status() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

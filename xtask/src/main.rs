@@ -5,6 +5,8 @@ mod lab;
 mod layers;
 mod lint;
 mod tests;
+mod verdicts;
+mod verdicts_cases;
 
 use anyhow::{Context as _, Result, bail};
 use std::path::PathBuf;
@@ -17,6 +19,7 @@ const USAGE: &str = "usage: cargo xtask <chore>
   test                    lint, all tests, the real-machine tests; ends with one line of counts
   unit                    the tests that need neither root nor a virtual machine
   demo-image [--out DIR]  an image of Debian with python3, as an OCI archive; prints its path
+  verdicts                what auto says of real Debian programs, and how they ran as unikernels, into docs/unikernels.md
   lab [OPTIONS] COMMAND…  a command in a virtual machine whose /dev/kvm works; `cargo xtask lab --help`
   lab --tests             the real-machine tests in there, on KVM";
 
@@ -47,6 +50,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
             )?);
             tally.finish()?;
         }
+        ["verdicts"] => verdicts::run(&root()?)?,
         ["demo-image"] => demo_image::make(&root()?.join("target/demo"))?,
         ["demo-image", "--out", dir] => demo_image::make(dir.as_ref())?,
         _ => bail!("{USAGE}"),
