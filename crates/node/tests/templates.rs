@@ -467,8 +467,14 @@ async fn a_template_that_is_being_written_is_not_dropped_from_memory() {
     assert!(resident(&first).await > 0, "dropped while it was written");
     assert_eq!(ran(&node, &said()).await.template, first);
     assert_eq!(setup.captured(), 3, "made again under its writer");
-    // The reader goes, and with him what cannot be written: the limits are kept now.
-    drop(std::fs::File::open(&pipe).unwrap());
+    // The writer goes on, and fails, as what it was about to rename is gone: the limits are kept now.
+    let dirs = setup.dirs();
+    let held = dirs.iter().map(|dir| dir.join("template.json.new"));
+    let held: Vec<PathBuf> = held.filter(|path| path.exists()).collect();
+    assert_eq!(held.len(), 1, "{held:?}");
+    std::fs::remove_file(&held[0]).unwrap();
+    let mut reader = std::fs::File::open(&pipe).unwrap();
+    std::io::copy(&mut reader, &mut std::io::sink()).unwrap();
     until(
         "only the one that was written last is in memory",
         async || {

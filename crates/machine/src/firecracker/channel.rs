@@ -95,6 +95,9 @@ mod tests {
         let listener = sockets::listen_in(dir.path(), CHANNEL_SOCKET).unwrap();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            // The question first: an answer to nobody breaks the asker's pipe.
+            let mut asked = [0; 64];
+            assert!(std::io::Read::read(&mut stream, &mut asked).unwrap() > 0);
             let _ = stream.write_all(&[b'x'; 1000]);
         });
         let refused = connect(dir.path()).await.unwrap_err();

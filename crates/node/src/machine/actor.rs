@@ -217,8 +217,10 @@ impl Actor {
 
     async fn step(&mut self) {
         tokio::select! {
-            Some(command) = self.commands.recv() => self.command(command).await,
+            // What has happened comes before what is asked: who has seen a program's output asks of one that runs.
+            biased;
             Some(news) = self.news.1.recv() => self.hear(news).await,
+            Some(command) = self.commands.recv() => self.command(command).await,
             result = joined(&mut self.prepared) => match result.and_then(|result| result) {
                 Ok(launched) => {
                     self.add_steps(launched.steps);
