@@ -27,12 +27,14 @@ const USER: (u32, u32) = (61_004, 61_005);
 /// Whether guests run here: found once, by running one.
 fn kvm_works() -> &'static KvmVerdict {
     static VERDICT: OnceLock<KvmVerdict> = OnceLock::new();
-    // In the lab all is slow at first, and it may be busy; where guests are emulated this takes 6 s.
-    VERDICT.get_or_init(|| match kvm::probe(5 * kvm::PROBE_BOUND) {
-        kvm::Verdict::Works => KvmVerdict::Works,
-        kvm::Verdict::Absent(why) => KvmVerdict::Absent(why),
-        kvm::Verdict::Broken(why) => KvmVerdict::Broken(why),
-    })
+    // In the lab all is slow at first, and it may be busy.
+    VERDICT.get_or_init(
+        || match kvm::probe(kvm::PROBE_BOUND * conformance::patience()) {
+            kvm::Verdict::Works => KvmVerdict::Works,
+            kvm::Verdict::Absent(why) => KvmVerdict::Absent(why),
+            kvm::Verdict::Broken(why) => KvmVerdict::Broken(why),
+        },
+    )
 }
 
 fn options() -> FirecrackerOptions {

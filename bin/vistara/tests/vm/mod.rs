@@ -226,5 +226,10 @@ impl System {
                 .and_then(|rest| rest.trim().chars().next());
             matches!(state, None | Some('Z' | 'X'))
         });
+        // Its other threads may hold the socket for a moment longer than the first one lives.
+        let socket = self.state.join("run/node.sock");
+        until("the end of its socket", || {
+            std::os::unix::net::UnixStream::connect(&socket).is_err()
+        });
     }
 }

@@ -25,10 +25,12 @@ pub(crate) const GREETING: &str = "guest begins";
 /// is slower still, as in the lab, `VISTARA_TEST_PATIENCE` says how many times longer.
 pub(crate) fn limit() -> Duration {
     const LIMIT: Duration = Duration::from_secs(60);
-    match std::env::var("VISTARA_TEST_PATIENCE") {
-        Ok(times) => LIMIT * times.parse().unwrap(),
-        Err(_) => LIMIT,
-    }
+    LIMIT * patience()
+}
+
+/// How many times longer than usual is waited.
+pub(crate) fn patience() -> u32 {
+    std::env::var("VISTARA_TEST_PATIENCE").map_or(1, |times| times.parse().unwrap())
 }
 
 /// Translation, which is everywhere, unless `VISTARA_TEST_ACCELERATOR=kvm` asks for the other.
