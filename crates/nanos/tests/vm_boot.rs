@@ -334,12 +334,19 @@ fn what_the_kernel_wrote_on_a_volume_is_read_back() {
     let link = reader.lookup(b"link").unwrap();
     assert_eq!(link, Some(Node::Symlink(b"kept".to_vec())));
     let mut names = 0;
+    let mut unexpected = Vec::new();
     reader
-        .walk(|_, _| {
+        .walk(|path, _| {
             names += 1;
+            let path = String::from_utf8_lossy(path).into_owned();
+            let churned = path.strip_prefix("churn-").map(str::parse::<u32>);
+            if matches!(churned, Some(Ok(number)) if number % 10 != 0) {
+                unexpected.push(path);
+            }
             Ok(())
         })
         .unwrap();
+    assert_eq!(unexpected, [] as [&str; 0]);
     println!("{names} names, a log of {} bytes", reader.log_bytes());
     assert_eq!(names, 600 + 9 + 3501);
     // The kernel has linked further pieces.
