@@ -12,6 +12,7 @@ mod handle;
 mod names;
 mod prepare;
 mod record;
+mod recording;
 mod session;
 mod unikernel;
 

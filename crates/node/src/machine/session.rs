@@ -5,6 +5,7 @@
 use super::handle::Shared;
 use super::prepare::guest_config;
 use super::record::now_ns;
+use super::recording::record_output;
 use super::{Record, Step};
 use crate::fault::chain;
 use crate::logbook::{LogBook, Stream};
@@ -29,8 +30,6 @@ const GOOD_SESSION: Duration = Duration::from_secs(30);
 /// Warnings of a guest that are logged, and characters of each.
 const WARNINGS_MAX: usize = 16;
 const WARNING_CHARS_MAX: usize = 200;
-/// Pause before output that the disk had no room for is written again.
-const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a session tells the machine's task.
 #[derive(Debug)]
@@ -284,38 +283,15 @@ impl Session {
             OutputStream::Stdout => Stream::Stdout,
             OutputStream::Stderr => Stream::Stderr,
         };
-        let time = now_ns();
         let base = match stream {
             Stream::Stdout => self.record.log_base.stdout,
             Stream::Stderr => self.record.log_base.stderr,
         };
         let end = chunk.offset.saturating_add(chunk.bytes.len() as u64);
+        let offset = chunk.offset.saturating_add(base);
         let bytes = bytes::Bytes::from(chunk.bytes);
-        let mut troubled = false;
-        loop {
-            let offset = chunk.offset.saturating_add(base);
-            let (log, bytes) = (Arc::clone(&self.log), bytes.clone());
-            let done =
-                tokio::task::spawn_blocking(move || log.append(stream, offset, time, &bytes)).await;
-            match done {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) => {
-                    if !troubled {
-                        let message = format!(
-                            "its output cannot be recorded and waits until it can ({error}); free some disk space"
-                        );
-                        self.tell(News::Trouble(Some(message))).await;
-                    }
-                    troubled = true;
-                }
-                // Only the runtime's own end cancels blocking work.
-                Err(_) => return,
-            }
-            tokio::time::sleep(FULL_DISK_PAUSE).await;
-        }
-        output.ack(chunk.stream, end);
-        if troubled {
-            self.tell(News::Trouble(None)).await;
+        if record_output(&self.log, &self.news, stream, offset, bytes).await {
+            output.ack(chunk.stream, end);
         }
     }
 

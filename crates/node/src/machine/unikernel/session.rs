@@ -2,7 +2,7 @@
 
 use super::super::handle::Shared;
 use super::super::prepare::{OVERLAY, Stopwatch};
-use super::super::record::now_ns;
+use super::super::recording::record_output;
 use super::super::session::News;
 use super::super::{Record, Step};
 use super::sort::{Sorted, Sorter, signal};
@@ -30,8 +30,6 @@ const LAST_WORDS: usize = 4 << 10;
 const READ: usize = 64 << 10;
 /// How long a beginning that might become a kernel's line waits for the rest.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
-/// Pause before output that the disk had no room for is written again.
-const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 
 /// Everything that following takes.
 pub(crate) struct UnikernelSession {
@@ -181,7 +179,9 @@ impl UnikernelSession {
                 kernel.push(&words);
             }
             if !program.is_empty() {
-                self.store(program).await;
+                let offset = self.log.offsets().stdout;
+                let (log, news, bytes) = (&self.log, &self.news, program.into());
+                record_output(log, news, Stream::Stdout, offset, bytes).await;
                 if let Some(zero) = first.take() {
                     let mut watch = Stopwatch::new(zero);
                     watch.note("first output", Instant::now());
@@ -196,34 +196,6 @@ impl UnikernelSession {
 
     async fn steps(&self, steps: Vec<Step>) {
         let _ = self.news.send(News::Steps(steps)).await;
-    }
-
-    /// Records a piece of output, however long the disk takes to have room for it. The program waits meanwhile.
-    async fn store(&self, bytes: Vec<u8>) {
-        let offset = self.log.offsets().stdout;
-        let (time, bytes) = (now_ns(), bytes::Bytes::from(bytes));
-        let mut troubled = false;
-        loop {
-            let (log, piece) = (Arc::clone(&self.log), bytes.clone());
-            let work = move || log.append(Stream::Stdout, offset, time, &piece);
-            match tokio::task::spawn_blocking(work).await {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) if !troubled => {
-                    let message = format!(
-                        "its output cannot be recorded and waits until it can ({error}); free some disk space"
-                    );
-                    let _ = self.news.send(News::Trouble(Some(message))).await;
-                    troubled = true;
-                }
-                Ok(Err(_)) => {}
-                // Only the runtime's own end cancels blocking work.
-                Err(_) => return,
-            }
-            tokio::time::sleep(FULL_DISK_PAUSE).await;
-        }
-        if troubled {
-            let _ = self.news.send(News::Trouble(None)).await;
-        }
     }
 }
 
