@@ -14,6 +14,8 @@ use std::process::{Command, Stdio};
 const VM_PREFIX: &str = "vm_";
 /// How a test says that it cannot run here.
 const SKIPS: [&str; 2] = ["SKIP:", "SKIPPED:"];
+/// Lines of a failed test's output that are shown again at the end.
+const WORDS_MAX: usize = 40;
 /// Where the real-machine tests find a kernel store.
 pub(crate) const KERNELS_VARIABLE: &str = "VISTARA_TEST_KERNELS";
 
@@ -42,6 +44,8 @@ pub(crate) struct Tally {
     passed: usize,
     failed: Vec<String>,
     skipped: Vec<String>,
+    /// The end of what failed tests printed, where it is known.
+    words: Vec<String>,
 }
 
 impl Tally {
@@ -61,12 +65,17 @@ impl Tally {
         self.passed += other.passed;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
+        self.words.extend(other.words);
     }
 
     /// Prints what was skipped and failed, and last the counts.
     pub(crate) fn finish(self) -> Result<()> {
         for reason in &self.skipped {
             println!("SKIPPED {reason}");
+        }
+        // Once more at the end, where whoever sees only the last of a long output finds it.
+        for words in &self.words {
+            println!("{words}");
         }
         for name in &self.failed {
             println!("FAILED {name}");
@@ -206,6 +215,7 @@ pub(crate) fn read_junit(text: &str) -> Tally {
             Some(unescape(skip_reason(line.trim())?))
         });
         if body.contains("<failure") || body.contains("<error") {
+            tally.words.push(last_words(&name, body));
             tally.failed.push(name);
         } else if let Some(reason) = skipped {
             tally.skipped.push(format!("{name}: {reason}"));
@@ -214,6 +224,13 @@ pub(crate) fn read_junit(text: &str) -> Tally {
         }
     }
     tally
+}
+
+/// The end of what a failed test printed.
+fn last_words(name: &str, body: &str) -> String {
+    let lines: Vec<&str> = body.lines().filter(|line| !line.is_empty()).collect();
+    let begin = lines.len().saturating_sub(WORDS_MAX);
+    format!("---- {name}\n{}", unescape(&lines[begin..].join("\n")))
 }
 
 fn skip_reason(line: &str) -> Option<&str> {
@@ -345,6 +362,8 @@ more</system-out>
         assert_eq!(tally.passed, 1);
         assert_eq!(tally.skipped, ["a two: no <kvm> here"]);
         assert_eq!(tally.failed, ["a::vm_x three"]);
+        assert_eq!(tally.words.len(), 1);
+        assert!(tally.words[0].contains("SKIP: never"), "{:?}", tally.words);
     }
 
     #[test]

@@ -207,9 +207,9 @@ fn a_published_port_leads_to_the_program() {
         stream
             .set_read_timeout(Some(Duration::from_secs(5)))
             .unwrap();
-        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = [0; 12];
-        std::io::Read::read_exact(&mut stream, &mut answer).is_ok()
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").is_ok()
+            && std::io::Read::read_exact(&mut stream, &mut answer).is_ok()
             && answer.starts_with(b"HTTP/1.0 200")
     });
 }

@@ -146,10 +146,11 @@ fn a_fork_is_a_machine_like_any_other() {
         stream
             .set_read_timeout(Some(Duration::from_secs(5)))
             .unwrap();
-        stream.write_all(b"GET /hostname HTTP/1.0\r\n\r\n").unwrap();
         let mut answer = String::new();
         // The port is forwarded before the program listens.
-        let _ = stream.read_to_string(&mut answer);
+        let _ = stream
+            .write_all(b"GET /hostname HTTP/1.0\r\n\r\n")
+            .and_then(|()| stream.read_to_string(&mut answer));
         answer.ends_with(&format!("{}\n", &machine.id[..12]))
     };
     until("the fork's own name on the published port", answers);

@@ -41,7 +41,9 @@ pub(crate) fn state_dir(name: &str) -> PathBuf {
     let own = format!("{prefix}{:08x}", hash(built) as u32);
     for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
         let other = entry.file_name().to_string_lossy().into_owned();
-        if other.starts_with(&prefix) && other != own {
+        // Another test's name may begin with this one's: what follows must be the build alone.
+        let build = other.strip_prefix(&prefix);
+        if build.is_some_and(|build| build.len() == 8 && !build.contains('-')) && other != own {
             let old = System {
                 state: entry.path(),
             };
