@@ -44,6 +44,8 @@ pub(crate) struct Graph {
     /// By object and by symbol or index.
     cells: HashMap<(Id, u32), Cell>,
     bytes: Vec<u8>,
+    /// Where the name of a symbol stands in `bytes` that has been used as a text: once, however often it is.
+    texts: HashMap<Id, Cell>,
     entries: u64,
     entries_max: u64,
 }
@@ -176,11 +178,16 @@ impl Graph {
                 magnitude: cursor.varint()?,
             })),
             Kind::Text | Kind::Symbol if !immediate && length > 0 => {
-                let name = match self.find(length)? {
-                    (_, Entry::Symbol(name, _)) => name.clone(),
+                let (first, name) = match self.find(length)? {
+                    (_, Entry::Symbol(name, first)) => (*first, name.clone()),
                     (_, Entry::Tuple | Entry::Vector) => return Err(Damage::Reference(length)),
                 };
-                Ok(Some(self.text(&name)?))
+                if let Some(known) = self.texts.get(&first) {
+                    return Ok(Some(*known));
+                }
+                let text = self.text(&name)?;
+                self.texts.insert(first, text);
+                Ok(Some(text))
             }
             Kind::Text => Ok(Some(self.text(cursor.take(length)?)?)),
             Kind::Symbol if length == 0 => Ok(None),
@@ -284,4 +291,43 @@ pub(crate) fn decimal(text: &[u8]) -> Option<u64> {
         return None;
     }
     std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tfs::encoding::put_header;
+
+    #[test]
+    fn a_name_that_is_a_text_many_times_takes_its_bytes_once() {
+        let mut record = Vec::new();
+        let mut put = |immediate, kind, length| {
+            let header = Header {
+                immediate,
+                kind,
+                length,
+            };
+            put_header(&mut record, header);
+        };
+        put(true, Kind::Tuple, 500);
+        put(true, Kind::Symbol, 1000);
+        // The symbol is the dictionary's second entry, after the tuple.
+        let values = |record: &mut Vec<u8>| {
+            let header = |kind| Header {
+                immediate: false,
+                kind,
+                length: 2,
+            };
+            record.extend([b'a'; 1000]);
+            put_header(record, header(Kind::Text));
+            for _ in 1..500 {
+                put_header(record, header(Kind::Symbol));
+                put_header(record, header(Kind::Text));
+            }
+        };
+        values(&mut record);
+        let mut graph = Graph::new(10_000);
+        assert_eq!(graph.record(&record), Ok(()));
+        assert_eq!(graph.bytes.len(), 1000);
+    }
 }
