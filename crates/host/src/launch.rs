@@ -6,7 +6,7 @@
 // The hook between fork and exec, and the calls in it that no crate wraps for that place.
 #![allow(unsafe_code)]
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::facts;
 use crate::mounts::{self, Bind};
 use crate::process::ProcessHandle;
@@ -15,7 +15,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Gid, Resource, Rlimit as RawLimit, Uid, setrlimit, setsid, umask};
 use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs};
 use std::ffi::{CStr, CString, OsString};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -278,10 +278,7 @@ impl Plan {
         let mut cgroup_files = Vec::new();
         if let Some(cgroup) = &launch.cgroup {
             for dir in cgroup.dirs() {
-                let file = OpenOptions::new()
-                    .write(true)
-                    .open(dir.join("cgroup.procs"))?;
-                cgroup_files.push(file);
+                cgroup_files.push(cgroup::entrance(dir)?);
             }
             fences.extend(cgroup.holds().iter().map(|hold| format!("cgroup: {hold}")));
         }
