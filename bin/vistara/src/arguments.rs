@@ -3,6 +3,7 @@
 
 use crate::run_options::RunOptions;
 use crate::template_commands::TemplateOptions;
+use crate::volume_commands::VolumeOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -80,6 +81,9 @@ pub(crate) enum Command {
     Kernel(KernelOptions),
     /// Manage templates: ready machines from which others are forked
     Template(TemplateOptions),
+    /// Manage named volumes
+    #[command(visible_alias = "volumes")]
+    Volume(VolumeOptions),
     /// Say what this host has and lacks for running machines
     Doctor(DoctorOptions),
     /// Say which hypervisor a program would get, and why, without running it

@@ -26,6 +26,7 @@ mod session;
 mod stats_command;
 mod template_commands;
 mod text;
+mod volume_commands;
 
 use arguments::{Command, CommandLine};
 use clap::{CommandFactory, Parser};
@@ -153,6 +154,7 @@ async fn with_node(
         Command::Import(options) => image_commands::import(client, &options).await,
         Command::Kernel(options) => kernel_commands::kernel(client, &options.command).await,
         Command::Template(options) => template_commands::template(client, &options.command).await,
+        Command::Volume(options) => volume_commands::volume(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
         Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
             Ok(0)

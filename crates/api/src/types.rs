@@ -1,5 +1,9 @@
 //! The bodies of requests and answers. Sizes are bytes, times are RFC 3339 in UTC, durations are milliseconds.
 
+mod volumes;
+
+pub use volumes::{CreateVolumeRequest, Volume};
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;

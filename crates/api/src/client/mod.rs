@@ -1,6 +1,8 @@
 //! A client of a node's interface over its Unix socket.
 
+mod snapshots;
 mod streams;
+mod volumes;
 
 pub use streams::{StreamItem, Streams, StreamsInput, StreamsOutput};
 

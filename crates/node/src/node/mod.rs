@@ -28,7 +28,7 @@ use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer}
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Backend, Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
-    MachineState, NamedVolume, Payload, VmmKind,
+    MachineState, Payload, VmmKind,
 };
 
 /// Most machines kept by a node, ended ones included: beyond it something is wrong, and listings would take seconds.
@@ -108,6 +108,39 @@ struct Machines {
     volumes: HashSet<String>,
 }
 
+impl Machines {
+    /// The machine that has this volume, or what else does, in words.
+    fn user_of_volume(&self, name: &str) -> Option<String> {
+        let records = self.by_id.values().map(|handle| handle.record());
+        let uses = |record: &Arc<Record>| {
+            let volumes = &record.spec.named_volumes;
+            record.state != MachineState::Ended && volumes.iter().any(|other| other.name == name)
+        };
+        match records.into_iter().find(uses) {
+            Some(record) => Some(record.name.to_string()),
+            None => (self.volumes.contains(name)).then(|| "that is being made".to_owned()),
+        }
+    }
+}
+
+fn volume_in_use(name: &str, user: &str) -> Fault {
+    Fault::conflict(format!(
+        "the volume {name:?} is used by the machine {user}, and one machine at a time can have it"
+    ))
+}
+
+/// A volume that no machine gets meanwhile.
+pub(crate) struct HeldVolume {
+    node: Arc<Node>,
+    name: String,
+}
+
+impl Drop for HeldVolume {
+    fn drop(&mut self) {
+        self.node.machines().volumes.remove(&self.name);
+    }
+}
+
 fn make_private_dir(dir: &Path) -> Result<(), NodeError> {
     std::fs::DirBuilder::new()
         .mode(0o700)
@@ -164,6 +197,9 @@ impl Node {
             machines: Mutex::default(),
             _lock: lock,
         });
+        if let Err(error) = node.volumes().sweep() {
+            tracing::warn!(%error, "volumes that an earlier node was making could not be cleared away");
+        }
         node.detect(false).await;
         // What was half made may still run, in a monitor that had to be found first.
         let images = &node.mechanisms.images;
@@ -401,25 +437,10 @@ impl Node {
             records.iter().any(|record| record.name.as_ref() == name)
                 || machines.names.iter().any(|known| known.as_ref() == name)
         };
-        let user = |volume: &NamedVolume| {
-            let uses = |record: &&Arc<Record>| {
-                let volumes = &record.spec.named_volumes;
-                record.state != MachineState::Ended
-                    && volumes.iter().any(|other| other.name == volume.name)
-            };
-            match records.iter().find(uses) {
-                Some(record) => Some(record.name.to_string()),
-                None => (machines.volumes.contains(&volume.name))
-                    .then(|| "that is being made".to_owned()),
-            }
-        };
         for volume in &spec.named_volumes {
-            if let Some(user) = user(volume) {
-                return Err(Fault::conflict(format!(
-                    "the volume {:?} is used by the machine {user}, and one machine at a time can have it",
-                    volume.name
-                ))
-                .hint("wait until that machine ends, stop it, or use another volume"));
+            if let Some(user) = machines.user_of_volume(&volume.name) {
+                return Err(volume_in_use(&volume.name, &user)
+                    .hint("wait until that machine ends, stop it, or use another volume"));
             }
         }
         let name = match wanted {
@@ -451,6 +472,25 @@ impl Node {
 
     pub(crate) fn volumes(&self) -> Volumes {
         Volumes::new(self.options.state_dir.join("volumes"))
+    }
+
+    /// The machine that has this volume.
+    pub(crate) fn user_of_volume(&self, name: &str) -> Option<String> {
+        self.machines().user_of_volume(name)
+    }
+
+    /// Keeps every machine from having this volume, as long as what is given lives.
+    pub(crate) fn hold_volume(self: Arc<Self>, name: &str) -> Answer<HeldVolume> {
+        let mut machines = self.machines();
+        if let Some(user) = machines.user_of_volume(name) {
+            return Err(volume_in_use(name, &user).hint("wait until that machine ends, or stop it"));
+        }
+        machines.volumes.insert(name.to_owned());
+        drop(machines);
+        Ok(HeldVolume {
+            node: self,
+            name: name.to_owned(),
+        })
     }
 
     pub(crate) fn machine_dir(&self, id: &MachineId) -> PathBuf {

@@ -7,6 +7,7 @@ mod metrics;
 mod streams;
 mod system;
 mod templates;
+mod volumes;
 
 use crate::fault::NodeError;
 use crate::machine::now_ns;
@@ -90,6 +91,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(templates::list, templates::create))
         .routes(routes!(templates::remove))
         .routes(routes!(templates::prune))
+        .routes(routes!(volumes::list, volumes::create))
+        .routes(routes!(volumes::remove))
 }
 
 /// The interface's OpenAPI document, as it is checked in.
