@@ -62,6 +62,10 @@ pub struct Launch {
     pub binds: Vec<Bind>,
     /// It is the first process of a process namespace of its own. Needs the right to make one.
     pub own_processes: bool,
+    /// It is a process of this process namespace ([`ProcessHandle::process_namespace`]), and a child of that one's first process
+    /// instead of ours: it ends with that process, whoever lives then, and nobody has to collect it. How it ends is told to
+    /// nobody. Needs the right to enter one; not together with `own_processes`.
+    pub processes_of: Option<File>,
     /// A directory at which it sees its own process namespace's `/proc`, without anything of the kernel's.
     pub proc_at: Option<PathBuf>,
     /// It has a network namespace of its own, in which there is nothing. Needs the right to make one.
@@ -127,6 +131,7 @@ impl Launch {
             read_only: Vec::new(),
             binds: Vec::new(),
             own_processes: false,
+            processes_of: None,
             proc_at: None,
             own_network: false,
         }
@@ -168,8 +173,14 @@ impl Launch {
         if let Some(file) = self.errors.take() {
             command.stderr(file);
         }
+        let leaves = self.processes_of.is_some();
         let hook = move || {
-            plan.apply().map_err(|(step, error)| {
+            let applied = plan.apply();
+            let left = applied.and_then(|()| match leaves {
+                true => leave_parent(&step_writer),
+                false => Ok(()),
+            });
+            left.map_err(|(step, error)| {
                 // One byte says which step; without it the message is only less exact.
                 let _ = rustix::io::write(&step_writer, &[step as u8]);
                 error.into()
@@ -178,10 +189,10 @@ impl Launch {
         // SAFETY: `Plan::apply` makes system calls on data that was prepared before the fork. It allocates nothing, takes
         // no lock and touches no thread-local state but errno, so it may run between fork and exec of a threaded program.
         unsafe { command.pre_exec(hook) };
-        let child = if self.own_processes {
-            spawn_first_of_its_namespace(&mut command)
-        } else {
-            command.spawn()
+        let child = match &self.processes_of {
+            Some(namespace) => spawn_among(&mut command, namespace),
+            None if self.own_processes => spawn_first_of_its_namespace(&mut command),
+            None => command.spawn(),
         };
         // The writer's copy in the hook goes, so that reading ends.
         drop(command);
@@ -191,11 +202,22 @@ impl Launch {
                 Ok(1) => STEPS
                     .iter()
                     .find(|(step, _)| *step as u8 == byte[0])
-                    .map_or("a fence", |(_, words)| words),
+                    .map_or("loading the program", |(_, words)| words),
                 _ => "loading the program",
             };
             fail(step)(source)
         })?;
+        if leaves {
+            let mut child = child;
+            // Gone by now: it has only left its own child behind, which has said its number.
+            let left = child.wait().and_then(|_| {
+                let mut number = String::new();
+                steps.take(32).read_to_string(&mut number)?;
+                ProcessHandle::of_child(number.parse().map_err(io::Error::other)?)
+            });
+            let process = left.map_err(fail("watching the process"))?;
+            return Ok(Launched { process, fences });
+        }
         let process = ProcessHandle::of_child(child.id()).map_err(|source| {
             let mut child = child;
             // It cannot be watched, so it must not be left.
@@ -219,6 +241,40 @@ fn spawn_first_of_its_namespace(command: &mut Command) -> io::Result<Child> {
         .unwrap_or_else(|_| Err(io::Error::other("the launching thread panicked")))
 }
 
+/// Starts a program in another process namespace, whose first process becomes its parent ([`leave_parent`]).
+fn spawn_among(command: &mut Command, namespace: &File) -> io::Result<Child> {
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+    let in_thread = || {
+        // Only of which namespace this thread's next children are, and the thread ends here.
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| scope.spawn(in_thread).join())
+        .unwrap_or_else(|_| Err(io::Error::other("the launching thread panicked")))
+}
+
+/// Goes on as a child of ours, and ends us: a process whose parent of the same namespace has gone is given to that namespace's
+/// first process. The child writes its number, as `/proc` has it, to `number`. System calls only, as for [`Plan::apply`].
+fn leave_parent(number: &impl AsFd) -> Result<(), (Step, rustix::io::Errno)> {
+    const NONE: libc::c_long = 0;
+    let signal = libc::c_long::from(libc::SIGCHLD);
+    // SAFETY: without flags this is a fork, by the kernel alone: no handler runs and no lock is taken. The child makes system
+    // calls only until it execs, as this process would have; the parent ends without running anything more.
+    match unsafe { libc::syscall(libc::SYS_clone, signal, NONE, NONE, NONE, NONE) } {
+        -1 => Err((Step::Leaving, errno())),
+        0 => {
+            let at = |error| (Step::Leaving, error);
+            let mut text = [0; 32];
+            let len = rustix::fs::readlinkat_raw(rustix::fs::CWD, c"/proc/self", &mut text[..])
+                .map_err(at)?;
+            rustix::io::write(number, &text[..len]).map_err(at)?;
+            Ok(())
+        }
+        // SAFETY: ends this process, which is the only thread of its own.
+        _ => unsafe { libc::_exit(0) },
+    }
+}
+
 /// The steps between fork and exec that can fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -234,9 +290,10 @@ enum Step {
     Identity,
     Capabilities,
     NoNewPrivileges,
+    Leaving,
 }
 
-const STEPS: [(Step, &str); 11] = [
+const STEPS: [(Step, &str); 12] = [
     (Step::Session, "a session of its own"),
     (Step::Cgroup, "entering its cgroup"),
     (Step::Limits, "resource limits"),
@@ -248,6 +305,7 @@ const STEPS: [(Step, &str); 11] = [
     (Step::Identity, "changing user and group"),
     (Step::Capabilities, "dropping capabilities"),
     (Step::NoNewPrivileges, "refusing new privileges"),
+    (Step::Leaving, "becoming another process's child"),
 ];
 
 /// What the child does between fork and exec.
@@ -297,7 +355,11 @@ impl Plan {
         let mounts = !launch.read_only.is_empty() || !binds.is_empty() || launch.proc_at.is_some();
         if namespaces.is_some() {
             fences.push("own ipc, uts and mount namespaces".to_owned());
-        } else if mounts || launch.own_network || launch.own_processes {
+        } else if mounts
+            || launch.own_network
+            || launch.own_processes
+            || launch.processes_of.is_some()
+        {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
                 "other mounts, processes or networks can be shown only with the right to mount",
@@ -305,6 +367,9 @@ impl Plan {
         }
         if launch.own_processes {
             fences.push("own process namespace".to_owned());
+        }
+        if launch.processes_of.is_some() {
+            fences.push("another's process namespace".to_owned());
         }
         if launch.own_network {
             fences.push("own network namespace".to_owned());

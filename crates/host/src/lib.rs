@@ -9,5 +9,6 @@ pub mod kvm;
 pub mod launch;
 pub mod memory;
 pub mod mounts;
+pub mod netns;
 pub mod process;
 pub mod sockets;

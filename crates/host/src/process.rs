@@ -7,6 +7,7 @@ use crate::facts;
 use rustix::process::{
     PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use tokio::io::Interest;
@@ -85,6 +86,24 @@ impl ProcessHandle {
     /// Which process.
     pub fn identity(&self) -> &ProcessIdentity {
         &self.identity
+    }
+
+    /// Its process namespace, for [`crate::launch::Launch::processes_of`].
+    ///
+    /// # Errors
+    /// `NotFound` where it is gone, or no permission.
+    pub fn process_namespace(&self) -> io::Result<File> {
+        self.namespace("pid")
+    }
+
+    /// One of its namespaces, by its name in `/proc`.
+    pub(crate) fn namespace(&self, kind: &str) -> io::Result<File> {
+        let file = File::open(format!("/proc/{}/ns/{kind}", self.identity.pid))?;
+        // Looked at after it was opened: if it is the same process still, the file is its.
+        if facts::start_ticks(self.identity.pid) != Some(self.identity.start_ticks) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(file)
     }
 
     /// Waits for its end. Any number of callers may wait; all get the same answer. Another handle on the same process may
