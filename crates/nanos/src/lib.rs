@@ -8,6 +8,7 @@
 //! Left to others: which files travel (the image crate), how a machine is started (the machine crate), and whether Nanos
 //! fits at all (`control`).
 
+pub mod calls;
 pub mod disk;
 pub mod kernel;
 pub mod klog;
@@ -21,4 +22,4 @@ pub use kernel::{KernelError, KernelFacts};
 pub use klog::{KlogError, Record};
 pub use manifest::{Manifest, ManifestError};
 pub use memory::{MachineKind, MemoryFacts, safe_size};
-pub use remaster::{Changes, RemasterError, remaster};
+pub use remaster::{BootFiles, Changes, RemasterError, remaster};

@@ -29,6 +29,34 @@ pub struct Changes {
     pub directories: Vec<Vec<u8>>,
     /// When those files were last changed, in seconds since 1970.
     pub modified: Option<u32>,
+    /// What the boot file system is to have; without it there is none.
+    pub boot: Option<BootFiles>,
+}
+
+/// What a boot file system has for a kernel that loads modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootFiles {
+    /// The kernel's own file, for its symbols.
+    pub kernel: Vec<u8>,
+    /// Modules, by name.
+    pub klibs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl BootFiles {
+    fn write<W: Write + Seek>(&self, writer: &mut Writer<W>) -> Result<(), WriteError> {
+        let root = writer.root();
+        let file = |writer: &mut Writer<W>, directory, name: &[u8], mut content: &[u8]| {
+            writer
+                .file(directory, name, content.len() as u64, &mut content)
+                .map(|_| ())
+        };
+        file(writer, root, b"kernel", &self.kernel)?;
+        let modules = writer.directory(root, b"klib")?;
+        for (name, content) in &self.klibs {
+            file(writer, modules, name, content)?;
+        }
+        Ok(())
+    }
 }
 
 /// Why no disk could be made from another.
@@ -78,7 +106,13 @@ pub fn remaster<R: Read + Seek, W: Write + Seek>(
     for path in &changes.directories {
         tree.enter(path, path)?;
     }
-    let mut disk = BootDisk::create(out, options, manifest).map_err(RemasterError::New)?;
+    let mut disk = match &changes.boot {
+        None => BootDisk::create(out, options, manifest),
+        Some(files) => {
+            BootDisk::with_boot_files(out, options, manifest, |writer| files.write(writer))
+        }
+    }
+    .map_err(RemasterError::New)?;
     tree.write(&mut reader, changes, disk.tree())?;
     disk.finish().map_err(RemasterError::New)
 }

@@ -126,6 +126,7 @@ fn files_and_directories_come_in_the_place_of_what_was_there() {
             b"/sbin".to_vec(),
         ],
         modified: Some(7),
+        boot: None,
     };
     let base = base();
     let mut wanted = shown(&base);

@@ -47,6 +47,7 @@ pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> R
             .map(|volume| volume.guest_path.as_bytes().to_vec())
             .collect(),
         modified: u32::try_from(record.created_ns / 1_000_000_000).ok(),
+        boot: None,
     };
     let mut manifest = manifest(record, program);
     manifest.mounts = mounts(record)?;
