@@ -10,6 +10,7 @@ mod eviction;
 mod idle;
 mod lifecycle;
 mod lookup;
+mod provisional;
 mod retry;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
@@ -19,4 +20,7 @@ pub use eviction::{Held, evict, unused_since};
 pub use idle::{IdlePolicy, Presence};
 pub use lifecycle::{Effect, Event, Lifecycle, VmGone};
 pub use lookup::{LookupError, lookup};
+pub use provisional::{
+    HELD_BYTES_MAX, PROVISIONAL_MAX, ProvisionalRun, Verdict, provisional_calls, rerun_follows,
+};
 pub use retry::{AfterUnikernel, Ended, after_unikernel};

@@ -5,6 +5,7 @@
 //! preparing ────────────► booting ────────────► running ────────────► stopping ──► ended
 //!     │                      │                     │  StopAsked ─────────▲           ▲
 //!     └──────────────────────┴──── a failure, a kill, the VM's own end ──────────────┘
+//! running ◄── Paused, Resumed ──► paused: who asks a paused program to end has it go on first
 //! ```
 //! Rules that hold whatever the order of events (the property test at the end checks them):
 //! - the first reason for an end stays; later ones never replace it;
@@ -73,6 +74,10 @@ pub enum Event {
     TimeLimit,
     /// The time to end by itself is over.
     GraceOver,
+    /// The VMM holds the guest still.
+    Paused,
+    /// The guest goes on.
+    Resumed,
     /// The VMM is gone.
     VmGone(VmGone),
     /// An earlier node's machine is ours now; its VMM runs.
@@ -93,6 +98,8 @@ pub enum Effect {
     SignalProgram(Signal),
     /// Send [`Event::GraceOver`] after this time.
     ArmGrace(Duration),
+    /// Let the paused guest go on.
+    ResumeVm,
     /// Let the guest write back what it holds, then take the VMM down.
     TakeDown,
     /// Take the VMM down at once.
@@ -207,6 +214,8 @@ impl Lifecycle {
             | Event::ProgramExited { .. }
             | Event::GraceOver
             | Event::Adopted { .. }
+            | Event::Paused
+            | Event::Resumed
             | Event::VmGone(_) => Vec::new(),
         }
     }
@@ -214,6 +223,8 @@ impl Lifecycle {
     fn with_vm(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Launched | Event::PrepareFailed(_) => Vec::new(),
+            // A guest that is held still does not answer.
+            Event::BootTimedOut { .. } if self.state == MachineState::Paused => Vec::new(),
             Event::BootTimedOut { after } => {
                 let message = format!(
                     "the guest did not answer within {} s; see its console with `vistara logs --console`",
@@ -247,7 +258,13 @@ impl Lifecycle {
                     },
                     Some(Asked::TimeLimit) => EndReason::TimedOut,
                 };
-                self.finish(reason, Effect::TakeDown)
+                let paused = self.state == MachineState::Paused;
+                let mut effects = self.finish(reason, Effect::TakeDown);
+                if paused && !effects.is_empty() {
+                    // It has something to write back.
+                    effects.insert(0, Effect::ResumeVm);
+                }
+                effects
             }
             Event::StopAsked { signal, grace } => match self.state {
                 MachineState::Booting => self.finish(before_it_ran(signal), Effect::KillVm),
@@ -272,6 +289,18 @@ impl Lifecycle {
                 self.ask(Asked::Stop, signal, grace)
             }
             Event::Adopted { .. } => Vec::new(),
+            Event::Paused => {
+                if self.state == MachineState::Running {
+                    self.state = MachineState::Paused;
+                }
+                Vec::new()
+            }
+            Event::Resumed => {
+                if self.state == MachineState::Paused {
+                    self.state = MachineState::Running;
+                }
+                Vec::new()
+            }
             Event::KillAsked => {
                 self.because(EndReason::Stopped { status: None });
                 self.state = MachineState::Stopping;
@@ -300,8 +329,12 @@ impl Lifecycle {
 
     fn ask(&mut self, asked: Asked, signal: Signal, grace: Duration) -> Vec<Effect> {
         self.asked = Some(asked);
+        let paused = self.state == MachineState::Paused;
         self.state = MachineState::Stopping;
-        vec![Effect::SignalProgram(signal), Effect::ArmGrace(grace)]
+        // A program that is held still hears no signal.
+        let resume = paused.then_some(Effect::ResumeVm);
+        let ask = [Effect::SignalProgram(signal), Effect::ArmGrace(grace)];
+        resume.into_iter().chain(ask).collect()
     }
 
     /// The reason is known; `how` takes the VMM down. Says nothing where that is under way already.
@@ -422,6 +455,34 @@ mod tests {
         assert!(matches!(life.end(), Some(EndReason::VmmFailed { .. })));
     }
 
+    #[test]
+    fn a_paused_program_goes_on_to_be_asked_to_end_and_its_silence_is_no_failure() {
+        let mut life = running();
+        assert_eq!(life.on(Event::Paused), vec![]);
+        assert_eq!(life.state(), MachineState::Paused);
+        let silent = Event::BootTimedOut {
+            after: Duration::from_secs(60),
+        };
+        assert_eq!(life.on(silent), vec![]);
+        assert_eq!(life.on(Event::Resumed), vec![]);
+        assert_eq!(life.state(), MachineState::Running);
+        life.on(Event::Paused);
+        assert_eq!(
+            life.on(STOP),
+            vec![
+                Effect::ResumeVm,
+                Effect::SignalProgram(Signal::TERM),
+                Effect::ArmGrace(Duration::from_secs(10))
+            ]
+        );
+        // One that is ending cannot be held any more.
+        assert_eq!(life.on(Event::Paused), vec![]);
+        assert_eq!(life.state(), MachineState::Stopping);
+        let mut life = running();
+        life.on(Event::Paused);
+        assert_eq!(life.on(Event::KillAsked), vec![Effect::KillVm]);
+    }
+
     const ADOPTED: Event = Event::Adopted {
         signal: Signal::TERM,
         grace: Duration::from_secs(10),
@@ -474,6 +535,8 @@ mod tests {
             Just(ADOPTED),
             Just(Event::TimeLimit),
             Just(Event::GraceOver),
+            Just(Event::Paused),
+            Just(Event::Resumed),
             Just(Event::VmGone(VmGone::Killed)),
             Just(Event::VmGone(VmGone::GuestPanic("g".into()))),
             Just(Event::Lost("l".into())),

@@ -12,7 +12,7 @@
 use vistara_model::{Correction, EndReason, ExitStatus, Hypervisor, Payload};
 
 /// What is told by the kernel.
-const KERNEL_MARK: &str = "clone: attempted to create new process";
+pub(crate) const KERNEL_MARK: &str = "clone: attempted to create new process";
 /// What programs say of ENOSYS: the C library's words, Go's, Rust's and the name itself.
 const PROGRAM_MARKS: &[&str] = &[
     "function not implemented",
@@ -72,6 +72,11 @@ fn mark(console: &str) -> Option<Mark> {
     if console.contains(KERNEL_MARK) {
         return Some(Mark::Process);
     }
+    program_words(console).map(Mark::Words)
+}
+
+/// The last line in which a program speaks of a missing call.
+pub(crate) fn program_words(console: &str) -> Option<String> {
     let line = console.lines().rev().find(|line| {
         let line = line.to_ascii_lowercase();
         PROGRAM_MARKS.iter().any(|mark| line.contains(mark))
@@ -81,7 +86,7 @@ fn mark(console: &str) -> Option<Mark> {
         .filter(|c| !c.is_control())
         .take(SHOWN_MAX)
         .collect();
-    Some(Mark::Words(shown.trim().to_owned()))
+    Some(shown.trim().to_owned())
 }
 
 /// What follows after a program ended as a unikernel.

@@ -68,6 +68,8 @@ pub struct HostFacts {
     pub firecracker: Option<String>,
     /// The name of the Nanos kernel in use, where there is one.
     pub nanos_kernel: Option<String>,
+    /// Whether that kernel has the module by which it tells of its program's calls.
+    pub nanos_tells_calls: bool,
     /// The name of the Linux guest kernel in use, where there is one.
     pub linux_kernel: Option<String>,
     /// Processors online.

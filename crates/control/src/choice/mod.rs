@@ -28,6 +28,8 @@ pub struct Choice {
     pub backend: Backend,
     /// The rules, as sentences.
     pub reasons: Vec<String>,
+    /// Whether it is only tried: nothing of the run is seen until it has ended well, and else it is undone and run on Linux.
+    pub provisional: bool,
 }
 
 /// Why no hypervisor can serve a request here.
@@ -75,6 +77,8 @@ pub struct Request {
     pub host_directories: bool,
     /// Volumes that the node keeps under names are mounted.
     pub named_volumes: bool,
+    /// Ports are published.
+    pub ports: bool,
     /// Somebody will want to run further programs in the machine.
     pub exec: bool,
     /// A graphics processor is wanted.
@@ -104,6 +108,7 @@ impl Request {
             stdin: spec.stdin,
             host_directories: !spec.volumes.is_empty(),
             named_volumes: !spec.named_volumes.is_empty(),
+            ports: !spec.ports.is_empty(),
             exec: false,
             gpu: false,
             user: program.user.clone(),
@@ -146,6 +151,7 @@ pub fn choose(
                 hypervisor: Hypervisor::Qemu,
                 backend,
                 reasons,
+                provisional: false,
             })
         }
         Hypervisor::Firecracker => {
@@ -157,6 +163,7 @@ pub fn choose(
                 hypervisor: Hypervisor::Firecracker,
                 backend,
                 reasons,
+                provisional: false,
             })
         }
         Hypervisor::Nanovms => {
@@ -175,6 +182,7 @@ pub fn choose(
                 hypervisor: Hypervisor::Nanovms,
                 backend,
                 reasons,
+                provisional: false,
             })
         }
     }
@@ -197,9 +205,11 @@ fn automatic(
     host: &HostFacts,
 ) -> Result<Choice, ChoiceError> {
     let mut reasons = Vec::new();
+    let mut provisional = false;
     let payload = match unikernel::fits(request, image, host) {
-        Ok(why) => {
-            reasons.extend(why);
+        Ok(fit) => {
+            reasons.extend(fit.why);
+            provisional = fit.provisional;
             Payload::Nanos
         }
         Err(why_not) if request.named_volumes => {
@@ -228,6 +238,7 @@ fn automatic(
         hypervisor,
         backend,
         reasons,
+        provisional,
     })
 }
 

@@ -1,11 +1,13 @@
 //! Whether a request fits a unikernel: the rules.
 //!
 //! A rule speaks about the request or about the program, and is one of two kinds. *Impossible*: a unikernel cannot do it,
-//! whoever asks. *Doubtful*: it may go wrong; `auto` then takes Linux, and who asked for `nanovms` is warned.
+//! whoever asks. *Doubtful*: it may go wrong; `auto` then takes Linux, and who asked for `nanovms` is warned. Where the only
+//! doubt is whether the program makes processes, `auto` may try it provisionally ([`crate::ProvisionalRun`]).
 
 use super::Request;
 use vistara_model::{
-    Architecture, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind, Signal,
+    Architecture, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind, Runtime,
+    Signal,
 };
 
 /// Of what speaks against a program, so much is said.
@@ -27,6 +29,15 @@ struct Findings {
     doubtful: Vec<String>,
     /// What speaks for it.
     fitting: Vec<String>,
+    /// The doubts about processes, where a provisional run would settle them.
+    to_be_seen: Vec<String>,
+}
+
+/// Why a unikernel fits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fit {
+    pub(super) why: Vec<String>,
+    pub(super) provisional: bool,
 }
 
 impl Findings {
@@ -42,6 +53,11 @@ impl Findings {
     fn doubt(&mut self, reason: impl Into<String>) {
         self.doubtful.push(reason.into());
     }
+
+    /// A doubt that goes away when the program is tried.
+    fn try_it(&mut self, reason: impl Into<String>) {
+        self.to_be_seen.push(reason.into());
+    }
 }
 
 /// For `auto`: the reasons why a unikernel fits, or all those why it does not.
@@ -49,24 +65,65 @@ pub(super) fn fits(
     request: &Request,
     image: Option<&ImageFacts>,
     host: &HostFacts,
-) -> Result<Vec<String>, Vec<String>> {
+) -> Result<Fit, Vec<String>> {
     let Some(kernel) = &host.nanos_kernel else {
         return Err(vec![
             "it runs any image, and there is no Nanos kernel on this node to choose".to_owned(),
         ]);
     };
-    let findings = judge(request, image);
-    if findings.impossible.is_empty() && findings.doubtful.is_empty() {
-        let mut why = findings.fitting;
-        why.push(format!("a Nanos kernel is on this node ({kernel})"));
-        return Ok(why);
+    let Findings {
+        impossible,
+        doubtful,
+        fitting,
+        to_be_seen,
+    } = judge(request, image);
+    let there = format!("a Nanos kernel is on this node ({kernel})");
+    let clean = impossible.is_empty() && doubtful.is_empty();
+    if clean && to_be_seen.is_empty() {
+        return Ok(Fit {
+            why: [fitting, vec![there]].concat(),
+            provisional: false,
+        });
     }
-    Err(findings
-        .impossible
+    let why_not = match clean {
+        true => not_tried(request, image, host),
+        false => None,
+    };
+    if clean && why_not.is_none() {
+        let seen = to_be_seen.join("; ");
+        let why = vec![
+            format!("Nanos unikernel, provisionally: {seen}"),
+            "nothing of the run is shown until it has ended without needing more than a unikernel has; else it never was, and it is run on Linux".to_owned(),
+            there,
+        ];
+        return Ok(Fit {
+            why,
+            provisional: true,
+        });
+    }
+    Err(impossible
         .into_iter()
         .map(|no| no.reason)
-        .chain(findings.doubtful)
+        .chain(doubtful)
+        .chain(to_be_seen)
+        .chain(why_not)
         .collect())
+}
+
+/// Why a program that could be tried is not: what the run would do could be seen, or nothing would tell whether it went well.
+fn not_tried(request: &Request, image: Option<&ImageFacts>, host: &HostFacts) -> Option<String> {
+    let shell = image.is_some_and(|image| image.program.runtimes.contains(&Runtime::Shell));
+    if request.ports {
+        Some(
+            "its ports are published, and what a server did for others cannot be undone".to_owned(),
+        )
+    } else if shell {
+        Some("it is a shell, and running commands is what it is for".to_owned())
+    } else if !host.nanos_tells_calls {
+        Some("it would be tried with a Nanos kernel that has its modules: vistara kernel add nanos FILE --klibs DIR".to_owned())
+    } else {
+        None
+    }
 }
 
 /// For `nanovms`: the warnings, or the first reason why it cannot be.
@@ -93,6 +150,7 @@ pub(super) fn asked_for(
         None => Ok(findings
             .doubtful
             .into_iter()
+            .chain(findings.to_be_seen)
             .map(|doubt| format!("warning: {doubt}"))
             .collect()),
     }
@@ -230,11 +288,11 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
         (None, _) => "one program".to_owned(),
     };
     match processes.may_create {
-        MayCreate::Yes if processes.evidence.is_empty() => findings.doubt(format!(
+        MayCreate::Yes if processes.evidence.is_empty() => findings.try_it(format!(
             "whether it makes processes cannot be told: {}",
             processes.doubt.as_deref().unwrap_or("it cannot be seen")
         )),
-        MayCreate::Yes => findings.doubt(format!(
+        MayCreate::Yes => findings.try_it(format!(
             "it may make processes, which a unikernel cannot: {seen} ({})",
             processes.confidence
         )),
@@ -249,9 +307,7 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
                     "Nanos unikernel: {about}; {what}, but it may be run again on Linux if it does"
                 ));
             } else {
-                findings.doubt(format!(
-                    "{what} (a task marked safe to retry would be tried)"
-                ));
+                findings.try_it(what);
             }
         }
         MayCreate::No if processes.confidence >= Confidence::Likely => {
@@ -261,7 +317,7 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
                 processes.confidence
             ));
         }
-        MayCreate::No => findings.doubt(format!(
+        MayCreate::No => findings.try_it(format!(
             "nothing that makes processes was found in it, but {}",
             processes.doubt.as_deref().unwrap_or("that is a guess")
         )),

@@ -250,6 +250,10 @@ impl Node {
             qemu: version(VmmKind::Qemu),
             // Its backend is not part of this version, so its presence on the host does not matter.
             firecracker: None,
+            nanos_tells_calls: nanos.as_ref().is_some_and(|kernel| {
+                let mut modules = kernel.record.klibs.iter();
+                modules.any(|module| module == vistara_nanos::calls::MODULE)
+            }),
             nanos_kernel: nanos.map(|kernel| kernel.record.name),
             linux_kernel: kernel.map(|kernel| kernel.record.name),
             cpus: vistara_host::facts::cpus(),
