@@ -1,0 +1,286 @@
+//! Provisional runs: a unikernel is tried with a program that may need more, and nothing of the run is seen by anybody until
+//! it has ended well; else it never was, and the command runs on Linux.
+//!
+//! The rule: **what a provisional run did becomes visible only when its program has ended by itself and no sign was seen that
+//! it missed anything; else the run is undone.** So that nothing can be seen before: its output is held back, it has no
+//! network, and no directory or volume of anybody's; its disk is its own and goes with it. What cannot be held for long is
+//! not held longer: a run that takes too long or prints too much is undone too, and its command goes to Linux the next time.
+//!
+//! What tells that something was missed is the kernel, not the program: [`PROVISIONAL_CALLS`] are told as they are made,
+//! also where the program says nothing of its failure. The end itself is one of them, so that silence is no proof: a run of
+//! which nothing was told is undone.
+
+use crate::retry::{KERNEL_MARK, program_words};
+use std::time::Duration;
+use vistara_model::{EndReason, ExitStatus};
+
+/// Longest provisional run. It is what a program that runs long loses, once; and how long the user may wait for the first
+/// byte. Ordinary commands end in a fraction of it, also under emulation.
+pub const PROVISIONAL_MAX: Duration = Duration::from_secs(5);
+/// Most output that is held back: it lies in memory, and who prints more wants to be read meanwhile.
+pub const HELD_BYTES_MAX: usize = 1 << 20;
+
+/// What makes processes, or becomes another one. The C library's `fork` and `posix_spawn` are a `clone`, of which the kernel
+/// speaks by itself; but not where it takes a `clone3` for malformed.
+const PROCESS: &[&str] = &["fork", "vfork", "execve", "execveat"];
+/// What reaches out of the machine, or may.
+const NETWORK: &[&str] = &["bind", "listen", "sendto", "sendmsg", "sendmmsg"];
+/// What makes the program another user: in a unikernel it succeeds and does nothing, or fails.
+const USERS: &[&str] = &[
+    "setuid",
+    "setgid",
+    "setgroups",
+    "setreuid",
+    "setregid",
+    "setresuid",
+    "setresgid",
+];
+/// What a unikernel lacks, and a Linux guest has.
+const MISSING: &[&str] = &[
+    "chroot",
+    "memfd_create",
+    "mknod",
+    "mknodat",
+    "mount",
+    "mq_open",
+    "msgget",
+    "pivot_root",
+    "ptrace",
+    "semget",
+    "setns",
+    "shmget",
+    "splice",
+    "umount2",
+    "unshare",
+    "vmsplice",
+];
+/// The end by itself.
+const END: &str = "exit_group";
+
+/// The calls that the kernel is to tell of.
+pub fn provisional_calls() -> Vec<&'static str> {
+    let single = ["clone3", "socket", "connect", END];
+    [PROCESS, NETWORK, USERS, MISSING, &single].concat()
+}
+
+/// What was seen of a run so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProvisionalRun {
+    /// Sockets that were made.
+    sockets: u32,
+    /// Those of them that were to reach a service in the machine itself that is not there: the C library asks for its name
+    /// service cache so, before it reads the files.
+    vain: u32,
+    ended: bool,
+    sign: Option<String>,
+}
+
+/// What becomes of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stands, and is shown.
+    Stands,
+    /// It never was. The text says what was seen, as a sentence without its full stop.
+    Undone(String),
+}
+
+impl ProvisionalRun {
+    /// The kernel told of a call. Its result is the number or the error's name that it gave, as in `-ENOENT`; none where it
+    /// has not come back.
+    pub fn call(&mut self, name: &str, result: Option<&str>) {
+        let failed = result.is_some_and(|result| result.starts_with('-'));
+        if PROCESS.contains(&name) || (name == "clone3" && failed) {
+            self.see("it tried to make a process");
+        } else if NETWORK.contains(&name) {
+            self.see("it used the network");
+        } else if USERS.contains(&name) {
+            self.see("it changed its user, and in a unikernel all is root");
+        } else if MISSING.contains(&name) {
+            self.see(format!("it made the call {name}, which a unikernel lacks"));
+        } else if name == "socket" && !failed && result.is_some() {
+            self.sockets += 1;
+        } else if name == "connect" {
+            match result {
+                Some("-ENOENT") => self.vain += 1,
+                Some(_) => self.see("it used the network"),
+                // It says more when it comes back, and if it never does, the run takes too long.
+                None => {}
+            }
+        } else if name == END {
+            self.ended = true;
+        }
+    }
+
+    /// It took longer than [`PROVISIONAL_MAX`].
+    pub fn took_too_long(&mut self) {
+        self.see(format!(
+            "it took more than {} s, longer than its output is held back",
+            PROVISIONAL_MAX.as_secs()
+        ));
+    }
+
+    /// It printed more than [`HELD_BYTES_MAX`].
+    pub fn printed_too_much(&mut self) {
+        self.see(format!(
+            "it printed more than {} KiB, which is all that is held back",
+            HELD_BYTES_MAX >> 10
+        ));
+    }
+
+    /// The node that held its output back has gone, and the output with it.
+    pub fn lost_its_node(&mut self) {
+        self.see("the node that held its output back was restarted");
+    }
+
+    /// The kernel printed this.
+    pub fn kernel_said(&mut self, words: &str) {
+        if words.contains(KERNEL_MARK) {
+            self.see("it tried to make a process");
+        }
+    }
+
+    /// What speaks against the run already; it need not be waited for any longer.
+    pub fn sign(&self) -> Option<&str> {
+        self.sign.as_deref()
+    }
+
+    /// The run is over: how it ended, and what its program printed.
+    pub fn judge(mut self, status: Option<ExitStatus>, output: &str) -> Verdict {
+        self.kernel_said(output);
+        if let Some(line) = program_words(output) {
+            self.see(format!("it said {line:?}"));
+        }
+        if self.sockets > self.vain {
+            self.see("it used the network");
+        }
+        match status {
+            Some(ExitStatus::Code(_)) if self.ended => {}
+            Some(ExitStatus::Signal(number)) => {
+                self.see(format!(
+                    "signal {number} ended it, perhaps the kernel's fault"
+                ));
+            }
+            Some(ExitStatus::Code(_)) => self.see("its end was not told by the kernel"),
+            None => self.see("the unikernel failed"),
+        }
+        match self.sign {
+            None => Verdict::Stands,
+            Some(seen) => Verdict::Undone(seen),
+        }
+    }
+
+    fn see(&mut self, sign: impl Into<String>) {
+        if self.sign.is_none() {
+            self.sign = Some(sign.into());
+        }
+    }
+}
+
+/// Whether an undone run is followed by one on Linux: not where the user or the time limit has ended it.
+pub fn rerun_follows(end: &EndReason, asked_to_end: bool) -> bool {
+    match end {
+        EndReason::TimedOut => false,
+        // The monitor's end is the node's doing, where the user has not asked for it.
+        EndReason::Stopped { .. }
+        | EndReason::Exited { .. }
+        | EndReason::StartFailed { .. }
+        | EndReason::GuestPanic { .. }
+        | EndReason::VmmFailed { .. }
+        | EndReason::BootFailed { .. }
+        | EndReason::PrepareFailed { .. }
+        | EndReason::Lost { .. } => !asked_to_end,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WELL: Option<ExitStatus> = Some(ExitStatus::Code(0));
+
+    fn run(calls: &[(&str, &str)]) -> ProvisionalRun {
+        let mut run = ProvisionalRun::default();
+        for (name, result) in calls {
+            run.call(name, (!result.is_empty()).then_some(*result));
+        }
+        run
+    }
+
+    fn undone(verdict: &Verdict) -> &str {
+        match verdict {
+            Verdict::Stands => "stands",
+            Verdict::Undone(seen) => seen,
+        }
+    }
+
+    #[test]
+    fn what_ends_by_itself_without_a_sign_stands_whatever_its_code() {
+        for code in [0, 1, 255] {
+            let run = run(&[("socket", "3"), ("connect", "-ENOENT"), ("exit_group", "")]);
+            let verdict = run.judge(Some(ExitStatus::Code(code)), "out\n");
+            assert_eq!(verdict, Verdict::Stands);
+        }
+    }
+
+    #[test]
+    fn every_sign_undoes_a_run_that_says_all_is_well() {
+        for (calls, wanted) in [
+            (&[("fork", "-ENOSYS")][..], "it tried to make a process"),
+            (&[("execve", "-ENOSYS")], "it tried to make a process"),
+            (&[("clone3", "-EINVAL")], "it tried to make a process"),
+            (&[("connect", "-113")], "it used the network"),
+            (&[("connect", "0")], "it used the network"),
+            (&[("bind", "0")], "it used the network"),
+            (&[("socket", "3")], "it used the network"),
+            (&[("shmget", "-ENOSYS")], "it made the call shmget"),
+            (&[("setuid", "0")], "it changed its user"),
+        ] {
+            let mut run = run(calls);
+            run.call("exit_group", None);
+            let verdict = run.judge(WELL, "");
+            assert!(
+                undone(&verdict).starts_with(wanted),
+                "{calls:?}: {verdict:?}"
+            );
+        }
+        let ended = || run(&[("exit_group", "")]);
+        for words in [
+            "sh: fork: Function not implemented\n",
+            "abc[1.213] clone: attempted to create new process\n",
+        ] {
+            assert_ne!(ended().judge(WELL, words), Verdict::Stands, "{words}");
+        }
+        let mut long = ended();
+        long.took_too_long();
+        assert!(undone(&long.judge(WELL, "")).starts_with("it took more than"));
+        let mut much = ended();
+        much.printed_too_much();
+        assert!(undone(&much.judge(WELL, "")).starts_with("it printed more than"));
+    }
+
+    #[test]
+    fn threads_are_no_processes() {
+        assert_eq!(run(&[("clone3", "5")]).sign(), None);
+        assert_eq!(run(&[("socket", "-97")]).sign(), None);
+    }
+
+    #[test]
+    fn where_nothing_is_told_nothing_is_believed() {
+        assert_ne!(
+            ProvisionalRun::default().judge(WELL, "42\n"),
+            Verdict::Stands
+        );
+        for status in [None, Some(ExitStatus::Signal(11))] {
+            let verdict = run(&[("exit_group", "")]).judge(status, "");
+            assert_ne!(verdict, Verdict::Stands, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_user_has_ended_is_not_begun_again() {
+        let killed = EndReason::Stopped { status: None };
+        assert!(rerun_follows(&killed, false));
+        assert!(!rerun_follows(&killed, true));
+        assert!(!rerun_follows(&EndReason::TimedOut, false));
+    }
+}
