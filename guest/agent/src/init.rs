@@ -5,8 +5,10 @@
 //! returns from here: the machine reboots, which ends a monitor that was started so.
 
 mod ahead;
+mod freezer;
 mod modules;
 mod network;
+mod renew;
 mod root;
 
 use crate::files::refusal;
@@ -102,6 +104,8 @@ pub(crate) struct Machine {
     prepared: bool,
     /// What was done before a capture and need not be done again.
     ahead: Ahead,
+    /// What holds the processes still, where they are held.
+    frozen: Option<freezer::Frozen>,
 }
 
 /// What a guest that is to be captured does before it is told who it is.
@@ -169,6 +173,7 @@ fn live(start: Mark) -> io::Result<()> {
         volumes: Vec::new(),
         prepared: false,
         ahead: Ahead::default(),
+        frozen: None,
     };
     Server::new(channel, Options::default(), Some(machine))?.run()
 }
@@ -244,14 +249,10 @@ impl Machine {
     pub(crate) fn configure(&mut self, config: &GuestConfig) -> Result<Vec<String>, Refusal> {
         let mut warnings = Vec::new();
         self.prepare();
-        if config.wall_clock_ns > 0 {
-            let now = Timespec {
-                tv_sec: i64::try_from(config.wall_clock_ns / 1_000_000_000).unwrap_or(i64::MAX),
-                tv_nsec: (config.wall_clock_ns % 1_000_000_000) as _,
-            };
-            if let Err(error) = rustix::time::clock_settime(ClockId::Realtime, now) {
-                warnings.push(format!("setting the clock: {error}"));
-            }
+        if config.wall_clock_ns > 0
+            && let Err(error) = set_clock(config.wall_clock_ns)
+        {
+            warnings.push(format!("setting the clock: {error}"));
         }
         let seeded = match config.entropy.is_empty() {
             true => Err(io::Error::other("the host gave no bytes for it")),
@@ -330,6 +331,15 @@ fn end_thrashing() {
             fs::write(generations.join(file), value),
         );
     }
+}
+
+/// Sets the clock, to nanoseconds since 1970.
+pub(crate) fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
+    let now = Timespec {
+        tv_sec: i64::try_from(wall_clock_ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: (wall_clock_ns % 1_000_000_000) as _,
+    };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, now)?)
 }
 
 /// Gives the kernel's random generator new bytes.

@@ -141,6 +141,58 @@ impl Agent {
         )
     }
 
+    /// Sets the guest's clock (nanoseconds since 1970), which stands while a machine is held still.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn set_clock(&self, wall_clock_ns: u64) -> Result<(), AgentError> {
+        let answer = self.session.ask(|request| ToGuest::SetClock {
+            request,
+            wall_clock_ns,
+        });
+        done(answer.await?)
+    }
+
+    /// Holds every process of the guest still until [`Agent::thaw`] or, in a machine that goes on from there,
+    /// [`Agent::renew`].
+    ///
+    /// # Errors
+    /// [`AgentError`]; after a refusal all go on.
+    pub async fn freeze(&self) -> Result<(), AgentError> {
+        done(
+            self.session
+                .ask(|request| ToGuest::Freeze { request })
+                .await?,
+        )
+    }
+
+    /// Lets the processes go on that [`Agent::freeze`] held.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn thaw(&self) -> Result<(), AgentError> {
+        done(
+            self.session
+                .ask(|request| ToGuest::Thaw { request })
+                .await?,
+        )
+    }
+
+    /// Tells a guest that goes on from a captured one which machine it is now, and lets its processes go on.
+    ///
+    /// # Errors
+    /// [`AgentError`]; nothing goes on then.
+    pub async fn renew(&self, config: GuestConfig) -> Result<Configured, AgentError> {
+        match self
+            .session
+            .ask(|request| ToGuest::Renew { request, config })
+            .await?
+        {
+            Reply::Configured(configured) => Ok(configured),
+            Reply::Done | Reply::Stat(_) | Reply::Stats(_) => Err(wrong_answer()),
+        }
+    }
+
     /// Starts a process under a number that the agent does not know (see [`Welcome::processes`]).
     ///
     /// # Errors

@@ -444,6 +444,32 @@ pub enum ToGuest {
         /// Absolute paths of files that will be read first; those that cannot be read now are passed over.
         read_ahead: Vec<String>,
     },
+    /// The guest was held still for a while: its clock is wrong. Answered by [`ToHost::Done`] or [`ToHost::Refused`].
+    SetClock {
+        /// Request number.
+        request: u32,
+        /// The time, in nanoseconds since 1970.
+        wall_clock_ns: u64,
+    },
+    /// Holds every process but the agent still, so that none runs in another machine before that one knows who it is.
+    /// Answered by [`ToHost::Done`] or [`ToHost::Refused`]; after a refusal all go on.
+    Freeze {
+        /// Request number.
+        request: u32,
+    },
+    /// Lets what [`ToGuest::Freeze`] held go on; nothing happens where nothing is held. Answered by [`ToHost::Done`].
+    Thaw {
+        /// Request number.
+        request: u32,
+    },
+    /// This guest is another machine now, which goes on from where the captured one was held. It takes on what is here,
+    /// and lets its processes go on. Answered by [`ToHost::Configured`], or [`ToHost::Refused`]: nothing goes on then.
+    Renew {
+        /// Request number.
+        request: u32,
+        /// The new machine's settings. Volumes and limits stay what they were.
+        config: GuestConfig,
+    },
 }
 
 /// What the agent says.

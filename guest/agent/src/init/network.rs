@@ -109,6 +109,18 @@ pub(super) fn configure(ready: Option<&Ready>, config: Option<&NetworkConfig>) -
     Ok(())
 }
 
+/// Takes the interface down and gives it what another machine has, its hardware address above all. Connections that the
+/// guest had are dead: nobody else has the other half of them.
+pub(super) fn renew(config: &NetworkConfig) -> io::Result<()> {
+    let index = interface()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no interface"))?;
+    ask(&open()?, &link_down(index)).map_err(named("taking the interface down"))?;
+    let ready = Ready {
+        interface: Some(index),
+    };
+    configure(Some(&ready), Some(config))
+}
+
 fn octets(address: IpAddr) -> (u8, Vec<u8>) {
     match address {
         IpAddr::V4(address) => (libc::AF_INET as u8, address.octets().to_vec()),
@@ -143,6 +155,16 @@ fn link(index: u32, attributes: &[u8]) -> Vec<u8> {
     body.extend_from_slice(&LINK_UP.to_ne_bytes());
     body.extend_from_slice(&LINK_UP.to_ne_bytes());
     body.extend_from_slice(attributes);
+    message(NEW_LINK, 0, &body)
+}
+
+/// Takes an interface down.
+fn link_down(index: u32) -> Vec<u8> {
+    let mut body = vec![0; 4];
+    body.extend_from_slice(&index.to_ne_bytes());
+    // No flags, of which "up" is to be changed.
+    body.extend_from_slice(&[0; 4]);
+    body.extend_from_slice(&LINK_UP.to_ne_bytes());
     message(NEW_LINK, 0, &body)
 }
 

@@ -50,6 +50,43 @@ impl Server {
                 }
                 self.answer(request, Ok(()));
             }
+            ToGuest::SetClock {
+                request,
+                wall_clock_ns,
+            } => {
+                // One that is no machine's own has its host's clock.
+                let result = match self.machine {
+                    Some(_) => crate::init::set_clock(wall_clock_ns)
+                        .map_err(|error| files::refusal("setting the clock", &error)),
+                    None => Ok(()),
+                };
+                self.answer(request, result);
+            }
+            ToGuest::Freeze { request } => {
+                let result = match &mut self.machine {
+                    Some(machine) => machine.freeze().map_err(|error| {
+                        files::refusal("holding the guest's processes still", &error)
+                    }),
+                    None => Ok(()),
+                };
+                self.answer(request, result);
+            }
+            ToGuest::Thaw { request } => {
+                if let Some(machine) = &mut self.machine {
+                    machine.thaw();
+                }
+                self.answer(request, Ok(()));
+            }
+            ToGuest::Renew { request, config } => {
+                let answer = match self.renew(&config) {
+                    Ok(configured) => ToHost::Configured {
+                        request,
+                        configured,
+                    },
+                    Err(refusal) => ToHost::Refused { request, refusal },
+                };
+                self.say(&answer);
+            }
             ToGuest::Spawn { id, spec } => {
                 let answer = match self.spawn(id, &spec) {
                     Ok((pid, at_us)) => ToHost::Spawned { id, pid, at_us },
@@ -211,6 +248,27 @@ impl Server {
         };
         self.around.hostname = config.hostname;
         self.mark(Stage::Configured);
+        Ok(Configured {
+            timings: self.timings.clone(),
+            warnings,
+        })
+    }
+
+    fn renew(&mut self, config: &GuestConfig) -> Result<Configured, Refusal> {
+        if !self.configured {
+            return Err(refused(
+                RefusalKind::Invalid,
+                "the guest was never configured",
+            ));
+        }
+        let warnings = match &mut self.machine {
+            Some(machine) => machine.renew(config)?,
+            None => Vec::new(),
+        };
+        self.around.hostname.clone_from(&config.hostname);
+        if let Some(machine) = &mut self.machine {
+            machine.thaw();
+        }
         Ok(Configured {
             timings: self.timings.clone(),
             warnings,

@@ -1,0 +1,122 @@
+//! Another machine out of a captured one: everything by which machines are told apart is made anew while every program is
+//! held still.
+//!
+//! What a program has in its own memory, such as a random generator that it seeded before, is not ours to change: it is the
+//! same in all machines that go on from there.
+
+use super::{Machine, freezer, network, root, seed, set_clock};
+use crate::files::refusal;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use vistara_guest_protocol::{GuestConfig, Refusal};
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
+
+impl Machine {
+    /// Holds every process still. After an error all go on.
+    pub(crate) fn freeze(&mut self) -> io::Result<()> {
+        if self.frozen.is_none() {
+            self.frozen = Some(freezer::freeze()?);
+        }
+        Ok(())
+    }
+
+    /// Lets what is held go on.
+    pub(crate) fn thaw(&mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            frozen.thaw();
+        }
+    }
+
+    /// Becomes another machine. What would let two machines pass for one is a refusal, the rest a warning.
+    pub(crate) fn renew(&mut self, config: &GuestConfig) -> Result<Vec<String>, Refusal> {
+        let mut warnings = Vec::new();
+        let seeded = match config.entropy.is_empty() {
+            true => Err(io::Error::other("the host gave no bytes for it")),
+            false => seed(&config.entropy),
+        };
+        seeded.map_err(|error| refusal("seeding the random generator of a fork", &error))?;
+        rustix::system::sethostname(config.hostname.as_bytes())
+            .map_err(|error| refusal("setting the host name of a fork", &error.into()))?;
+        if let Some(network) = &config.network {
+            network::renew(network).map_err(|error| refusal("the network of a fork", &error))?;
+        }
+        let mut warn = |what: &str, result: io::Result<()>| {
+            if let Err(error) = result {
+                warnings.push(format!("{what}: {error}"));
+            }
+        };
+        if config.wall_clock_ns > 0 {
+            warn("setting the clock", set_clock(config.wall_clock_ns));
+        }
+        warn("writing names to /etc", root::write_names(config, false));
+        warn("the machine's id", new_machine_id());
+        warn("the boot's id", new_boot_id());
+        Ok(warnings)
+    }
+}
+
+fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Gives the guest another id where it has one. An image whose file is empty or missing leaves that to its programs.
+fn new_machine_id() -> io::Result<()> {
+    let id = hex(&random::<16>()?) + "\n";
+    for path in MACHINE_IDS.map(Path::new) {
+        // A link leads to the other, or out of what is ours.
+        let is_file = fs::symlink_metadata(path).is_ok_and(|data| data.is_file());
+        if is_file && fs::read(path).is_ok_and(|text| text.trim_ascii().len() == 32) {
+            fs::write(path, &id)?;
+        }
+    }
+    Ok(())
+}
+
+/// The kernel makes its boot's id once, and lets nobody change it: another file is laid over it.
+fn new_boot_id() -> io::Result<()> {
+    let mut bytes = random::<16>()?;
+    // A random UUID (RFC 4122, section 4.4), as the kernel's own is.
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let digits = hex(&bytes);
+    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
+    let system = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_create(system.as_fd())?;
+    let mounted = rustix::mount::fsmount(
+        system.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&mounted, "boot_id", flags, Mode::from_raw_mode(0o444))?;
+    fs::File::from(file).write_all((parts.join("-") + "\n").as_bytes())?;
+    let tree = rustix::mount::open_tree(
+        &mounted,
+        "boot_id",
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?;
+    // One that an earlier renewal laid there; mostly there is none.
+    let _ = rustix::mount::unmount(BOOT_ID, UnmountFlags::DETACH);
+    rustix::mount::move_mount(
+        &tree,
+        "",
+        CWD,
+        BOOT_ID,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(())
+}
