@@ -123,6 +123,17 @@ pub fn reopen_to_read(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
+/// The same file, to be written and not read.
+///
+/// # Errors
+/// The system's.
+pub fn reopen_to_write(file: &File) -> io::Result<File> {
+    use std::os::fd::AsRawFd;
+    File::options()
+        .write(true)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// Opens the regular file `name` in `dir` for reading, where somebody who is not trusted may write to `dir`: no symbolic link
 /// is followed, and nothing else that may lie there (a pipe, a device) makes the caller wait.
 ///

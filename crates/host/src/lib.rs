@@ -5,6 +5,7 @@
 pub mod cgroup;
 pub mod facts;
 pub mod files;
+pub mod foreign;
 pub mod kvm;
 pub mod launch;
 pub mod memory;

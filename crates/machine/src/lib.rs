@@ -12,6 +12,6 @@ mod vmm;
 
 pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};
 pub use vmm::{
-    Adoption, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot,
-    NanosBoot, Nic, OutputStream, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+    Adoption, AtRest, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot,
+    NanosBoot, Nic, OutputStream, Snapshot, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };

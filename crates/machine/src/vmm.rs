@@ -36,8 +36,8 @@ pub struct Capabilities {
     pub accelerators: Vec<Accelerator>,
     /// Whether host directories can be shared ([`LaunchPlan::shares`]); the reason where not.
     pub shares: Result<(), String>,
-    /// Whether it can give user-mode networking ([`LaunchPlan::nic`]).
-    pub user_network: bool,
+    /// Whether it can give user-mode networking ([`LaunchPlan::nic`]); the reason where not.
+    pub user_network: Result<(), String>,
     /// Whether machines can be paused.
     pub pause: bool,
     /// Most virtual CPUs in one machine.
@@ -201,6 +201,18 @@ pub struct VmUsage {
     pub cpu_time: Duration,
 }
 
+/// What is done while a machine is held still for [`Vm::snapshot`]; blocks on files.
+pub type AtRest = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
+
+/// A machine as it was at one moment; it has gone on since.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// What others go on from.
+    pub capture: Capture,
+    /// How long the machine was held still.
+    pub pause: Duration,
+}
+
 /// Why a backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
@@ -287,6 +299,16 @@ pub trait Vmm: Send + Sync {
     /// Any [`VmmError`]; nothing is left behind then.
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError>;
 
+    /// Refuses what [`Vmm::launch`] would refuse before it starts anything: what this backend cannot do, and a capture that
+    /// does not fit the plan or this host. Blocks on nothing.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`].
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        let _ = plan;
+        Ok(())
+    }
+
     /// Takes over a machine that an earlier process launched in `dir`.
     ///
     /// # Errors
@@ -365,6 +387,29 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// [`VmmError::Unsupported`], [`VmmError::Control`] or [`VmmError::Ended`].
     async fn capture(&self) -> Result<Capture, VmmError>;
+
+    /// Whether [`Vm::snapshot`] can be asked for.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`] with the reason.
+    fn can_snapshot(&self) -> Result<(), VmmError> {
+        Err(VmmError::Unsupported {
+            kind: self.record().kind,
+            reason: "capturing a machine that goes on".to_owned(),
+        })
+    }
+
+    /// Captures the machine and lets it go on; a paused one stays paused. `at_rest` runs while it is held still, and should
+    /// copy its writable disks, which the capture expects as they are at that moment. The returned future should not be
+    /// dropped before it is done: the machine would stay held.
+    ///
+    /// # Errors
+    /// [`VmmError::Unsupported`], [`VmmError::Control`], [`VmmError::Io`] or [`VmmError::Ended`]. The machine goes on.
+    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+        drop(at_rest);
+        self.can_snapshot()?;
+        Err(VmmError::Ended)
+    }
 
     /// Ends the machine at once and waits until it is gone, its helpers and cgroup with it.
     ///

@@ -2,7 +2,8 @@
 
 use super::{FakeEnd, Faults, GuestMain};
 use crate::{
-    Capture, CaptureInfo, ChannelStream, LaunchPlan, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+    AtRest, Capture, CaptureInfo, ChannelStream, LaunchPlan, Snapshot, Vm, VmEnd, VmRecord,
+    VmUsage, VmmError,
 };
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -238,6 +239,22 @@ impl FakeGuest {
     }
 }
 
+/// A capture of a fake machine, which others may be kept from reading.
+fn captured(info: &CaptureInfo, unreadable: bool) -> std::io::Result<Capture> {
+    let memory = sealable_memory_file(info.memory.0)?;
+    memory.write_all_at(CAPTURED, CAPTURED_AT)?;
+    let state = sealable_memory_file(CAPTURED.len() as u64)?;
+    state.write_all_at(CAPTURED, 0)?;
+    let memory = match unreadable {
+        true => {
+            let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+            File::options().write(true).open(path)?
+        }
+        false => memory,
+    };
+    Capture::seal(info.clone(), memory, state)
+}
+
 /// A handle on a fake machine.
 pub(super) struct FakeVm {
     machine: Arc<Machine>,
@@ -310,23 +327,32 @@ impl Vm for FakeVm {
             });
         }
         self.machine.finish(VmEnd::Killed);
-        let files = || {
-            let memory = sealable_memory_file(self.machine.info.memory.0)?;
-            memory.write_all_at(CAPTURED, CAPTURED_AT)?;
-            let state = sealable_memory_file(CAPTURED.len() as u64)?;
-            state.write_all_at(CAPTURED, 0)?;
-            let memory = match faults.capture_unreadable {
-                true => {
-                    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
-                    File::options().write(true).open(path)?
-                }
-                false => memory,
-            };
-            Capture::seal(self.machine.info.clone(), memory, state)
-        };
-        files().map_err(|error: std::io::Error| VmmError::Control {
+        let made = captured(&self.machine.info, faults.capture_unreadable);
+        made.map_err(|error| VmmError::Control {
             operation: "the capture",
             message: error.to_string(),
+        })
+    }
+
+    fn can_snapshot(&self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+        self.alive()?;
+        let faults = locked(&self.machine.faults).clone();
+        let refused = |message: String| VmmError::Control {
+            operation: "the snapshot",
+            message,
+        };
+        if let Some(message) = faults.capture_failure {
+            return Err(refused(message));
+        }
+        let begin = Instant::now();
+        let capture = at_rest().and_then(|()| captured(&self.machine.info, false));
+        Ok(Snapshot {
+            capture: capture.map_err(|error| refused(error.to_string()))?,
+            pause: begin.elapsed(),
         })
     }
 

@@ -84,7 +84,7 @@ impl FakeVmm {
                 version: "1".to_owned(),
                 accelerators: vec![Accelerator::Tcg],
                 shares: Ok(()),
-                user_network: true,
+                user_network: Ok(()),
                 pause: true,
                 vcpus_max: 64,
                 capture: Ok(()),
@@ -119,8 +119,11 @@ impl FakeVmm {
         if !plan.shares.is_empty() {
             self.capabilities.shares.clone().map_err(unsupported)?;
         }
-        if plan.nic.is_some() && !self.capabilities.user_network {
-            return Err(unsupported("no user-mode network".to_owned()));
+        if plan.nic.is_some() {
+            self.capabilities
+                .user_network
+                .clone()
+                .map_err(unsupported)?;
         }
         if let Start::Fork(capture) = &plan.start
             && let Some(difference) = capture.info().difference(&machine::info(plan))
@@ -148,6 +151,10 @@ impl FakeVmm {
 impl Vmm for FakeVmm {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        FakeVmm::check(self, plan)
     }
 
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {

@@ -12,6 +12,7 @@ mod baseline;
 mod command;
 mod console;
 mod qmp;
+mod snapshot;
 mod start;
 mod state;
 mod virtiofsd;
@@ -132,7 +133,7 @@ impl QemuVmm {
                 version: version.clone(),
                 accelerators,
                 shares: virtiofsd.as_ref().map(drop).map_err(String::clone),
-                user_network: true,
+                user_network: Ok(()),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),
@@ -265,6 +266,10 @@ fn io_error(operation: &'static str, path: &Path) -> impl Fn(std::io::Error) -> 
 impl Vmm for QemuVmm {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        QemuVmm::check(self, plan)
     }
 
     fn kept_console(&self, dir: &Path, limit: usize) -> Vec<u8> {

@@ -248,6 +248,33 @@ impl Qmp {
             .map_err(|_| QmpError::Late)?
     }
 
+    /// Writes the state of the stopped machine's devices and processors to `file`, and nothing of its memory.
+    pub(super) async fn save_devices(&self, file: &File) -> Result<(), QmpError> {
+        // Its number among QEMU's sets of descriptors: those of disks count from 0.
+        const SET: u32 = 1_000_000;
+        let hand_over = self.request("add-fd", json!({"fdset-id": SET}), Some(file.as_fd()));
+        tokio::time::timeout(REPLY_LIMIT, hand_over)
+            .await
+            .map_err(|_| QmpError::Late)??;
+        // The name is history: nothing of it needs Xen, and no other command leaves the memory out that no file shares.
+        let arguments = json!({"filename": format!("/dev/fdset/{SET}"), "live": false});
+        let saved = self.execute("xen-save-devices-state", arguments).await;
+        // It stays open for nobody, which harms nothing.
+        let _ = self.execute("remove-fd", json!({"fdset-id": SET})).await;
+        saved.map(drop)
+    }
+
+    /// Where in QEMU's own address space the guest's memory begins.
+    pub(super) async fn memory_address(&self) -> Result<u64, QmpError> {
+        let arguments = json!({"command-line": "gpa2hva 0"});
+        let answer = self.execute("human-monitor-command", arguments).await?;
+        let text = answer.as_str().unwrap_or_default().trim();
+        let address = text.rsplit_once(" is 0x").map(|(_, digits)| digits);
+        address
+            .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+            .ok_or_else(|| QmpError::Malformed(text.to_owned()))
+    }
+
     /// Presses the machine's power button.
     pub(super) async fn power_down(&self) -> Result<(), QmpError> {
         self.execute("system_powerdown", Value::Null)

@@ -304,6 +304,9 @@ fn spawn_in(
             .filter(|disk| !disk.read_only)
             .map(|disk| disk.path.clone())
             .collect(),
+        // Neither a unikernel nor shared directories can be captured.
+        info: (plan.shares.is_empty() && !matches!(plan.start, Start::Nanos(_)))
+            .then(|| super::info(tools, plan)),
     };
     let record = serde_json::to_value(&backend).and_then(|value| {
         let record = VmRecord {

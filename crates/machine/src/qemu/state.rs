@@ -1,6 +1,6 @@
 //! What a machine keeps in its directory besides the node's record: sockets, its console's end, and how it ended.
 
-use crate::{VmEnd, VmRecord};
+use crate::{CaptureInfo, VmEnd, VmRecord};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io;
@@ -29,6 +29,10 @@ pub(super) struct BackendRecord {
     pub(super) helpers: Vec<(u32, u64)>,
     /// Its writable disks: a full file system under them is told as trouble.
     pub(super) writable_disks: Vec<PathBuf>,
+    /// What a machine that goes on from this one must have in common with it; absent in records of earlier versions, and
+    /// where it cannot be captured.
+    #[serde(default)]
+    pub(super) info: Option<CaptureInfo>,
 }
 
 impl BackendRecord {

@@ -17,7 +17,8 @@ use super::qmp::{Qmp, QmpError, RunState};
 use super::state::{self, BackendRecord};
 use super::{command, io_error};
 use crate::{
-    Capture, CaptureInfo, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+    AtRest, Capture, CaptureInfo, ChannelStream, OutputStream, Snapshot, Vm, VmEnd, VmRecord,
+    VmUsage, VmmError,
 };
 use std::fs::File;
 use std::path::PathBuf;
@@ -73,7 +74,7 @@ pub(super) struct CaptureFiles {
 
 /// A machine in QEMU.
 pub(super) struct QemuVm {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
     supervisor: JoinHandle<()>,
 }
 
@@ -83,12 +84,12 @@ impl Drop for QemuVm {
     }
 }
 
-struct Inner {
-    parts: Parts,
-    qmp: Qmp,
+pub(super) struct Inner {
+    pub(super) parts: Parts,
+    pub(super) qmp: Qmp,
     console: tokio::sync::Mutex<ConsoleTail>,
     /// The owner wants the guest held, so that nobody else lets it go on.
-    held: AtomicBool,
+    pub(super) held: AtomicBool,
     trouble: Mutex<Option<String>>,
     decided: Mutex<Option<VmEnd>>,
     end: watch::Sender<Option<VmEnd>>,
@@ -120,7 +121,7 @@ impl QemuVm {
         self.inner.end.borrow().is_some()
     }
 
-    fn control(&self, operation: &'static str) -> impl Fn(QmpError) -> VmmError + '_ {
+    pub(super) fn control(&self, operation: &'static str) -> impl Fn(QmpError) -> VmmError + '_ {
         move |error| match error {
             QmpError::Closed => VmmError::Ended,
             error if locked(&self.inner.decided).is_some() => {
@@ -483,6 +484,17 @@ impl Vm for QemuVm {
             operation: "the capture",
             message: error.to_string(),
         })
+    }
+
+    fn can_snapshot(&self) -> Result<(), VmmError> {
+        self.inner.captured_as().map(drop)
+    }
+
+    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
+        }
+        super::snapshot::snapshot(self, at_rest).await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -1,0 +1,126 @@
+//! Capturing a machine that goes on.
+//!
+//! Its memory is mostly not a file that others could share: a fork keeps what it changes to itself, and a booted machine has
+//! memory of its own. So it is copied: what a fork still shares with its template before the guest is held, and the rest, the
+//! pages of QEMU's own, out of QEMU's address space while it is. A machine that is never captured pays nothing for that.
+
+use super::vm::{Inner, QemuVm};
+use crate::{AtRest, Capture, CaptureInfo, Snapshot, VmmError};
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use vistara_host::files::{reopen_to_write, sealable_memory_file};
+use vistara_host::foreign::ForeignMemory;
+
+const OPERATION: &str = "the snapshot";
+
+impl Inner {
+    /// What a machine that goes on from this one must have in common with it.
+    pub(super) fn captured_as(&self) -> Result<&CaptureInfo, VmmError> {
+        self.parts.backend.info.as_ref().ok_or_else(|| {
+            let why = match self.parts.printed {
+                Some(_) => "a unikernel",
+                None => {
+                    "a machine with shared directories, or one that an earlier version of this program started"
+                }
+            };
+            VmmError::Unsupported {
+                kind: self.parts.record.kind,
+                reason: format!("capturing {why}"),
+            }
+        })
+    }
+}
+
+fn failed(message: impl Into<String>) -> VmmError {
+    VmmError::Control {
+        operation: OPERATION,
+        message: message.into(),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, VmmError> + Send + 'static,
+) -> Result<T, VmmError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(failed(error.to_string())))
+}
+
+/// Captures the machine. It goes on, whatever comes of it.
+pub(super) async fn snapshot(vm: &QemuVm, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+    let inner = &vm.inner;
+    let info = inner.captured_as()?.clone();
+    let control = vm.control(OPERATION);
+    let address = inner.qmp.memory_address().await.map_err(&control)?;
+    let (pid, len) = (inner.parts.record.pid, info.memory.0);
+    let (foreign, memory, state) = blocking(move || {
+        let prepared = || {
+            let foreign = ForeignMemory::open(pid, address, len)?;
+            let memory = sealable_memory_file(len)?;
+            foreign.copy_shared(&memory)?;
+            Ok((foreign, memory, sealable_memory_file(0)?))
+        };
+        prepared().map_err(|error| told(pid, error))
+    })
+    .await?;
+    // One that its owner holds stays held.
+    let was_held = inner.held.swap(true, Ordering::Relaxed);
+    let begin = Instant::now();
+    let captured = at_rest_of(vm, foreign, memory, &state, at_rest).await;
+    inner.held.store(was_held, Ordering::Relaxed);
+    let went_on = match was_held {
+        true => Ok(()),
+        false => inner.qmp.cont().await.map_err(&control),
+    };
+    let pause = begin.elapsed();
+    let memory = captured?;
+    went_on?;
+    let capture = Capture::seal(info, memory, state).map_err(|error| failed(error.to_string()))?;
+    Ok(Snapshot { capture, pause })
+}
+
+/// What is done while the guest is held still. Gives the whole memory.
+async fn at_rest_of(
+    vm: &QemuVm,
+    foreign: ForeignMemory,
+    memory: File,
+    state: &File,
+    at_rest: AtRest,
+) -> Result<File, VmmError> {
+    let control = vm.control(OPERATION);
+    let pid = vm.inner.parts.record.pid;
+    vm.inner.qmp.stop().await.map_err(&control)?;
+    // QEMU takes a descriptor for a file only if that can do just what it is to do.
+    let writer = reopen_to_write(state).map_err(|error| failed(error.to_string()))?;
+    vm.inner.qmp.save_devices(&writer).await.map_err(&control)?;
+    blocking(move || {
+        foreign
+            .copy_own(&memory)
+            .map_err(|error| told(pid, error))?;
+        at_rest().map_err(|source| VmmError::Io {
+            operation: "copying the disks of",
+            path: PathBuf::from(format!("/proc/{pid}")),
+            source,
+        })?;
+        Ok(memory)
+    })
+    .await
+}
+
+/// Why QEMU's memory could not be copied.
+fn told(pid: u32, error: io::Error) -> VmmError {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        return failed(
+            "the host does not let this user read another process's memory (kernel.yama.ptrace_scope); \
+             run the node as root, or start the machine anew with this node",
+        );
+    }
+    VmmError::Io {
+        operation: "copying the memory of",
+        path: PathBuf::from(format!("/proc/{pid}")),
+        source: error,
+    }
+}
