@@ -54,6 +54,11 @@ pub(crate) enum Command {
     Stop(StopOptions),
     /// Kill machines, or send their programs a signal
     Kill(KillOptions),
+    /// Hold machines still
+    Pause(MachinesOptions),
+    /// Let paused machines go on
+    #[command(visible_alias = "unpause")]
+    Resume(MachinesOptions),
     /// Remove ended machines
     Rm(RmOptions),
     /// Show everything known of machines or images, as JSON
@@ -247,6 +252,14 @@ pub(crate) struct KillOptions {
     /// Signal, by name or number
     #[arg(short, long, default_value = "KILL")]
     pub(crate) signal: String,
+    /// Machines
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+/// `pause` and `resume`.
+#[derive(Debug, Args)]
+pub(crate) struct MachinesOptions {
     /// Machines
     #[arg(required = true, value_name = "MACHINE")]
     pub(crate) machines: Vec<String>,

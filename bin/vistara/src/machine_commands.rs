@@ -1,7 +1,8 @@
 //! The commands about whole machines: ps, stop, kill, rm, wait, inspect.
 
 use crate::arguments::{
-    InspectKind, InspectOptions, KillOptions, PsOptions, RmOptions, StopOptions, WaitOptions,
+    InspectKind, InspectOptions, KillOptions, MachinesOptions, PsOptions, RmOptions, StopOptions,
+    WaitOptions,
 };
 use crate::failure::Failure;
 use crate::image_commands::Failures;
@@ -200,6 +201,24 @@ pub(crate) async fn kill(client: &Client, options: &KillOptions) -> Result<u8, F
     let request = &request;
     each(&options.machines, async |machine| {
         client.kill(machine, request).await?;
+        Ok(())
+    })
+    .await
+}
+
+/// `vistara pause`.
+pub(crate) async fn pause(client: &Client, options: &MachinesOptions) -> Result<u8, Failure> {
+    each(&options.machines, async |machine| {
+        client.pause(machine).await?;
+        Ok(())
+    })
+    .await
+}
+
+/// `vistara resume`.
+pub(crate) async fn resume(client: &Client, options: &MachinesOptions) -> Result<u8, Failure> {
+    each(&options.machines, async |machine| {
+        client.resume(machine).await?;
         Ok(())
     })
     .await

@@ -143,6 +143,8 @@ async fn with_node(
         Command::Cp(options) => copy::cp(client, &options).await,
         Command::Stop(options) => machine_commands::stop(client, &options).await,
         Command::Kill(options) => machine_commands::kill(client, &options).await,
+        Command::Pause(options) => machine_commands::pause(client, &options).await,
+        Command::Resume(options) => machine_commands::resume(client, &options).await,
         Command::Rm(options) => machine_commands::rm(client, &options).await,
         Command::Inspect(options) => machine_commands::inspect(client, &options).await,
         Command::Stats(options) => stats_command::stats(client, &options).await,

@@ -1,5 +1,7 @@
 //! The task that owns one machine. It carries out what the lifecycle says, keeps the record, and publishes it.
 
+mod hold;
+
 use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, prepare};
 use super::record::now_ns;
@@ -189,13 +191,17 @@ impl Actor {
             match self.node.origin(&self.record, &self.dir).await {
                 Ok(Fate::Running(vm)) => {
                     self.trouble = None;
+                    self.hold_as_recorded(vm.as_ref()).await;
                     self.take_up(vm);
                     let adopted = Event::Adopted {
                         signal: self.record.stop_signal,
                         grace: STOP_GRACE,
                     };
                     self.on(adopted).await;
-                    if self.record.state == MachineState::Running {
+                    if matches!(
+                        self.record.state,
+                        MachineState::Running | MachineState::Paused
+                    ) {
                         self.arm_time_limit();
                     }
                     return;
@@ -246,6 +252,15 @@ impl Actor {
         self.record.vm = Some(vm.record().clone());
         let waited = Arc::clone(&vm);
         self.waiter = Some(tokio::spawn(async move { waited.wait().await }));
+        if self.life.state() != MachineState::Paused {
+            self.begin_session(&vm);
+        }
+        self.shared.vm.send_replace(Some(Arc::clone(&vm)));
+        self.vm = Some(vm);
+    }
+
+    /// Starts the task that speaks with the guest.
+    fn begin_session(&mut self, vm: &Arc<dyn Vm>) {
         let record = Arc::new(self.record.clone());
         let (log, shared) = (Arc::clone(&self.log), Arc::clone(&self.shared));
         let (news, zero) = (self.news.0.clone(), self.zero);
@@ -253,7 +268,7 @@ impl Actor {
             Payload::Linux => tokio::spawn(
                 Session {
                     record,
-                    vm: Arc::clone(&vm),
+                    vm: Arc::clone(vm),
                     log,
                     shared,
                     news,
@@ -266,7 +281,7 @@ impl Actor {
                 UnikernelSession {
                     record,
                     dir: self.dir.clone(),
-                    vm: Arc::clone(&vm),
+                    vm: Arc::clone(vm),
                     log,
                     shared,
                     news,
@@ -275,8 +290,6 @@ impl Actor {
                 .run(),
             ),
         });
-        self.shared.vm.send_replace(Some(Arc::clone(&vm)));
-        self.vm = Some(vm);
     }
 
     async fn command(&mut self, command: Command) {
@@ -295,6 +308,15 @@ impl Actor {
             }
             Command::Signal(signal) => self.signal(signal),
             Command::Kill => self.on(Event::KillAsked).await,
+            Command::Pause(answer) => {
+                let done = self.pause().await;
+                // Who asked may have gone.
+                let _ = answer.send(done);
+            }
+            Command::Resume(answer) => {
+                let done = self.resume().await;
+                let _ = answer.send(done);
+            }
             // Whoever removes waits for the end first; before it there is nothing to do.
             Command::Remove => {}
         }
@@ -337,6 +359,7 @@ impl Actor {
                         if matches!(command, Command::Kill | Command::Stop { .. }) {
                             break;
                         }
+                        // What is asked of a machine at its end has no answer, and who asked hears that.
                     }
                 }
             }
@@ -463,6 +486,7 @@ impl Actor {
         match effect {
             Effect::SignalProgram(signal) => self.signal(signal),
             Effect::ArmGrace(grace) => self.grace = Some(tokio::time::Instant::now() + grace),
+            Effect::ResumeVm => self.go_on(),
             Effect::TakeDown => self.take_down(!self.record.spec.volumes.is_empty()),
             Effect::KillVm => self.take_down(false),
         }
@@ -572,7 +596,14 @@ impl Actor {
             loop {
                 match self.commands.recv().await {
                     Some(Command::Remove) => break,
-                    Some(Command::Stop { .. } | Command::Signal(_) | Command::Kill) => {}
+                    Some(
+                        Command::Stop { .. }
+                        | Command::Signal(_)
+                        | Command::Kill
+                        // Who asked hears that nobody answers.
+                        | Command::Pause(_)
+                        | Command::Resume(_),
+                    ) => {}
                     // Nobody holds a handle any more: the node is leaving, and the record stays for the next one.
                     None => return,
                 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
 use vistara_machine::Vm;
 use vistara_model::{MachineId, MachineState, Payload, Signal};
@@ -24,6 +24,10 @@ pub(crate) enum Command {
     Signal(Signal),
     /// Take it down at once.
     Kill,
+    /// Hold its guest still.
+    Pause(oneshot::Sender<Answer<()>>),
+    /// Let its guest go on.
+    Resume(oneshot::Sender<Answer<()>>),
     /// Forget it altogether: only once it has ended.
     Remove,
 }
@@ -158,6 +162,30 @@ impl Handle {
         let _ = self.commands.send(command).await;
     }
 
+    /// Asks for something that is answered.
+    pub(crate) async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Answer<T>>) -> Command,
+    ) -> Answer<T> {
+        let (sender, answer) = oneshot::channel();
+        self.send(command(sender)).await;
+        answer.await.unwrap_or_else(|_| {
+            let name = &self.record().name;
+            Err(Fault::conflict(format!("machine {name} has ended"))
+                .hint(format!("see what became of it: vistara inspect {name}")))
+        })
+    }
+
+    /// Holds the guest still.
+    pub(crate) async fn pause(&self) -> Answer<()> {
+        let record = self.record();
+        if record.backend.payload == Payload::Linux && self.state() != MachineState::Paused {
+            // A guest that is held before it has answered would pass for one that never does.
+            self.agent().await?;
+        }
+        self.ask(Command::Pause).await
+    }
+
     /// Waits until the machine is as wanted, and gives what it is then. Also ends when nothing will change any more.
     pub(crate) async fn wait_until(&self, wanted: impl Fn(&Snapshot) -> bool) -> Snapshot {
         let mut snapshot = self.snapshot.clone();
@@ -198,7 +226,8 @@ impl Handle {
                 .await;
             }
             MachineState::Paused => {
-                return Err(Fault::conflict(format!("machine {name} is paused")));
+                return Err(Fault::conflict(format!("machine {name} is paused"))
+                    .hint(format!("vistara resume {name}")));
             }
             MachineState::Ended => {}
         }

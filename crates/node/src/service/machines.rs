@@ -167,6 +167,38 @@ pub(super) async fn stop(
     Ok(Json(view::machine(&handle.wait_end().await)))
 }
 
+/// Holds a machine still. Its program, clock and connections stand; it keeps its memory.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{machine}/pause",
+    params(("machine" = String, Path, description = "Id, name, or unambiguous beginning of an id")),
+    responses((status = 200, body = Machine), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody))
+)]
+pub(super) async fn pause(
+    State(app): State<App>,
+    Path(machine): Path<String>,
+) -> Answer<Json<Machine>> {
+    let handle = app.node.find(&machine)?;
+    handle.pause().await?;
+    Ok(Json(view::machine(&handle.snapshot())))
+}
+
+/// Lets a paused machine go on.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{machine}/resume",
+    params(("machine" = String, Path, description = "Id, name, or unambiguous beginning of an id")),
+    responses((status = 200, body = Machine), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody))
+)]
+pub(super) async fn resume(
+    State(app): State<App>,
+    Path(machine): Path<String>,
+) -> Answer<Json<Machine>> {
+    let handle = app.node.find(&machine)?;
+    handle.ask(Command::Resume).await?;
+    Ok(Json(view::machine(&handle.snapshot())))
+}
+
 /// Sends a signal to a program. KILL, or no signal, takes the whole machine down and answers when it is gone.
 #[utoipa::path(
     post,

@@ -71,6 +71,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(machines::inspect, machines::remove))
         .routes(routes!(machines::stop))
         .routes(routes!(machines::kill))
+        .routes(routes!(machines::pause))
+        .routes(routes!(machines::resume))
         .routes(routes!(machines::wait))
         .routes(routes!(machines::logs))
         .routes(routes!(machines::console))

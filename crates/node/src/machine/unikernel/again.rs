@@ -100,7 +100,7 @@ async fn correct(
         let known = images.program_facts(&image, &asked);
         let known = known.map_err(|error| chain(&error))?;
         images
-            .correct(&record.image_id, &known.program.file, &correction)
+            .correct(&record.image_id, &known.program.file, None, &correction)
             .map_err(|error| chain(&error))?;
         images
             .program_facts(&image, &asked)
