@@ -313,6 +313,40 @@ async fn scripts_lead_to_their_interpreters_and_what_is_missing_is_named() {
 }
 
 #[tokio::test]
+async fn a_correction_of_one_command_is_about_that_one_until_there_are_three() {
+    let mut root = Rootfs::default();
+    if !root.program("/bin/true") {
+        return;
+    }
+    let Some((_directory, store, image)) = root.import().await else {
+        return;
+    };
+    let seen = |words: &[&str]| {
+        let argv: Vec<String> = words.iter().map(ToString::to_string).collect();
+        let facts = store.program_facts(&image, &Asked::new(&argv, &[], "/"));
+        facts.unwrap().correction.map(|it| it.seen)
+    };
+    let correct = |words: &[&str], seen: &str| {
+        let argv: Vec<String> = words.iter().map(ToString::to_string).collect();
+        let asked = Asked::new(&argv, &[], "/");
+        let file = store.program_facts(&image, &asked).unwrap().program.file;
+        let seen = seen.to_owned();
+        let correction = Correction { seen };
+        store
+            .correct(&image.id, &file, Some(&asked), &correction)
+            .unwrap();
+    };
+    correct(&["true", "a"], "one");
+    correct(&["true", "a"], "again");
+    correct(&["true", "ab"], "two");
+    assert_eq!(seen(&["true", "a"]).unwrap(), "again");
+    assert_eq!(seen(&["true", "a", "b"]), None);
+    correct(&["true", "c"], "three");
+    let all = seen(&["true", "a", "b"]).unwrap();
+    assert!(all.contains("three"), "{all}");
+}
+
+#[tokio::test]
 async fn facts_are_kept_with_the_image_and_corrections_outlive_them() {
     let mut root = Rootfs::default();
     if !root.program("/bin/true") {
@@ -327,7 +361,7 @@ async fn facts_are_kept_with_the_image_and_corrections_outlive_them() {
         seen: "it tried to make a process".to_owned(),
     };
     store
-        .correct(&image.id, &first.program.file, &correction)
+        .correct(&image.id, &first.program.file, None, &correction)
         .unwrap();
     // Without its layers the image can be looked at no more: what comes now is what was kept.
     let blob = directory.path().join("store/blobs/sha256");

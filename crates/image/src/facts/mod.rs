@@ -22,7 +22,8 @@ use crate::ImageError;
 use crate::merge::{Content, Tree};
 use read::Source;
 use serde::{Deserialize, Serialize};
-use vistara_model::{Bytes, Correction, EnvVar, ImageFacts, ProgramFacts};
+use sha2::{Digest as _, Sha256};
+use vistara_model::{Bytes, Correction, Digest, EnvVar, ImageFacts, ProgramFacts};
 
 /// Raise it when the same image would give other facts: what older analysers gathered is then gathered again.
 const ANALYSER: u32 = 1;
@@ -31,6 +32,8 @@ const VERSION: u32 = 1;
 const PROGRAMS_MAX: usize = 32;
 /// Corrections of one image that are remembered: as many as programs could be run from it in earnest.
 const CORRECTIONS_MAX: usize = 256;
+/// So many commands of one program that were corrected speak against the program.
+const COMMANDS_MAX: usize = 3;
 /// Where a command is looked for if its environment does not say: what `execvp` and a guest use.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -45,6 +48,8 @@ pub struct Asked<'a> {
     pub library_path: &'a str,
     /// The absolute working directory.
     pub working_dir: &'a str,
+    /// The whole command line: corrections may be about one command only.
+    pub argv: &'a [String],
 }
 
 impl<'a> Asked<'a> {
@@ -61,7 +66,18 @@ impl<'a> Asked<'a> {
             path: variable("PATH").unwrap_or(DEFAULT_PATH),
             library_path: variable("LD_LIBRARY_PATH").unwrap_or_default(),
             working_dir,
+            argv,
         }
+    }
+
+    /// By what its command is known again: short, and nothing of it can be read back.
+    fn command(&self) -> Digest {
+        let mut hash = Sha256::new();
+        for word in self.argv {
+            hash.update((word.len() as u64).to_le_bytes());
+            hash.update(word);
+        }
+        Digest::from_sha256(hash.finalize().into())
     }
 }
 
@@ -89,6 +105,9 @@ struct Known {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Corrected {
     file: String,
+    /// The only command that it is about, where it is not about all.
+    #[serde(default)]
+    command: Option<Digest>,
     correction: Correction,
 }
 
@@ -135,17 +154,32 @@ impl Cache {
         let known = self.programs.iter().find(|known| known.is(asked))?;
         Some(ImageFacts {
             program: known.facts.clone(),
-            correction: self.correction(&known.facts.file),
+            correction: self.correction(&known.facts.file, asked),
             entries: self.entries,
             size: self.size,
         })
     }
 
-    fn correction(&self, file: &str) -> Option<Correction> {
-        self.corrections
-            .iter()
-            .find(|corrected| corrected.file == file)
-            .map(|corrected| corrected.correction.clone())
+    fn correction(&self, file: &str, asked: &Asked<'_>) -> Option<Correction> {
+        let of_file: Vec<&Corrected> = (self.corrections.iter())
+            .filter(|corrected| corrected.file == file)
+            .collect();
+        if let Some(whole) = of_file.iter().find(|known| known.command.is_none()) {
+            return Some(whole.correction.clone());
+        }
+        let command = asked.command();
+        let same = |known: &&&Corrected| known.command.as_ref() == Some(&command);
+        if let Some(same) = of_file.iter().find(same) {
+            return Some(same.correction.clone());
+        }
+        let last = of_file.last().filter(|_| of_file.len() >= COMMANDS_MAX)?;
+        Some(Correction {
+            seen: format!(
+                "{} of its commands did not do; of the last, {}",
+                of_file.len(),
+                last.correction.seen
+            ),
+        })
     }
 
     /// Remembers what was gathered.
@@ -163,13 +197,21 @@ impl Cache {
         });
     }
 
-    /// Remembers a correction for the program in this file of the image; the latest one counts.
-    pub(crate) fn correct(&mut self, file: &str, correction: &Correction) {
-        self.corrections.retain(|corrected| corrected.file != file);
+    /// Remembers a correction for the program in this file of the image, or for one command of it; the latest one counts.
+    pub(crate) fn correct(
+        &mut self,
+        file: &str,
+        only: Option<&Asked<'_>>,
+        correction: &Correction,
+    ) {
+        let command = only.map(Asked::command);
+        self.corrections
+            .retain(|known| known.file != file || known.command != command);
         let excess = (self.corrections.len() + 1).saturating_sub(CORRECTIONS_MAX);
         self.corrections.drain(..excess);
         self.corrections.push(Corrected {
             file: file.to_owned(),
+            command,
             correction: correction.clone(),
         });
     }

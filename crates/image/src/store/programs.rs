@@ -48,7 +48,8 @@ impl ImageStore {
     }
 
     /// Remembers that practice showed a program to need what its facts did not say. `file` is
-    /// [`ProgramFacts::file`]; the correction is in every later answer of [`ImageStore::program_facts`] for it.
+    /// [`ProgramFacts::file`]; the correction is in every later answer of [`ImageStore::program_facts`] for it, or where `only`
+    /// is given, in those for that command line; after some of these, in all.
     ///
     /// # Errors
     /// Where the store cannot be written.
@@ -56,9 +57,10 @@ impl ImageStore {
         &self,
         image: &Digest,
         file: &str,
+        only: Option<&Asked<'_>>,
         correction: &Correction,
     ) -> Result<(), ImageError> {
-        self.change(image, |cache| cache.correct(file, correction))?;
+        self.change(image, |cache| cache.correct(file, only, correction))?;
         Ok(())
     }
 
