@@ -11,15 +11,16 @@ mod conformance;
 use conformance::{Lines, Subject, ends_with_this_test, guest, launch, limit, soon};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::{facts, kvm};
 use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_MAX};
 use vistara_machine::{
-    Adoption, Capture, Disk, Fence, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
+    Adoption, Capture, Disk, Fence, LaunchPlan, Nic, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
 
 /// The user as which machines run when the tests do as root.
 const USER: (u32, u32) = (61_004, 61_005);
@@ -41,9 +42,13 @@ fn options() -> FirecrackerOptions {
     FirecrackerOptions {
         program: None,
         jailer: None,
+        slirp4netns: None,
         kvm: kvm_works().clone(),
     }
 }
+
+/// Whether machines have a network here: known once a [`FirecrackerVmm`] is.
+static NETWORKED: AtomicBool = AtomicBool::new(false);
 
 struct Firecracker;
 
@@ -65,6 +70,7 @@ impl Subject for Firecracker {
             println!("SKIP: {reason}");
             return None;
         }
+        NETWORKED.store(vmm.capabilities().user_network.is_ok(), Ordering::Relaxed);
         Some(Arc::new(vmm))
     }
 
@@ -78,7 +84,8 @@ impl Subject for Firecracker {
             start: Start::Linux(guest::boot_with(guest::Channel::Vsock).unwrap()),
             capturable: false,
             disks: vec![],
-            nic: None,
+            // Wherever machines may have a network, the suite's do.
+            nic: NETWORKED.load(Ordering::Relaxed).then(|| nic(vec![])),
             shares: vec![],
             fence: Fence {
                 uid_gid: facts::is_root().then_some(USER),
@@ -111,6 +118,12 @@ fn left_of(record: &VmRecord) -> Vec<String> {
     if alive && !stat.contains(") Z ") {
         left.push(format!("process {}", record.pid));
     }
+    let network = &record.backend["network"];
+    if let Some(start) = network["start_ticks"].as_u64()
+        && facts::start_ticks(helper(record)) == Some(start)
+    {
+        left.push(format!("its network's process {}", helper(record)));
+    }
     for dir in record.backend["cgroup"].as_array().unwrap() {
         let dir = dir.as_str().unwrap();
         if Path::new(dir).exists() {
@@ -119,8 +132,10 @@ fn left_of(record: &VmRecord) -> Vec<String> {
     }
     let root = record.backend["root"].as_str().unwrap();
     let (machine, _) = root.split_once("/jail/").unwrap();
-    if Path::new(machine).join("jail").exists() {
-        left.push(format!("{machine}/jail"));
+    for name in ["jail", "network"] {
+        if Path::new(machine).join(name).exists() {
+            left.push(format!("{machine}/{name}"));
+        }
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let ours = mounts.lines().filter(|line| line.contains(machine));
@@ -241,6 +256,202 @@ async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
     machine.vm.resume().await.unwrap();
     assert_eq!(machine.lines.hear().await, "later");
     machine.end().await;
+}
+
+fn port(host_port: u16, guest_port: u16) -> PortMapping {
+    PortMapping {
+        host_address: std::net::Ipv4Addr::LOCALHOST,
+        host_port,
+        guest_port,
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn nic(ports: Vec<PortMapping>) -> Nic {
+    Nic {
+        ports,
+        mac: [0x52, 0x54, 0, 0, 0, 7],
+    }
+}
+
+/// Whether machines have a network here; said on stdout where not.
+async fn networked() -> Option<Arc<dyn Vmm>> {
+    let vmm = Firecracker.vmm().await?;
+    if let Err(reason) = &vmm.capabilities().user_network {
+        println!("SKIP: machines have no network here: {reason}");
+        return None;
+    }
+    Some(vmm)
+}
+
+/// What a machine's network runs on: the process beside Firecracker.
+fn helper(record: &VmRecord) -> u32 {
+    let pid = record.backend["network"]["pid"].as_u64().unwrap();
+    u32::try_from(pid).unwrap()
+}
+
+const ADDRESS: &str = "ifconfig eth0 10.0.2.15 up; route add default gw 10.0.2.2";
+
+/// What comes back on a connection to a port of the host, made until something does: it is accepted before the guest listens.
+async fn echoed(number: u16, text: &[u8]) -> Vec<u8> {
+    let answer = async {
+        loop {
+            let dialled = tokio::net::TcpStream::connect(("127.0.0.1", number)).await;
+            let mut stream = dialled.unwrap();
+            stream.write_all(text).await.unwrap();
+            let mut answer = vec![0; text.len()];
+            if stream.read_exact(&mut answer).await.is_ok() {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    soon("an answer by the network", answer).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_published_port_leads_into_the_guest_and_a_taken_one_is_named() {
+    let Some(vmm) = networked().await else { return };
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = held.local_addr().unwrap().port();
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Firecracker.plan(dir.path());
+    plan.nic = Some(nic(vec![port(number, 7)]));
+    match soon("launching", vmm.launch(&plan)).await {
+        Err(VmmError::PortTaken(taken)) => assert_eq!(taken, port(number, 7)),
+        other => panic!("{:?}", other.err()),
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    drop(held);
+    let mut machine = run(|plan| plan.nic = Some(nic(vec![port(number, 7)])))
+        .await
+        .unwrap();
+    machine.load_drivers().await;
+    machine
+        .sh(&format!("{ADDRESS}; nc -ll -p 7 -e cat >/dev/null 2>&1 &"))
+        .await;
+    assert_eq!(echoed(number, b"ping").await, b"ping");
+    let mac = machine.sh("cat /sys/class/net/eth0/address").await;
+    assert_eq!(mac, "52:54:00:00:00:07");
+    // Another process takes the machine over: its network has gone on.
+    let record = machine.vm.record().clone();
+    let record: VmRecord = serde_json::from_str(&serde_json::to_string(&record).unwrap()).unwrap();
+    drop((machine.vm, machine.lines));
+    let adopted = soon("adopting", vmm.adopt(machine.dir.path(), &record)).await;
+    let Adoption::Running(vm) = adopted.unwrap() else {
+        panic!("it runs");
+    };
+    assert_eq!(echoed(number, b"pong").await, b"pong");
+    assert_eq!(vm.trouble(), None);
+    let helper = helper(&record);
+    assert!(facts::start_ticks(helper).is_some());
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(facts::start_ticks(helper), None);
+    assert_eq!(left_of(&record), [] as [&str; 0]);
+    assert!(!machine.dir.path().join("network").exists());
+    std::net::TcpListener::bind(("127.0.0.1", number)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_reaches_what_the_host_reaches_but_not_its_loopback() {
+    if networked().await.is_none() {
+        return;
+    }
+    // An address of the host that is no loopback's, whatever network it has.
+    let ip = |words: &[&str]| {
+        let run = Command::new("ip").args(words).output();
+        run.is_ok_and(|output| output.status.success())
+    };
+    let name = format!("vst{}", std::process::id());
+    let made = ip(&["link", "add", &name, "type", "dummy"])
+        && ip(&["addr", "add", "198.51.100.77/32", "dev", &name])
+        && ip(&["link", "set", &name, "up"]);
+    if !made {
+        ip(&["link", "del", &name]);
+        return println!("SKIP: this host can have no further address");
+    }
+    let tested = async {
+        let outside = std::net::TcpListener::bind("198.51.100.77:0").unwrap();
+        let inner = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut machine = run(|plan| plan.nic = Some(nic(vec![]))).await.unwrap();
+        machine.load_drivers().await;
+        machine.sh(ADDRESS).await;
+        let number = inner.local_addr().unwrap().port();
+        let dial = format!("nc -w 3 10.0.2.2 {number} </dev/null && echo reached");
+        assert_eq!(machine.sh(&dial).await, "");
+        let number = outside.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            let (mut stream, _) = outside.accept().unwrap();
+            std::io::Write::write_all(&mut stream, b"from outside").unwrap();
+        });
+        let dial = format!("nc -w 10 198.51.100.77 {number} </dev/null");
+        assert_eq!(machine.sh(&dial).await, "from outside");
+        machine.end().await;
+    };
+    let done = tokio::time::timeout(2 * limit(), tested).await;
+    assert!(ip(&["link", "del", &name]));
+    done.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_whose_helper_dies_is_told_and_the_machine_goes_on() {
+    if networked().await.is_none() {
+        return;
+    }
+    let mut machine = run(|plan| plan.nic = Some(nic(vec![]))).await.unwrap();
+    assert_eq!(machine.vm.trouble(), None);
+    signal(helper(machine.vm.record()), "-9");
+    let told = async {
+        loop {
+            if let Some(trouble) = machine.vm.trouble() {
+                return trouble;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let trouble = soon("telling", told).await;
+    assert!(trouble.contains("network"), "{trouble}");
+    machine.lines.echo("still here").await;
+    machine.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forks_have_a_network_each() {
+    let Some(vmm) = networked().await else { return };
+    let mut machine = run(|plan| {
+        plan.capturable = true;
+        plan.nic = Some(nic(vec![]));
+    })
+    .await
+    .unwrap();
+    machine.load_drivers().await;
+    machine
+        .sh(&format!("{ADDRESS}; nc -ll -p 7 -e cat >/dev/null 2>&1 &"))
+        .await;
+    drop(machine.lines);
+    let capture = Arc::new(soon("capturing", machine.vm.capture()).await.unwrap());
+    let mut forks = Vec::new();
+    for _ in 0..2 {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let number = free.local_addr().unwrap().port();
+        drop(free);
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = Firecracker.plan(dir.path());
+        plan.nic = Some(nic(vec![port(number, 7)]));
+        plan.start = Start::Fork(Arc::clone(&capture));
+        let begin = Instant::now();
+        let vm = launch(&*vmm, &plan).await;
+        println!("fork: launch call {:?}", begin.elapsed());
+        forks.push((vm, number, dir));
+    }
+    for (_, number, _) in &forks {
+        let word = format!("to {number}");
+        assert_eq!(echoed(*number, word.as_bytes()).await, word.as_bytes());
+    }
+    for (vm, _, _) in &forks {
+        soon("killing", vm.kill()).await.unwrap();
+        assert_eq!(left_of(vm.record()), [] as [&str; 0]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

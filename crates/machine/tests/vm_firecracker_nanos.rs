@@ -65,6 +65,7 @@ async fn lab() -> Option<Lab> {
     let options = FirecrackerOptions {
         program: None,
         jailer: None,
+        slirp4netns: None,
         kvm: KvmVerdict::Works,
     };
     let vmm = match FirecrackerVmm::detect(options).await {

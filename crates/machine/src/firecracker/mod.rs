@@ -10,12 +10,13 @@
 //! take the machine over.
 //!
 //! Differences from QEMU that its owner may notice: a guest cannot be waited for when the host's disk is full (its writes
-//! fail); there is no power button; no host directories; no user-mode network.
+//! fail); there is no power button; no host directories; a network only as root.
 
 mod api;
 mod channel;
 mod configure;
 mod console;
+mod network;
 mod stage;
 mod start;
 mod state;
@@ -27,6 +28,7 @@ use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
 use console::Console;
+use network::UserNetwork;
 use state::BackendRecord;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -60,6 +62,8 @@ pub struct FirecrackerOptions {
     pub program: Option<PathBuf>,
     /// `jailer`; looked for beside `firecracker`, then as that, where absent.
     pub jailer: Option<PathBuf>,
+    /// `slirp4netns`; looked for as that where absent.
+    pub slirp4netns: Option<PathBuf>,
     /// The KVM probe's verdict: machines run only if it works.
     pub kvm: KvmVerdict,
 }
@@ -79,6 +83,8 @@ struct Tools {
     program_name: String,
     /// The jailer, or why it cannot be used.
     jailer: Result<PathBuf, String>,
+    /// What gives machines a network, or why nothing does.
+    network: Result<UserNetwork, String>,
     version: Version,
     cgroups: Result<Cgroups, String>,
     boot_id: String,
@@ -148,6 +154,16 @@ impl FirecrackerVmm {
             KvmVerdict::Works => vistara_host::kvm::monitors_may_open().err(),
             KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => Some(why),
         };
+        // Where no machine runs, none needs a network, and to try one takes some milliseconds.
+        let network = match &no_kvm {
+            None => UserNetwork::find(options.slirp4netns).await,
+            Some(_) => Err("no machine of Firecracker's runs here".to_owned()),
+        };
+        if let Err(reason) = &network
+            && no_kvm.is_none()
+        {
+            tracing::warn!(%reason, "Firecracker's machines get no network");
+        }
         let program_name = program.file_name().unwrap_or_default().to_string_lossy();
         Ok(FirecrackerVmm {
             capabilities: Capabilities {
@@ -159,7 +175,7 @@ impl FirecrackerVmm {
                     Vec::new()
                 },
                 shares: Err("Firecracker has no device for host directories".to_owned()),
-                user_network: false,
+                user_network: network.as_ref().map(|_| ()).map_err(Clone::clone),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),
@@ -169,6 +185,7 @@ impl FirecrackerVmm {
                 program_name: program_name.into_owned(),
                 program,
                 jailer,
+                network,
                 version,
                 cgroups,
                 boot_id,
@@ -202,10 +219,13 @@ impl FirecrackerVmm {
             self.capabilities.shares.clone().map_err(unsupported)?;
         }
         if plan.nic.is_some() {
-            return Err(unsupported(
-                "a network interface: Firecracker needs a tap, and machines have none yet"
-                    .to_owned(),
-            ));
+            let no_network = |reason| unsupported(format!("a network: {reason}"));
+            self.capabilities.user_network.clone().map_err(no_network)?;
+            if plan.fence.uid_gid.is_none() {
+                return Err(no_network(
+                    "a machine that runs as the node itself has no network namespace".to_owned(),
+                ));
+            }
         }
         match &plan.start {
             Start::Linux(_) => {}
@@ -385,6 +405,14 @@ impl Vmm for FirecrackerVmm {
         if let Ok(Ok(_)) = gone {
             return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
         }
+        let network = match &backend.network {
+            Some(helper) => Some(
+                helper
+                    .adopt(&record.boot_id)
+                    .map_err(io_error("looking for the network of", &at))?,
+            ),
+            None => None,
+        };
         let of_monitor = |fd: u32| PathBuf::from(format!("/proc/{}/fd/{fd}", record.pid));
         let in_memory = !backend.unikernel && !dir.join(state::LIVE_CONSOLE).exists();
         let console_box = in_memory.then(|| std::fs::File::open(of_monitor(1)).ok());
@@ -396,6 +424,7 @@ impl Vmm for FirecrackerVmm {
             errors: OutputBox::reopen(&of_monitor(2)).ok(),
             console: Console::open(dir).with_box(console_box.flatten()),
             printed: state::open_output(dir),
+            network,
         }))))
     }
 
@@ -435,6 +464,7 @@ mod tests {
         let options = FirecrackerOptions {
             program: Some("/no/such/firecracker".into()),
             jailer: None,
+            slirp4netns: None,
             kvm: KvmVerdict::Works,
         };
         match FirecrackerVmm::detect(options).await {
@@ -448,6 +478,7 @@ mod tests {
         let options = FirecrackerOptions {
             program: Some("/bin/true".into()),
             jailer: None,
+            slirp4netns: None,
             kvm: KvmVerdict::Works,
         };
         let refused = FirecrackerVmm::detect(options).await.err().unwrap();

@@ -6,10 +6,12 @@
 use super::api::{self, Api, ApiError};
 use super::configure::{self, INITRAMFS, KERNEL, SNAPSHOT_STATE, disk_name};
 use super::console::Console;
+use super::network::{Helper, NetworkFailure, TAP};
 use super::stage::{Apart, Belongs, Stage};
 use super::state::{self, BackendRecord};
 use super::vm::{FirecrackerVm, Parts, clean_up, log_tail};
 use super::{Tools, io_error};
+use crate::vmm::{BUILDING, GOING_ON};
 use crate::{LaunchPlan, Start, VmRecord, VmmError};
 use rustix::fs::OFlags;
 use std::ffi::OsString;
@@ -22,7 +24,7 @@ use vistara_host::cgroup::{Cgroup, Limits};
 use vistara_host::files::{self, OutputBox};
 use vistara_host::launch::{Launch, LaunchError, Launched, Rlimit};
 use vistara_host::process::{ProcessEnd, ProcessHandle};
-use vistara_model::VmmKind;
+use vistara_model::{PortMapping, VmmKind};
 use vistara_nanos::kernel::{KERNEL_BYTES_MAX, neutralise_pvh_note};
 
 /// Bytes of complaints (of the jailer, or of a Firecracker that panics) that are kept.
@@ -54,6 +56,15 @@ struct Started {
     /// The description of a unikernel's output that Firecracker has, too.
     pipe: Option<File>,
     in_memory: Option<File>,
+    network: Option<Helper>,
+}
+
+/// Why a machine whose process runs does not start.
+enum Failure {
+    /// At this step, for this reason.
+    At(&'static str, String),
+    /// This port could not be published.
+    Port(PortMapping),
 }
 
 fn failed(step: &'static str) -> impl Fn(String) -> VmmError {
@@ -79,11 +90,16 @@ pub(super) async fn start(
     let api = Api::new(&started.backend.root);
     let running = tokio::select! {
         biased;
-        running = set_up(&api, tools, plan) => running,
-        end = started.process.wait() => Err(("starting Firecracker", describe(end))),
+        running = set_up(&api, tools, plan, started.network.as_ref()) => running,
+        end = started.process.wait() => Err(Failure::At("starting Firecracker", describe(end))),
     };
-    if let Err((step, message)) = running {
-        return Err(give_up(started, plan, step, message).await);
+    match running {
+        Ok(()) => {}
+        Err(Failure::At(step, message)) => return Err(give_up(started, plan, step, message).await),
+        Err(Failure::Port(port)) => {
+            give_up(started, plan, "publishing a port", String::new()).await;
+            return Err(VmmError::PortTaken(port));
+        }
     }
     if let Some(pipe) = &started.pipe
         && let Err(error) = wait_for_readers(pipe)
@@ -102,11 +118,44 @@ pub(super) async fn start(
         errors: Some(started.errors),
         console: Console::open(&plan.dir).with_box(started.in_memory),
         printed: state::open_output(&plan.dir),
+        network: started.network.map(|helper| Some(helper.process)),
     }))
 }
 
-/// Waits for the API, makes all settings, and lets the guest run.
-async fn set_up(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), (&'static str, String)> {
+/// Waits for the API and for the network, makes all settings, and lets the guest run.
+async fn set_up(
+    api: &Api,
+    tools: &Tools,
+    plan: &LaunchPlan,
+    network: Option<&Helper>,
+) -> Result<(), Failure> {
+    let published = async {
+        let (Some(helper), Some(nic)) = (network, &plan.nic) else {
+            return Ok(());
+        };
+        let published = helper.publish(&plan.dir, &nic.ports).await;
+        published.map_err(|failure| match failure {
+            NetworkFailure::Port(port) => Failure::Port(port),
+            NetworkFailure::Other(message) => Failure::At("making its network", message),
+        })
+    };
+    // At once: each takes some milliseconds in which it mostly waits.
+    tokio::try_join!(set(api, tools, plan), published)?;
+    let step = |step: &'static str| move |error: ApiError| Failure::At(step, error.to_string());
+    match &plan.start {
+        Start::Fork(_) => api
+            .put("/snapshot/load", &configure::load(), api::SNAPSHOT_LIMIT)
+            .await
+            .map_err(step(GOING_ON)),
+        Start::Linux(_) | Start::Nanos(_) => api
+            .start_instance()
+            .await
+            .map_err(step("starting the guest")),
+    }
+}
+
+/// Waits for the API, and makes the settings of a machine that boots.
+async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure> {
     let listening = async {
         while !api.listens() {
             tokio::time::sleep(API_LOOK).await;
@@ -115,33 +164,27 @@ async fn set_up(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), (&'st
     tokio::time::timeout(API_LIMIT, listening)
         .await
         .map_err(|_| {
-            (
+            Failure::At(
                 "waiting for Firecracker's API",
                 format!("it does not listen after {API_LIMIT:?}"),
             )
         })?;
-    let step = |step: &'static str| move |error: ApiError| (step, error.to_string());
     if let Start::Fork(_) = &plan.start {
-        return api
-            .put("/snapshot/load", &configure::load(), api::SNAPSHOT_LIMIT)
-            .await
-            .map_err(step("going on from the capture"));
+        return Ok(());
     }
-    let settings = configure::settings(plan, tools.version, None)
-        .map_err(|error| ("building the machine", error.to_string()))?;
+    let settings = configure::settings(plan, tools.version, Some(TAP))
+        .map_err(|error| Failure::At(BUILDING, error.to_string()))?;
     for setting in settings {
         api.put(&setting.path, &setting.body, api::ANSWER_LIMIT)
             .await
             .map_err(|error| {
-                (
-                    "building the machine",
+                Failure::At(
+                    BUILDING,
                     format!("{}: {error}", setting.path.trim_start_matches('/')),
                 )
             })?;
     }
-    api.start_instance()
-        .await
-        .map_err(step("starting the guest"))
+    Ok(())
 }
 
 /// Firecracker makes its standard output one that never waits, and drops what does not fit. The description is ours as well:
@@ -323,6 +366,13 @@ fn spawn_in(
         .start()
         .map_err(|error: LaunchError| failed("starting Firecracker")(told(&error)))?;
     fences.extend(held);
+    let network = match start_network(tools, plan, apart, &process, cgroup.as_ref()) {
+        Ok(network) => network,
+        Err(error) => {
+            end_unknown(&process, plan);
+            return Err(error);
+        }
+    };
     let backend = BackendRecord {
         cgroup: cgroup
             .as_ref()
@@ -337,6 +387,7 @@ fn spawn_in(
             .collect(),
         unikernel: matches!(plan.start, Start::Nanos(_)),
         capture: plan.capturable.then(|| super::info(tools, plan)),
+        network: network.as_ref().map(Helper::record),
     };
     let noted = serde_json::to_value(&backend).and_then(|value| {
         let record = VmRecord {
@@ -359,14 +410,35 @@ fn spawn_in(
             cgroup,
             pipe,
             in_memory,
+            network,
         }),
         Err(error) => {
-            if let Err(error) = process.kill() {
-                tracing::error!(%error, id = %plan.id, "a Firecracker that nobody knows cannot be killed");
-            }
+            end_unknown(&process, plan);
             Err(failed("noting the launch")(error.to_string()))
         }
     }
+}
+
+/// Ends a Firecracker that nobody can ever take over.
+fn end_unknown(process: &ProcessHandle, plan: &LaunchPlan) {
+    if let Err(error) = process.kill() {
+        tracing::error!(%error, id = %plan.id, "a Firecracker that nobody knows cannot be killed");
+    }
+}
+
+/// Gives the machine its network, where it is to have one.
+fn start_network(
+    tools: &Tools,
+    plan: &LaunchPlan,
+    apart: Apart,
+    process: &ProcessHandle,
+    cgroup: Option<&Cgroup>,
+) -> Result<Option<Helper>, VmmError> {
+    // Both have been looked at before anything was started.
+    let (Some(_), Some((uid, _)), Ok(network)) = (&plan.nic, apart.user(), &tools.network) else {
+        return Ok(None);
+    };
+    network.start(plan, uid, process, cgroup, OOM_SCORE)
 }
 
 fn told(error: &LaunchError) -> String {

@@ -1,6 +1,7 @@
 //! What a machine keeps in its directory besides the node's record: its console, how it ended, and its monitor's own
 //! directory (`jail/`, see `stage.rs`), which goes with it.
 
+use super::network::{self, HelperRecord};
 use crate::{CaptureInfo, VmEnd, VmRecord};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
@@ -31,6 +32,9 @@ pub(super) struct BackendRecord {
     pub(super) unikernel: bool,
     /// What a capture of it is of, where it may be captured.
     pub(super) capture: Option<CaptureInfo>,
+    /// What gives it a network, where something does.
+    #[serde(default)]
+    pub(super) network: Option<HelperRecord>,
 }
 
 /// The reader's end of the pipe of a unikernel's output; nothing where the machine has none.
@@ -82,6 +86,7 @@ pub(super) fn remove_live_files(dir: &Path) {
         }
     }
     super::stage::remove(dir);
+    network::remove(dir);
 }
 
 /// Removes everything that a launch writes.

@@ -15,14 +15,15 @@ use super::api::{self, Api, ApiError};
 use super::channel;
 use super::configure::{SNAPSHOT_MEMORY, SNAPSHOT_STATE};
 use super::console::{Console, panic_message};
-use super::io_error;
 use super::start::copy_to_memory;
 use super::state::{self, BackendRecord};
 use super::types::SnapshotCreate;
+use super::{io_error, network};
 use crate::{Capture, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -69,6 +70,9 @@ pub(super) struct Parts {
     pub(super) console: Console,
     /// The reader's end of a unikernel's output; held so that what it printed outlasts the machine.
     pub(super) printed: Option<File>,
+    /// What gives it a network, where something shall; nothing in it where that was gone already when the machine was taken
+    /// over.
+    pub(super) network: Option<Option<ProcessHandle>>,
 }
 
 /// A machine in Firecracker.
@@ -87,6 +91,7 @@ struct Inner {
     parts: Parts,
     api: Api,
     trouble: Mutex<Option<String>>,
+    network_lost: AtomicBool,
     decided: Mutex<Option<VmEnd>>,
     end: watch::Sender<Option<VmEnd>>,
 }
@@ -103,6 +108,7 @@ impl FirecrackerVm {
             api: Api::new(&parts.backend.root),
             parts,
             trouble: Mutex::new(None),
+            network_lost: AtomicBool::new(false),
             decided: Mutex::new(None),
             end: watch::Sender::new(None),
         });
@@ -169,9 +175,11 @@ impl FirecrackerVm {
 async fn supervise(inner: Arc<Inner>) {
     let end = {
         let mut gone = std::pin::pin!(inner.parts.process.wait());
+        let mut lost = std::pin::pin!(lose_network(&inner));
         loop {
             tokio::select! {
                 end = &mut gone => break end,
+                () = &mut lost => {}
                 () = tokio::time::sleep(HOUSEKEEPING) => keep_house(&inner).await,
             }
         }
@@ -213,12 +221,32 @@ pub(super) async fn clean_up(dir: &Path, cgroup: Option<&Cgroup>) {
     }
 }
 
+/// Notes the end of what gives the machine its network. Never comes back.
+async fn lose_network(inner: &Inner) {
+    if let Some(helper) = &inner.parts.network {
+        if let Some(helper) = helper {
+            // One that cannot be watched is as one that works.
+            if helper.wait().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            // It ends with the machine, a moment before.
+            tokio::time::sleep(GONE_LIMIT).await;
+        }
+        tracing::warn!(dir = %inner.parts.dir.display(), "what gave a machine its network has ended");
+        inner.network_lost.store(true, Ordering::Relaxed);
+    }
+    std::future::pending().await
+}
+
 async fn keep_house(inner: &Arc<Inner>) {
     let keeper = inner.clone();
     let kept = tokio::task::spawn_blocking(move || {
         let parts = &keeper.parts;
         parts.console.trim();
         trim_log(&parts.backend.root);
+        if parts.network.is_some() {
+            network::keep_resolver(&parts.dir);
+        }
         let full = |disk: &PathBuf| facts::disk_free(disk).is_ok_and(|free| free < ROOM_MIN);
         let full = parts.backend.writable_disks.iter().any(full);
         let text = "the host's disk is full; what the guest writes to its disk fails";
@@ -531,6 +559,10 @@ impl Vm for FirecrackerVm {
         if self.ended() {
             return None;
         }
-        locked(&self.inner.trouble).clone()
+        let lost = "its network is gone, since slirp4netns has ended; start the machine again";
+        let network = self.inner.network_lost.load(Ordering::Relaxed);
+        network
+            .then(|| lost.to_owned())
+            .or_else(|| locked(&self.inner.trouble).clone())
     }
 }
