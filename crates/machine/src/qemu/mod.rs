@@ -445,19 +445,20 @@ fn adopt_helpers(backend: &BackendRecord, boot_id: &str) -> Vec<ProcessHandle> {
         .collect()
 }
 
-/// Greets a running QEMU and asks its state, within the limit of a question.
-async fn handshake(stream: std::os::unix::net::UnixStream) -> Result<(Qmp, RunState), String> {
+/// Greets a running QEMU, within the limit of a question.
+async fn greet(stream: std::os::unix::net::UnixStream) -> Result<Qmp, String> {
     let stream = tokio::net::UnixStream::from_std(stream).map_err(|error| error.to_string())?;
-    let greeted = async {
-        let qmp = Qmp::handshake(stream)
-            .await
-            .map_err(|error| error.to_string())?;
-        let status = qmp.status().await.map_err(|error| error.to_string())?;
-        Ok((qmp, status))
-    };
-    tokio::time::timeout(qmp::REPLY_LIMIT, greeted)
+    tokio::time::timeout(qmp::REPLY_LIMIT, Qmp::handshake(stream))
         .await
         .map_err(|_| format!("QEMU did not answer within {:?}", qmp::REPLY_LIMIT))?
+        .map_err(|error| error.to_string())
+}
+
+/// Greets a running QEMU and asks its state, each within the limit of a question.
+async fn handshake(stream: std::os::unix::net::UnixStream) -> Result<(Qmp, RunState), String> {
+    let qmp = greet(stream).await?;
+    let status = qmp.status().await.map_err(|error| error.to_string())?;
+    Ok((qmp, status))
 }
 
 #[cfg(test)]

@@ -112,3 +112,60 @@ fn base64_is_decoded_as_the_standard_has_it() {
         assert_eq!(from_base64(bad), None, "{bad:?}");
     }
 }
+
+#[tokio::test]
+async fn a_fork_is_told_all_at_once_and_goes_on_when_its_state_is_there() {
+    let (qmp, mut peer) = connected().await;
+    let migration = |status: &str| json!({"event": "MIGRATION", "data": {"status": status}});
+    let (loaded, ()) = tokio::join!(qmp.load_state_and_cont(7), async {
+        let (set, load) = (request(&mut peer).await, request(&mut peer).await);
+        assert_eq!(set["execute"], "migrate-set-capabilities");
+        assert_eq!(load["arguments"]["uri"], "fd:7");
+        for answered in [set, load] {
+            say(&mut peer, &json!({"return": {}, "id": answered["id"]})).await;
+        }
+        say(&mut peer, &migration("active")).await;
+        say(&mut peer, &migration("completed")).await;
+        let cont = request(&mut peer).await;
+        assert_eq!(cont["execute"], "cont", "nothing is asked between");
+        say(&mut peer, &json!({"return": {}, "id": cont["id"]})).await;
+    });
+    loaded.unwrap();
+}
+
+#[tokio::test]
+async fn a_fork_whose_state_does_not_fit_does_not_go_on_and_says_why() {
+    let refused = |id: &Value, desc: &str| json!({"error": {"class": "GenericError", "desc": desc}, "id": id});
+    let (qmp, mut peer) = connected().await;
+    let (loaded, ()) = tokio::join!(qmp.load_state_and_cont(7), async {
+        for _ in 0..2 {
+            let asked = request(&mut peer).await;
+            say(&mut peer, &json!({"return": {}, "id": asked["id"]})).await;
+        }
+        say(
+            &mut peer,
+            &json!({"event": "MIGRATION", "data": {"status": "failed"}}),
+        )
+        .await;
+        let query = request(&mut peer).await;
+        assert_eq!(query["execute"], "query-migrate");
+        let answer = json!({"status": "failed", "error-desc": "another machine's"});
+        say(&mut peer, &json!({"return": answer, "id": query["id"]})).await;
+    });
+    assert!(matches!(loaded, Err(QmpError::Refused(why)) if why == "another machine's"));
+
+    // The answer to what came after the refusal is nobody's.
+    let (qmp, mut peer) = connected().await;
+    let (loaded, ()) = tokio::join!(qmp.load_state_and_cont(7), async {
+        let (set, load) = (request(&mut peer).await, request(&mut peer).await);
+        say(&mut peer, &refused(&set["id"], "no such capability")).await;
+        say(&mut peer, &json!({"return": {}, "id": load["id"]})).await;
+    });
+    assert!(matches!(loaded, Err(QmpError::Refused(why)) if why == "no such capability"));
+    let (state, ()) = tokio::join!(qmp.status(), async {
+        let asked = request(&mut peer).await;
+        let answer = json!({"status": "running"});
+        say(&mut peer, &json!({"return": answer, "id": asked["id"]})).await;
+    });
+    assert_eq!(state.unwrap(), RunState::Running);
+}

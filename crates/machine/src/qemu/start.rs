@@ -5,7 +5,7 @@
 
 use super::state::{self, BackendRecord};
 use super::vm::{CaptureFiles, OUTPUT_TOLD, Parts, QemuVm, clean_up};
-use super::{Tools, command, handshake};
+use super::{Tools, command};
 use crate::{LaunchPlan, Start, VmRecord, VmmError};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -62,7 +62,7 @@ pub(super) async fn start(
     let spawned = begin.elapsed();
     let connected = tokio::select! {
         biased;
-        connected = connect(&plan.dir, started.spawned.captured.as_ref()) => connected,
+        connected = connect(&plan.dir, started.spawned.captured) => connected,
         _ = started.spawned.process.wait() => Err("QEMU ended at once".to_owned()),
     };
     match connected {
@@ -92,14 +92,13 @@ pub(super) async fn start(
     }
 }
 
-/// Waits until QEMU speaks; a fork then takes over the captured state, and goes on.
-async fn connect(dir: &Path, captured: Option<&File>) -> Result<super::Qmp, String> {
+/// Waits until QEMU speaks; a fork then takes over the captured state, which it has by this number, and goes on.
+async fn connect(dir: &Path, captured: Option<i32>) -> Result<super::Qmp, String> {
     let stream = sockets::connect_in(dir, state::QMP_SOCKET).map_err(|error| error.to_string())?;
-    let qmp = handshake(stream).await?.0;
-    if let Some(state) = captured {
-        let refused = |error: super::qmp::QmpError| format!("it cannot go on from there: {error}");
-        qmp.load_state(state).await.map_err(refused)?;
-        qmp.cont().await.map_err(refused)?;
+    let qmp = super::greet(stream).await?;
+    if let Some(descriptor) = captured {
+        let loaded = qmp.load_state_and_cont(descriptor).await;
+        loaded.map_err(|error| format!("it cannot go on from there: {error}"))?;
     }
     Ok(qmp)
 }
@@ -179,8 +178,8 @@ struct Spawned {
     backend: BackendRecord,
     /// The files of a machine that is to be captured.
     kept: Option<CaptureFiles>,
-    /// What a fork's devices go on from.
-    captured: Option<File>,
+    /// The number that the file has in QEMU from which a fork's devices go on.
+    captured: Option<i32>,
 }
 
 fn spawn_in(
@@ -237,7 +236,7 @@ fn spawn_in(
         }
         Start::Fork(capture) => {
             handles.memory = Some(hand_over(memory_file(capture.memory())?.into()));
-            captured = Some(memory_file(capture.state())?);
+            captured = Some(hand_over(memory_file(capture.state())?.into()));
         }
     }
     for disk in &plan.disks {
