@@ -16,6 +16,13 @@ pub(crate) const QEMU: &str = "VISTARA_QEMU";
 /// virtiofsd's program.
 pub(crate) const VIRTIOFSD: &str = "VISTARA_VIRTIOFSD";
 
+/// Firecracker's program.
+pub(crate) const FIRECRACKER: &str = "VISTARA_FIRECRACKER";
+/// The program of Firecracker's jailer.
+pub(crate) const JAILER: &str = "VISTARA_JAILER";
+/// slirp4netns's program.
+pub(crate) const SLIRP4NETNS: &str = "VISTARA_SLIRP4NETNS";
+
 /// One variable and its meaning, for the reference page.
 #[derive(Debug)]
 pub(crate) struct Variable {
@@ -46,6 +53,18 @@ pub(crate) const VARIABLES: &[Variable] = &[
     Variable {
         name: VIRTIOFSD,
         meaning: "virtiofsd's program, where it is in none of the usual places; volumes need it.",
+    },
+    Variable {
+        name: FIRECRACKER,
+        meaning: "Firecracker's program, where the node should not take the `firecracker` of `/opt/vistara/bin` or of its `PATH`.",
+    },
+    Variable {
+        name: JAILER,
+        meaning: "The program of Firecracker's jailer, where it is neither beside Firecracker nor in those places.",
+    },
+    Variable {
+        name: SLIRP4NETNS,
+        meaning: "slirp4netns's program, where it is not on the node's `PATH`; the network of Firecracker's machines needs it.",
     },
     Variable {
         name: "XDG_RUNTIME_DIR",

@@ -40,6 +40,9 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         vmms: vistara_node::Vmms::Detect,
         qemu: crate::environment::path(crate::environment::QEMU),
         virtiofsd: crate::environment::path(crate::environment::VIRTIOFSD),
+        firecracker: crate::environment::path(crate::environment::FIRECRACKER),
+        jailer: crate::environment::path(crate::environment::JAILER),
+        slirp4netns: crate::environment::path(crate::environment::SLIRP4NETNS),
         boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
         template_limits: None,
     };

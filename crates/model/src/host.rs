@@ -66,6 +66,8 @@ pub struct HostFacts {
     pub qemu: Option<String>,
     /// Firecracker's version, where it is installed.
     pub firecracker: Option<String>,
+    /// Why Firecracker's machines have no network here; nothing where they have one.
+    pub firecracker_no_network: Option<String>,
     /// The name of the Nanos kernel in use, where there is one.
     pub nanos_kernel: Option<String>,
     /// Whether that kernel has the module by which it tells of its program's calls.

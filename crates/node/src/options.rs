@@ -31,6 +31,12 @@ pub struct NodeOptions {
     pub qemu: Option<PathBuf>,
     /// `virtiofsd`, where it is in no usual place.
     pub virtiofsd: Option<PathBuf>,
+    /// `firecracker`, where it is in no usual place.
+    pub firecracker: Option<PathBuf>,
+    /// `jailer`, where it is not beside `firecracker`.
+    pub jailer: Option<PathBuf>,
+    /// `slirp4netns`, where it is not on `PATH`.
+    pub slirp4netns: Option<PathBuf>,
     /// How long a guest may take to answer after its start.
     pub boot_bound: Duration,
     /// What templates may take together; absent for what suits this host.

@@ -677,6 +677,9 @@ async fn an_image_in_use_stays_and_a_second_node_leaves_the_first_alone() {
         vmms: vistara_node::Vmms::Given(fake()),
         qemu: None,
         virtiofsd: None,
+        firecracker: None,
+        jailer: None,
+        slirp4netns: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
     })
@@ -699,6 +702,9 @@ async fn a_node_without_work_leaves_and_takes_its_socket_with_it() {
         vmms: vistara_node::Vmms::Given(fake()),
         qemu: None,
         virtiofsd: None,
+        firecracker: None,
+        jailer: None,
+        slirp4netns: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
     };

@@ -16,7 +16,7 @@ mod tests;
 use crate::Program;
 use vistara_model::{
     Accelerator, Backend, Bytes, HostFacts, Hypervisor, ImageFacts, KvmVerdict, MachineSpec,
-    Payload, Signal, VmmKind,
+    Network, Payload, Signal, VmmKind,
 };
 
 /// What was chosen, and each rule that fired, in order.
@@ -75,6 +75,8 @@ pub struct Request {
     pub stdin: bool,
     /// Directories of the host are mounted.
     pub host_directories: bool,
+    /// It is to have a network.
+    pub network: bool,
     /// Volumes that the node keeps under names are mounted.
     pub named_volumes: bool,
     /// Ports are published.
@@ -107,6 +109,7 @@ impl Request {
             tty: spec.tty.is_some(),
             stdin: spec.stdin,
             host_directories: !spec.volumes.is_empty(),
+            network: spec.network != Network::None,
             named_volumes: !spec.named_volumes.is_empty(),
             ports: !spec.ports.is_empty(),
             exec: false,
@@ -156,9 +159,10 @@ pub fn choose(
         }
         Hypervisor::Firecracker => {
             reasons.push("firecracker was asked for".to_owned());
-            let backend = firecracker(Payload::Linux, host, &mut reasons).map_err(|reason| {
-                unavailable(reason, "leave --hypervisor out, or see `vistara doctor`")
-            })?;
+            let backend =
+                firecracker(Payload::Linux, request, host, &mut reasons).map_err(|reason| {
+                    unavailable(reason, "leave --hypervisor out, or see `vistara doctor`")
+                })?;
             Ok(Choice {
                 hypervisor: Hypervisor::Firecracker,
                 backend,
@@ -172,12 +176,13 @@ pub fn choose(
                 Ok(warnings) => reasons.extend(warnings),
                 Err(no) => return Err(unavailable(no.reason, no.hint)),
             }
-            let backend = monitor(Payload::Nanos, host, &mut reasons).map_err(|reason| {
-                unavailable(
-                    reason,
-                    "apt-get install qemu-system-x86, then `vistara doctor`",
-                )
-            })?;
+            let backend =
+                monitor(Payload::Nanos, request, host, &mut reasons).map_err(|reason| {
+                    unavailable(
+                        reason,
+                        "apt-get install qemu-system-x86, then `vistara doctor`",
+                    )
+                })?;
             Ok(Choice {
                 hypervisor: Hypervisor::Nanovms,
                 backend,
@@ -224,11 +229,12 @@ fn automatic(
             Payload::Linux
         }
     };
-    let backend =
-        monitor(payload, host, &mut reasons).map_err(|reason| ChoiceError::NoneAvailable {
+    let backend = monitor(payload, request, host, &mut reasons).map_err(|reason| {
+        ChoiceError::NoneAvailable {
             reason,
             hint: "apt-get install qemu-system-x86, then `vistara doctor`".to_owned(),
-        })?;
+        }
+    })?;
     let hypervisor = match (payload, backend.vmm) {
         (Payload::Nanos, _) => Hypervisor::Nanovms,
         (Payload::Linux, VmmKind::Firecracker) => Hypervisor::Firecracker,
@@ -245,10 +251,11 @@ fn automatic(
 /// The best monitor for a payload.
 fn monitor(
     payload: Payload,
+    request: &Request,
     host: &HostFacts,
     reasons: &mut Vec<String>,
 ) -> Result<Backend, String> {
-    match firecracker(payload, host, reasons) {
+    match firecracker(payload, request, host, reasons) {
         Ok(backend) => Ok(backend),
         Err(why_not) => {
             reasons.push(format!("not firecracker: {why_not}"));
@@ -260,12 +267,22 @@ fn monitor(
 
 fn firecracker(
     payload: Payload,
+    request: &Request,
     host: &HostFacts,
     reasons: &mut Vec<String>,
 ) -> Result<Backend, String> {
     let Some(version) = &host.firecracker else {
         return Err("it is not available on this node".to_owned());
     };
+    // A unikernel takes none, under any monitor: that is a matter of the payload.
+    if request.host_directories && payload == Payload::Linux {
+        return Err("it has no device for directories of the host".to_owned());
+    }
+    if let (true, Some(why), KvmVerdict::Works) =
+        (request.network, &host.firecracker_no_network, &host.kvm)
+    {
+        return Err(format!("its machines have no network here: {why}"));
+    }
     match &host.kvm {
         KvmVerdict::Works => {
             reasons.push(format!(

@@ -11,6 +11,7 @@ fn host(kvm: KvmVerdict, qemu: bool, firecracker: bool, nanos: bool) -> HostFact
         kvm,
         qemu: qemu.then(|| "7.2".to_owned()),
         firecracker: firecracker.then(|| "1.7".to_owned()),
+        firecracker_no_network: None,
         nanos_kernel: nanos.then(|| "0.1.54".to_owned()),
         nanos_tells_calls: false,
         linux_kernel: Some("6.1".to_owned()),
@@ -35,6 +36,7 @@ fn asked(hypervisor: Hypervisor) -> Request {
         tty: false,
         stdin: false,
         host_directories: false,
+        network: true,
         named_volumes: false,
         ports: false,
         exec: false,
@@ -82,6 +84,44 @@ fn evidence(what: &str) -> Vec<Evidence> {
         what: what.to_owned(),
         file: "/usr/bin/p".to_owned(),
     }]
+}
+
+#[test]
+fn firecracker_is_passed_over_where_it_lacks_what_is_asked_for() {
+    let all = host(works(), true, true, false);
+    let directories = Request {
+        host_directories: true,
+        ..asked(Hypervisor::Auto)
+    };
+    let no_network = HostFacts {
+        firecracker_no_network: Some("slirp4netns is not installed".to_owned()),
+        ..all.clone()
+    };
+    let plain = asked(Hypervisor::Auto);
+    let unplugged = Request {
+        network: false,
+        ..plain.clone()
+    };
+    for (request, host, vmm, reason) in [
+        (&directories, &all, VmmKind::Qemu, "directories of the host"),
+        (&plain, &no_network, VmmKind::Qemu, "slirp4netns"),
+        (&unplugged, &no_network, VmmKind::Firecracker, "present"),
+    ] {
+        let choice = choose(request, None, host).unwrap();
+        assert_eq!(choice.backend.vmm, vmm);
+        assert_eq!(choice.backend.accelerator, Accelerator::Kvm);
+        let reasons = choice.reasons.join("; ");
+        assert!(reasons.contains(reason), "{reasons}");
+        // By name it is refused, for the same reason.
+        let by_name = Request {
+            hypervisor: Hypervisor::Firecracker,
+            ..request.clone()
+        };
+        match choose(&by_name, None, host) {
+            Ok(choice) => assert_eq!((choice.backend.vmm, vmm), (vmm, VmmKind::Firecracker)),
+            Err(error) => assert!(error.to_string().contains(reason), "{error}"),
+        }
+    }
 }
 
 /// Asked, KVM, QEMU there, Firecracker there → monitor and accelerator; no facts of an image, so a Linux guest.

@@ -5,7 +5,8 @@ use crate::fault::chain;
 use crate::options::Vmms;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
-use vistara_machine::Vmm;
+use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm};
+use vistara_machine::{Vmm, VmmError};
 use vistara_machine::qemu::{QemuOptions, QemuVmm};
 use vistara_model::KvmVerdict;
 
@@ -22,13 +23,17 @@ impl Node {
                     virtiofsd: self.options.virtiofsd.clone(),
                     kvm,
                 };
-                match QemuVmm::detect(options).await {
-                    Ok(vmm) => vec![Arc::new(vmm) as Arc<dyn Vmm>],
-                    Err(error) => {
-                        tracing::warn!(error = chain(&error), "QEMU cannot be used");
-                        Vec::new()
+                let qemu = async {
+                    match QemuVmm::detect(options).await {
+                        Ok(vmm) => Some(Arc::new(vmm) as Arc<dyn Vmm>),
+                        Err(error) => {
+                            tracing::warn!(error = chain(&error), "QEMU cannot be used");
+                            None
+                        }
                     }
-                }
+                };
+                let (qemu, firecracker) = tokio::join!(qemu, self.detect_firecracker());
+                [qemu, firecracker].into_iter().flatten().collect()
             }
         };
         let mut vmms = self
@@ -38,6 +43,34 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner);
         vmms.clear();
         vmms.extend(found.into_iter().map(|vmm| (vmm.capabilities().kind, vmm)));
+    }
+}
+
+impl Node {
+    /// Firecracker, where it is installed; whether it can run machines is told by its capabilities.
+    async fn detect_firecracker(&self) -> Option<Arc<dyn Vmm>> {
+        let options = FirecrackerOptions {
+            program: self.options.firecracker.clone(),
+            jailer: self.options.jailer.clone(),
+            slirp4netns: self.options.slirp4netns.clone(),
+            kvm: self
+                .kvm
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+        };
+        match FirecrackerVmm::detect(options).await {
+            Ok(vmm) => Some(Arc::new(vmm)),
+            // Most hosts have none, and QEMU stands in.
+            Err(error @ VmmError::Absent { .. }) => {
+                tracing::debug!(error = chain(&error), "there is no Firecracker");
+                None
+            }
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "Firecracker cannot be used");
+                None
+            }
+        }
     }
 }
 

@@ -248,8 +248,11 @@ impl Node {
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
             qemu: version(VmmKind::Qemu),
-            // Its backend is not part of this version, so its presence on the host does not matter.
-            firecracker: None,
+            firecracker: version(VmmKind::Firecracker),
+            firecracker_no_network: self
+                .mechanisms
+                .vmm(VmmKind::Firecracker)
+                .and_then(|vmm| vmm.capabilities().user_network.clone().err()),
             nanos_tells_calls: nanos.as_ref().is_some_and(|kernel| {
                 let mut modules = kernel.record.klibs.iter();
                 modules.any(|module| module == vistara_nanos::calls::MODULE)

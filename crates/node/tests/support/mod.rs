@@ -73,6 +73,9 @@ impl TestNode {
             vmms: Vmms::Given(vmm),
             qemu: None,
             virtiofsd: None,
+            firecracker: None,
+            jailer: None,
+            slirp4netns: None,
             boot_bound: Duration::from_secs(30),
             template_limits: None,
         };
