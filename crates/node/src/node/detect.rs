@@ -6,8 +6,8 @@ use crate::options::Vmms;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm};
-use vistara_machine::{Vmm, VmmError};
 use vistara_machine::qemu::{QemuOptions, QemuVmm};
+use vistara_machine::{Vmm, VmmError};
 use vistara_model::KvmVerdict;
 
 impl Node {
