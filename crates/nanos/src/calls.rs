@@ -95,6 +95,11 @@ impl<'a> Told<'a> {
         told
     }
 
+    /// Bytes of a line that are held back, since its end has not come.
+    pub fn waiting(&self) -> usize {
+        self.line.len()
+    }
+
     /// Nothing more will come: what is left is the program's.
     pub fn finish(&mut self, program: &mut Vec<u8>) {
         program.append(&mut self.line);

@@ -1,15 +1,16 @@
 //! The task that owns one machine. It carries out what the lifecycle says, keeps the record, and publishes it.
 
+mod again;
 mod hold;
 
 use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
-use super::unikernel::{UnikernelSession, after, unseen_end};
+use super::unikernel::{Undone, UnikernelSession};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
-use crate::logbook::{LogBook, Stream};
+use crate::logbook::LogBook;
 use crate::node::{Fate, Node};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -81,6 +82,8 @@ pub(crate) struct Actor {
     limit: Option<tokio::time::Instant>,
     zero: Option<Instant>,
     attach: bool,
+    /// Why a provisional run never was.
+    undone: Option<Undone>,
     trouble: Option<String>,
     unsaved: bool,
 }
@@ -162,6 +165,7 @@ impl Actor {
             limit: None,
             zero: None,
             attach: false,
+            undone: None,
             trouble: None,
             unsaved: false,
         };
@@ -187,6 +191,10 @@ impl Actor {
 
     /// Finds out what became of an earlier node's machine, however long that takes. Until then it is what it was.
     async fn find_out(&mut self) {
+        if self.record.end.is_some() || self.record.state == MachineState::Stopping {
+            let asked = &self.shared.asked_to_end;
+            asked.store(self.record.provisional, Ordering::Relaxed);
+        }
         loop {
             match self.node.origin(&self.record, &self.dir).await {
                 Ok(Fate::Running(vm)) => {
@@ -301,6 +309,10 @@ impl Actor {
     }
 
     async fn obey(&mut self, command: Command) {
+        if matches!(command, Command::Stop { .. } | Command::Kill) && self.record.provisional {
+            // What a user ends is not begun again, whatever is done to end it.
+            self.shared.asked_to_end.store(true, Ordering::Relaxed);
+        }
         match command {
             Command::Stop { signal, grace } => {
                 let signal = signal.unwrap_or(self.record.stop_signal);
@@ -333,6 +345,7 @@ impl Actor {
                 self.trouble = trouble;
                 self.publish().await;
             }
+            News::Undone { seen, learned } => self.undone = Some(Undone { seen, learned }),
         }
     }
 
@@ -357,6 +370,7 @@ impl Actor {
                     () = at(bound) => break,
                     Some(command) = self.commands.recv() => {
                         if matches!(command, Command::Kill | Command::Stop { .. }) {
+                            self.shared.asked_to_end.store(true, Ordering::Relaxed);
                             break;
                         }
                         // What is asked of a machine at its end has no answer, and who asked hears that.
@@ -375,19 +389,6 @@ impl Actor {
         let gone = Event::VmGone(gone);
         self.learn_unseen_end(&gone).await;
         self.on(gone).await;
-    }
-
-    /// A unikernel's end is on its disk even where no session saw it to the last.
-    async fn learn_unseen_end(&mut self, event: &Event) {
-        if self.record.backend.payload != Payload::Nanos || self.life.end().is_some() {
-            return;
-        }
-        let (dir, event) = (self.dir.clone(), event.clone());
-        let found = tokio::task::spawn_blocking(move || unseen_end(&dir, &event)).await;
-        if let Ok(Some((exited, words))) = found {
-            self.shared.hear(&words);
-            self.on(exited).await;
-        }
     }
 
     async fn on(&mut self, event: Event) {
@@ -414,50 +415,6 @@ impl Actor {
         for effect in effects {
             self.carry_out(effect);
         }
-    }
-
-    /// Begins anew on Linux where a unikernel was the wrong choice and the program may be run twice.
-    async fn run_again(&mut self) -> bool {
-        // What a user ends is not begun again.
-        let asked_to_end = self.shared.asked_to_end.load(Ordering::Relaxed);
-        if self.record.backend.payload != Payload::Nanos || asked_to_end {
-            return false;
-        }
-        let console = self.shared.last_words();
-        let Some(again) = after(&self.node, &self.record, &console).await else {
-            return false;
-        };
-        tracing::info!(machine = %self.record.id, reason = again.reason, "a program is run again");
-        let notice = format!("vistara: {}\n", again.reason);
-        let (log, at) = (Arc::clone(&self.log), self.log.offsets().stderr);
-        let told = tokio::task::spawn_blocking(move || {
-            log.append(Stream::Stderr, at, now_ns(), notice.as_bytes())
-        });
-        if !matches!(told.await, Ok(Ok(()))) {
-            // It stands with the choice's reasons as well.
-            tracing::warn!(machine = %self.record.id, "the notice of a second run could not be recorded");
-        }
-        self.clear_away();
-        self.life = Lifecycle::default();
-        let record = &mut self.record;
-        record.generation.0 += 1;
-        record.retried = true;
-        record.log_base = self.log.offsets();
-        record.hypervisor = again.choice.hypervisor;
-        record.backend = again.choice.backend;
-        record.kernel = again.kernel;
-        record.spec.memory = again.memory;
-        record.reasons = again.choice.reasons;
-        record.reasons.push(again.reason);
-        record.state = self.life.state();
-        record.end = None;
-        record.started_ns = None;
-        record.vm = None;
-        self.shared.started.store(false, Ordering::Relaxed);
-        self.shared.asked_to_end.store(false, Ordering::Relaxed);
-        self.limit = None;
-        self.prepare(self.zero.unwrap_or_else(Instant::now));
-        true
     }
 
     /// Starts the task that makes the machine ready.

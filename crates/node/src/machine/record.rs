@@ -62,6 +62,9 @@ pub(crate) struct Record {
     pub(crate) started_ns: Option<u64>,
     pub(crate) ended_ns: Option<u64>,
     pub(crate) vm: Option<VmRecord>,
+    /// Whether it is only tried as a unikernel: nothing of it is shown until it has ended well.
+    #[serde(default)]
+    pub(crate) provisional: bool,
     /// Whether this is the second run of its program, on Linux, after one as a unikernel.
     #[serde(default)]
     pub(crate) retried: bool,

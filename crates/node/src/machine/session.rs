@@ -40,6 +40,13 @@ pub(super) enum News {
     Steps(Vec<Step>),
     /// Something troubles the machine, or no longer does.
     Trouble(Option<String>),
+    /// A provisional run never was.
+    Undone {
+        /// What was seen, as a sentence.
+        seen: String,
+        /// Whether that speaks against the command, so that the next run need not try.
+        learned: bool,
+    },
 }
 
 /// Everything a session needs.

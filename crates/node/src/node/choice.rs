@@ -111,6 +111,10 @@ impl Node {
         asked.memory = usual.unwrap_or(asked.memory);
         let mut choice = choose(&asked, facts.as_ref(), &host)?;
         let linux_memory = spec.memory;
+        if choice.provisional {
+            // So that it does not fail for want of what it would have on Linux.
+            asked.memory = asked.memory.max(linux_memory);
+        }
         let memory_min = match choice.backend.payload {
             Payload::Linux => MEMORY_MIN,
             Payload::Nanos => {

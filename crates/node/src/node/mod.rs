@@ -379,6 +379,7 @@ impl Node {
             started_ns: None,
             ended_ns: None,
             vm: None,
+            provisional: choice.provisional,
             retried: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,

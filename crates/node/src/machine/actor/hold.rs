@@ -36,6 +36,12 @@ impl Actor {
                 )));
             }
         }
+        if self.record.provisional {
+            return Err(Fault::conflict(format!(
+                "machine {name} is being tried as a unikernel, and may yet begin anew on Linux"
+            ))
+            .hint("try again in a few seconds"));
+        }
         let Some(vm) = self.vm.clone() else {
             return Err(Fault::conflict(format!("machine {name} is not running")));
         };

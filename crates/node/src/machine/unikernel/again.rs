@@ -33,13 +33,56 @@ pub(crate) async fn after(node: &Node, record: &Record, console: &str) -> Option
         AfterUnikernel::Learned { correction } => (None, correction),
         AfterUnikernel::RetryOnLinux { reason, correction } => (Some(reason), correction),
     };
-    let facts = match correct(node, record, correction).await {
+    let facts = match correct(node, record, correction, About::Program).await {
         Ok(facts) => Some(facts),
         Err(message) => {
             tracing::warn!(machine = %record.id, message, "what was learned of a program could not be kept");
             None
         }
     };
+    second(node, record, facts, reason?)
+}
+
+/// Why a provisional run never was.
+#[derive(Debug, Clone)]
+pub(crate) struct Undone {
+    /// What was seen, as a sentence.
+    pub(crate) seen: String,
+    /// Whether it speaks against the command.
+    pub(crate) learned: bool,
+}
+
+/// The run in the place of one that never was.
+pub(crate) async fn undone(node: &Node, record: &Record, undone: Undone) -> Option<Again> {
+    let Undone { seen, learned } = undone;
+    let correction = Correction { seen: seen.clone() };
+    let about = match learned {
+        true => About::Command,
+        false => About::Nothing,
+    };
+    let facts = match correct(node, record, correction.clone(), about).await {
+        Ok(mut facts) => {
+            facts.correction.get_or_insert(correction);
+            Some(facts)
+        }
+        Err(message) => {
+            tracing::warn!(machine = %record.id, message, "what was learned of a command could not be kept");
+            None
+        }
+    };
+    let reason = format!(
+        "as a unikernel it was undone before anything of it was shown ({seen}), and it is run on Linux"
+    );
+    second(node, record, facts, reason)
+}
+
+/// Chooses Linux for a second run.
+fn second(
+    node: &Node,
+    record: &Record,
+    facts: Option<ImageFacts>,
+    reason: String,
+) -> Option<Again> {
     let request = Request::of(
         &record.spec,
         &vistara_control::Program {
@@ -50,7 +93,6 @@ pub(crate) async fn after(node: &Node, record: &Record, console: &str) -> Option
             stop_signal: record.stop_signal,
         },
     );
-    let reason = reason?;
     let again = match choose(&request, facts.as_ref(), &node.facts()) {
         Ok(choice) if choice.backend.payload == Payload::Linux => {
             on_linux(node, record, reason, choice)
@@ -83,11 +125,21 @@ fn on_linux(node: &Node, record: &Record, reason: String, choice: Choice) -> Ans
     })
 }
 
+/// Whom a correction is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum About {
+    Program,
+    Command,
+    /// It is not kept.
+    Nothing,
+}
+
 /// Keeps what was seen with the image, and gives its facts as they are now.
 async fn correct(
     node: &Node,
     record: &Record,
     correction: Correction,
+    about: About,
 ) -> Result<ImageFacts, String> {
     let images = node.mechanisms().images;
     let record = record.clone();
@@ -99,8 +151,13 @@ async fn correct(
         let asked = Asked::new(&record.argv, &record.env, &record.working_dir);
         let known = images.program_facts(&image, &asked);
         let known = known.map_err(|error| chain(&error))?;
+        let only = match about {
+            About::Program => None,
+            About::Command => Some(&asked),
+            About::Nothing => return Ok(known),
+        };
         images
-            .correct(&record.image_id, &known.program.file, None, &correction)
+            .correct(&record.image_id, &known.program.file, only, &correction)
             .map_err(|error| chain(&error))?;
         images
             .program_facts(&image, &asked)

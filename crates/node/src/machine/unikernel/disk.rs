@@ -2,6 +2,7 @@
 
 use super::super::Record;
 use super::super::prepare::{GATEWAY, GUEST_ADDRESS, NAME_SERVER, PREFIX};
+use super::provisional::CALLS;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::net::Ipv4Addr;
@@ -10,7 +11,7 @@ use vistara_model::{NamedVolume, Network};
 use vistara_nanos::disk::DiskOptions;
 use vistara_nanos::manifest::{self, ExitMatch, Manifest, Mount, MountSource};
 use vistara_nanos::tfs::{Label, Value, VolumeId};
-use vistara_nanos::{Changes, klog, remaster};
+use vistara_nanos::{Changes, calls, klog, remaster};
 
 /// Codes with which the kernel itself ends: after a fault, on an impossible manifest, in its debugger. They end the monitor,
 /// so that they are told from the program's, which restart the machine and are on the disk.
@@ -18,8 +19,20 @@ const KERNELS_OWN: std::ops::RangeInclusive<u8> = 125..=127;
 /// Bytes of a buffer for reading and writing disks.
 const BUFFER: usize = 1 << 20;
 
-/// Writes the disk of the machine to `to` from its image's. Blocks on files.
-pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> Result<(), String> {
+/// What a kernel needs on the disk to tell of its program's calls.
+pub(crate) struct Telling {
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) module: Vec<u8>,
+}
+
+/// Writes the disk of the machine to `to` from its image's. A run that is provisional needs `telling`. Blocks on files.
+pub(crate) fn write(
+    record: &Record,
+    program: &str,
+    base: &Path,
+    to: &Path,
+    telling: Option<Telling>,
+) -> Result<(), String> {
     let failed = |what: &str, error: &dyn std::error::Error| {
         format!(
             "the unikernel's disk: {what}: {}",
@@ -40,6 +53,8 @@ pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> R
         label: Label::none(),
         free_bytes: record.spec.disk.0,
     };
+    let mut manifest = manifest(record, program);
+    manifest.mounts = mounts(record)?;
     let changes = Changes {
         files: names(record),
         // The kernel mounts nothing on what is not there.
@@ -47,10 +62,9 @@ pub(crate) fn write(record: &Record, program: &str, base: &Path, to: &Path) -> R
             .map(|volume| volume.guest_path.as_bytes().to_vec())
             .collect(),
         modified: u32::try_from(record.created_ns / 1_000_000_000).ok(),
-        boot: None,
+        boot: telling
+            .map(|Telling { kernel, module }| calls::tell(&mut manifest, &CALLS, kernel, module)),
     };
-    let mut manifest = manifest(record, program);
-    manifest.mounts = mounts(record)?;
     let written = remaster(
         BufReader::with_capacity(BUFFER, from),
         BufWriter::with_capacity(BUFFER, file),
@@ -128,6 +142,8 @@ fn manifest(record: &Record, program: &str) -> Manifest {
         working_directory: (!record.working_dir.is_empty())
             .then(|| record.working_dir.as_bytes().to_vec()),
         network: match record.spec.network {
+            // It has no device then: what it sent could not be taken back.
+            _ if record.provisional => manifest::Network::Automatic,
             Network::User => manifest::Network::Static {
                 address: GUEST_ADDRESS,
                 netmask: Ipv4Addr::from(u32::MAX << (32 - u32::from(PREFIX))),

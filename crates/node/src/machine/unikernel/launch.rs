@@ -2,13 +2,14 @@
 
 use super::super::Record;
 use super::super::prepare::{OVERLAY, Stopwatch, blocking, plan};
-use super::disk;
+use super::disk::{self, Telling};
 use crate::fault::{Fault, chain};
 use crate::node::Node;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use vistara_image::{Asked, Image, Wishes};
+use vistara_machine::boot::NanosKernel;
 use vistara_machine::{Disk, NanosBoot, Start, Vm, Vmm};
 use vistara_model::{ProgramFacts, ProgramKind, VmmKind};
 
@@ -40,7 +41,11 @@ pub(crate) async fn launch(
                 working_dir: &record.working_dir,
             };
             let base = mechanisms.images.unikernel_disk(&image, &facts, &wishes)?;
-            disk::write(&record, program, &base.path, &path)
+            let telling = match record.provisional {
+                true => Some(telling(&kernel)?),
+                false => None,
+            };
+            disk::write(&record, program, &base.path, &path, telling)
                 .map_err(|message| Fault::new(vistara_api::ErrorKind::Host, message))?;
             // The trees of both disks were in memory.
             vistara_host::memory::give_back();
@@ -74,9 +79,29 @@ pub(crate) async fn launch(
     }
     let mut plan = plan(node, record, dir, start, disks);
     plan.shares.clear();
+    if record.provisional {
+        // What was sent could not be taken back.
+        plan.nic = None;
+    }
     let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
     watch.note("launch", begin);
     Ok(Arc::from(vm))
+}
+
+/// The files by which this kernel tells of its program's calls.
+fn telling(kernel: &NanosKernel) -> Result<Telling, Fault> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|error| {
+            let message = format!("reading {} failed: {error}", path.display());
+            Fault::new(vistara_api::ErrorKind::Host, message)
+        })
+    };
+    let klibs = (kernel.klibs.as_deref())
+        .ok_or_else(|| Fault::user("the Nanos kernel has no modules any more"))?;
+    Ok(Telling {
+        kernel: read(&kernel.path)?,
+        module: read(&klibs.join(vistara_nanos::calls::MODULE))?,
+    })
 }
 
 /// The program's path on the disk.

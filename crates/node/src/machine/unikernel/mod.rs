@@ -4,9 +4,11 @@
 mod again;
 mod disk;
 mod launch;
+mod provisional;
 mod session;
 mod sort;
 
-pub(crate) use again::after;
+pub(crate) use again::{Again, Undone, after, undone};
 pub(crate) use launch::launch;
+pub(crate) use provisional::{clear_held, take_up_held};
 pub(crate) use session::{KERNEL_LOG, UnikernelSession, unseen_end};

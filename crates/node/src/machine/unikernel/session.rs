@@ -1,10 +1,10 @@
 //! Following a unikernel: its output into the log book, its kernel's words beside it, and its end.
 
+use super::super::Record;
 use super::super::handle::Shared;
 use super::super::prepare::{OVERLAY, Stopwatch};
 use super::super::recording::record_output;
 use super::super::session::News;
-use super::super::{Record, Step};
 use super::sort::{Sorted, Sorter, signal};
 use crate::fault::chain;
 use crate::logbook::{LogBook, Stream};
@@ -44,7 +44,7 @@ pub(crate) struct UnikernelSession {
 }
 
 /// The kernel's words: the first of them in a file, the last of them at hand.
-struct KernelLog {
+pub(super) struct KernelLog {
     file: Option<File>,
     last: Vec<u8>,
 }
@@ -64,7 +64,7 @@ impl KernelLog {
         }
     }
 
-    fn push(&mut self, bytes: &[u8]) {
+    pub(super) fn push(&mut self, bytes: &[u8]) {
         let room = self
             .file
             .as_ref()
@@ -79,14 +79,14 @@ impl KernelLog {
         self.last.drain(..excess);
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         String::from_utf8_lossy(&self.last).into_owned()
     }
 }
 
 /// What the record on the disk in `dir` says of the program's end; nothing where it says nothing, as after an exit with 0.
 /// Blocks on a file.
-fn recorded_exit(dir: &Path) -> Option<i32> {
+pub(super) fn recorded_exit(dir: &Path) -> Option<i32> {
     let mut disk = File::open(dir.join(OVERLAY)).ok()?;
     match vistara_nanos::klog::read(&mut disk) {
         Ok(record) => record.map(|record| record.exit_code),
@@ -132,6 +132,9 @@ impl UnikernelSession {
         self.shared.started.store(true, Ordering::Relaxed);
         self.tell(Event::ProgramStarted).await;
         let mut kernel = KernelLog::open(&self.dir);
+        if self.record.provisional {
+            return self.run_provisionally(output, kernel).await;
+        }
         self.follow(output, &mut kernel).await;
         let end = self.vm.wait().await;
         let dir = self.dir.clone();
@@ -143,7 +146,7 @@ impl UnikernelSession {
         }
     }
 
-    async fn tell(&self, event: Event) {
+    pub(super) async fn tell(&self, event: Event) {
         // The machine's task outlives its session.
         let _ = self.news.send(News::Event(event)).await;
     }
@@ -180,12 +183,9 @@ impl UnikernelSession {
             }
             if !program.is_empty() {
                 let offset = self.log.offsets().stdout;
-                let (log, news, bytes) = (&self.log, &self.news, program.into());
-                record_output(log, news, Stream::Stdout, offset, bytes).await;
+                self.record_held(offset, program).await;
                 if let Some(zero) = first.take() {
-                    let mut watch = Stopwatch::new(zero);
-                    watch.note("first output", Instant::now());
-                    self.steps(watch.into_steps()).await;
+                    self.first_output(zero, Instant::now()).await;
                 }
             }
             if over {
@@ -194,14 +194,25 @@ impl UnikernelSession {
         }
     }
 
-    async fn steps(&self, steps: Vec<Step>) {
-        let _ = self.news.send(News::Steps(steps)).await;
+    pub(super) async fn record_held(&self, offset: u64, bytes: Vec<u8>) {
+        record_output(&self.log, &self.news, Stream::Stdout, offset, bytes.into()).await;
+    }
+
+    pub(super) async fn first_output(&self, zero: Instant, begin: Instant) {
+        let mut watch = Stopwatch::new(zero);
+        watch.note("first output", begin);
+        let _ = self.news.send(News::Steps(watch.into_steps())).await;
     }
 }
 
 /// What became of the program: from the monitor's word, the record on the disk, the kernel's last words, and whether it was
 /// asked to end. Nothing where the monitor's word says it all.
-fn outcome(end: VmEnd, recorded: Option<i32>, words: &str, asked: bool) -> Option<Event> {
+pub(super) fn outcome(
+    end: VmEnd,
+    recorded: Option<i32>,
+    words: &str,
+    asked: bool,
+) -> Option<Event> {
     let exited = |status| {
         Some(Event::ProgramExited {
             status,
