@@ -4,6 +4,7 @@
 //! gathers the facts and carries out the effects is `vistara-node`; the simulation drives this same code.
 
 mod admission;
+mod authority;
 mod choice;
 mod command;
 mod eviction;
@@ -14,6 +15,10 @@ mod provisional;
 mod retry;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
+pub use authority::{
+    Question, Refusal, Requirement, Standing, Usage, authorize, has_right, leaves_host_alone,
+    requirement, right, within_quota,
+};
 pub use choice::{Choice, ChoiceError, Request, choose};
 pub use command::{Program, ProgramError, program};
 pub use eviction::{Held, evict, unused_since};

@@ -3,6 +3,7 @@
 //! Pure data with validation at construction. Nothing here reads a clock, a file or a socket, and nothing here decides:
 //! decisions live in `vistara-control`.
 
+mod authority;
 mod exit;
 mod facts;
 mod host;
@@ -13,6 +14,7 @@ mod quantity;
 mod signal;
 mod spec;
 
+pub use authority::{AuthorityError, GrantId, GrantLimits, GrantTerms, NodeId, Right};
 pub use exit::{EndReason, ExitStatus};
 pub use facts::{
     Confidence, Correction, Evidence, ImageFacts, Library, Linkage, MayCreate, ProcessFacts,

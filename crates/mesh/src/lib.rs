@@ -1,0 +1,25 @@
+//! Nodes that speak with each other: identity, dialling by key, streams; and the tokens by which one lets another in.
+//!
+//! The only crate that names the p2p library (iroh) and the tokens' (biscuit). It moves bytes and proves who is at the
+//! other end; **whether** a caller may do what it asks is decided elsewhere (`vistara-control`), and what is asked is HTTP
+//! that this crate never looks into.
+//!
+//! - No packet goes to anybody but the addresses that the user named or that a joined node told: no relays, no name
+//!   services, no port mapping, no 0-RTT (whose first bytes could be replayed).
+//! - What a peer sends is bounded, in size, number and time, before it is looked at ([`frame`]), and makes nothing panic.
+
+mod files;
+pub mod frame;
+mod identity;
+mod link;
+mod nonces;
+mod peers;
+mod ticket;
+mod token;
+
+pub use identity::{Identity, IdentityError};
+pub use link::{Accepted, Link, LinkError, LinkOptions, MeshStream, PeerState};
+pub use nonces::{NonceError, Nonces};
+pub use peers::{Peer, Peers, PeersError};
+pub use ticket::{Ticket, TicketError};
+pub use token::{Ambient, Authority, Narrowing, Token, TokenError, Verified};
