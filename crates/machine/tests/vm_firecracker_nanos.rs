@@ -10,17 +10,18 @@ mod conformance;
 
 use conformance::{guest, launch, soon};
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::{facts, kvm};
 use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_MAX};
 use vistara_machine::{
-    Adoption, Disk, Fence, LaunchPlan, NanosBoot, OutputStream, Start, VmEnd, Vmm, VmmError,
+    Adoption, Disk, Fence, LaunchPlan, NanosBoot, Nic, OutputStream, Start, VmEnd, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
 use vistara_nanos::disk::{BootDisk, DiskOptions};
-use vistara_nanos::manifest::{ExitMatch, Manifest};
+use vistara_nanos::manifest::{ExitMatch, Manifest, Network};
 use vistara_nanos::tfs::{Label, VolumeId};
 use vistara_nanos::{KernelFacts, klog};
 
@@ -32,6 +33,8 @@ const PROGRAM: &str = r#"
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include <arpa/inet.h>
+#include <sys/socket.h>
 static void term(int s) { printf("asked to end\n"); exit(9); }
 int main(int argc, char **argv) {
     setvbuf(stdout, 0, _IOLBF, 0);
@@ -41,6 +44,20 @@ int main(int argc, char **argv) {
         return 0;
     }
     if (!strcmp(argv[1], "wait")) { signal(SIGTERM, term); printf("waiting\n"); for (;;) pause(); }
+    if (!strcmp(argv[1], "echo")) {
+        int l = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(7)};
+        setsockopt(l, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        if (bind(l, (struct sockaddr *)&a, sizeof a) || listen(l, 4)) return 2;
+        printf("listening\n");
+        for (;;) {
+            char b[64];
+            int c = accept(l, 0, 0);
+            ssize_t n = read(c, b, sizeof b);
+            if (n > 0) write(c, b, n);
+            close(c);
+        }
+    }
     if (!strcmp(argv[1], "abort")) { printf("dying\n"); abort(); }
     return 1;
 }
@@ -114,6 +131,11 @@ impl Lab {
                     .collect(),
             )),
             debug_exit: true,
+            network: Network::Static {
+                address: Ipv4Addr::new(10, 0, 2, 15),
+                netmask: Ipv4Addr::new(255, 255, 255, 0),
+                gateway: Some(Ipv4Addr::new(10, 0, 2, 2)),
+            },
             ..Manifest::default()
         };
         let options = DiskOptions {
@@ -267,4 +289,45 @@ async fn a_signal_that_kills_the_program_is_its_code() {
     let printed = all(output).await;
     assert!(printed.contains("*** signal 6 received"), "{printed}");
     assert_eq!(recorded(&plan), Some(6));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_published_port_leads_into_the_unikernel() {
+    let Some(lab) = lab().await else { return };
+    if let Err(reason) = &lab.vmm.capabilities().user_network {
+        return println!("SKIP: machines have no network here: {reason}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = lab.plan(dir.path(), &["echo"]);
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let number = free.local_addr().unwrap().port();
+    drop(free);
+    plan.memory = Bytes::mib(128);
+    plan.fence.memory_max = Bytes(Bytes::mib(128).0 + OVERHEAD_MAX.0);
+    plan.nic = Some(Nic {
+        ports: vec![PortMapping {
+            host_address: Ipv4Addr::LOCALHOST,
+            host_port: number,
+            guest_port: 7,
+            protocol: Protocol::Tcp,
+        }],
+        mac: [0x52, 0x54, 0, 0, 0, 8],
+    });
+    let vm = launch(&lab.vmm, &plan).await;
+    let answer = async {
+        loop {
+            let dialled = tokio::net::TcpStream::connect(("127.0.0.1", number)).await;
+            let mut stream = dialled.unwrap();
+            stream.write_all(b"ping").await.unwrap();
+            let mut answer = [0; 4];
+            if stream.read_exact(&mut answer).await.is_ok() {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    assert_eq!(&soon("an answer by the network", answer).await, b"ping");
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(vm.wait().await, VmEnd::Killed);
+    std::net::TcpListener::bind(("127.0.0.1", number)).unwrap();
 }

@@ -130,28 +130,7 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
         }
     }
     kvm(&mut report, &facts.kvm);
-    match on_path("firecracker") {
-        Some(path) => {
-            let detail = format!(
-                "{}; this version of Vistara does not drive it yet",
-                path.display()
-            );
-            report.add(
-                "firecracker",
-                false,
-                NeedState::Broken,
-                detail,
-                Some("none needed: QEMU stands in"),
-            );
-        }
-        None => report.add(
-            "firecracker",
-            false,
-            NeedState::Absent,
-            "not installed; QEMU stands in",
-            None,
-        ),
-    }
+    firecracker(&mut report, node);
     let mend = Some("vistara kernel add nanos FILE");
     let (state, detail) = match mechanisms.nanos.default_kernel() {
         Ok(Some(kernel)) => (
@@ -249,6 +228,92 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
         );
     }
     report.0
+}
+
+/// Firecracker, its jailer, and what gives its machines a network: QEMU stands in for each that is missing.
+fn firecracker(report: &mut Report, node: &Node) {
+    let mechanisms = node.mechanisms();
+    let Some(vmm) = mechanisms.vmm(VmmKind::Firecracker) else {
+        let configured = node.options.firecracker.clone();
+        let found = configured.or_else(|| on_path("firecracker"));
+        let (state, detail) = match found {
+            Some(path) => (
+                NeedState::Broken,
+                format!(
+                    "{} cannot be used, the node's log says why; QEMU stands in",
+                    path.display()
+                ),
+            ),
+            None => (
+                NeedState::Absent,
+                "not installed; QEMU stands in".to_owned(),
+            ),
+        };
+        let mend = Some(
+            "put firecracker and jailer of https://github.com/firecracker-microvm/firecracker/releases into PATH, then vistara doctor --fresh",
+        );
+        return report.add("firecracker", false, state, detail, mend);
+    };
+    let capabilities = vmm.capabilities();
+    if capabilities.accelerators.is_empty() {
+        let detail = format!(
+            "{} is installed, and no machine of it runs here: it needs KVM (see kvm); QEMU stands in",
+            capabilities.version
+        );
+        return report.add(
+            "firecracker",
+            false,
+            NeedState::Broken,
+            detail,
+            Some("see kvm"),
+        );
+    }
+    let version = capabilities.version.clone();
+    report.add("firecracker", false, NeedState::Works, version, None);
+    let jailer = node.options.jailer.clone().or_else(|| on_path("jailer"));
+    match (jailer, mechanisms.is_root) {
+        (Some(path), true) => {
+            let path = path.display().to_string();
+            report.add("jailer", false, NeedState::Works, path, None);
+        }
+        (_, false) => report.add(
+            "jailer",
+            false,
+            NeedState::Absent,
+            "machines of an ordinary user have no root directory of their own",
+            Some("run the node as root"),
+        ),
+        (None, true) => report.add(
+            "jailer",
+            false,
+            NeedState::Absent,
+            "not installed; machines have no root directory of their own",
+            Some("put the jailer of the same release beside firecracker"),
+        ),
+    }
+    match &capabilities.user_network {
+        Ok(()) => {
+            let detail = "slirp4netns works";
+            report.add("firecracker-network", false, NeedState::Works, detail, None);
+        }
+        Err(why) => {
+            let mend = if why.contains("not installed") {
+                "apt-get install slirp4netns, then vistara doctor --fresh"
+            } else if mechanisms.is_root {
+                "modprobe tun bridge, then vistara doctor --fresh"
+            } else {
+                "run the node as root"
+            };
+            let detail = format!("{why}; QEMU runs machines that need a network");
+            report.add(
+                "firecracker-network",
+                false,
+                NeedState::Absent,
+                detail,
+                Some(mend),
+            );
+        }
+    }
 }
 
 fn kvm(report: &mut Report, verdict: &KvmVerdict) {
