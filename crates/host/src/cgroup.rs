@@ -327,6 +327,14 @@ impl Cgroup {
         &self.dirs
     }
 
+    /// Its directory under version 2, where a process can be made in it.
+    pub(crate) fn home(&self) -> Option<&Path> {
+        match self.dirs.as_slice() {
+            [dir] if !dir.join("tasks").exists() => Some(dir),
+            _ => None,
+        }
+    }
+
     /// Which limits hold, in words; known to the value that created it only.
     pub fn holds(&self) -> &[String] {
         &self.holds

@@ -6,6 +6,7 @@
 // The hook between fork and exec, and the calls in it that no crate wraps for that place.
 #![allow(unsafe_code)]
 
+use crate::birth::{self, Birth};
 use crate::cgroup::{self, Cgroup};
 use crate::facts;
 use crate::mounts::{self, Bind};
@@ -20,7 +21,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// A program to start. It inherits nothing but what is named here, leads a session of its own and outlives us.
@@ -153,6 +154,8 @@ impl Launch {
         };
         let binds = std::mem::take(&mut self.binds);
         let (plan, fences) = Plan::prepare(&self, binds).map_err(fail("preparing the fences"))?;
+        let born = self.born_in().map(birth::prepare).transpose();
+        let (birth, newborn) = born.map_err(fail("preparing the fences"))?.unzip();
         let (mut steps, step_writer) = io::pipe().map_err(fail("preparing the fences"))?;
         let mut command = Command::new(&self.program);
         command
@@ -175,7 +178,8 @@ impl Launch {
         }
         let leaves = self.processes_of.is_some();
         let hook = move || {
-            let applied = plan.apply();
+            let inside = birth.as_ref().is_some_and(Birth::goes_on_inside);
+            let applied = plan.apply(inside);
             let left = applied.and_then(|()| match leaves {
                 true => leave_parent(&step_writer),
                 false => Ok(()),
@@ -194,9 +198,13 @@ impl Launch {
             None if self.own_processes => spawn_first_of_its_namespace(&mut command),
             None => command.spawn(),
         };
-        // The writer's copy in the hook goes, so that reading ends.
+        // The writers' copies in the hook go, so that reading ends.
         drop(command);
+        let newborn = newborn.and_then(|newborn| newborn.number().transpose());
         let child = child.map_err(|source| {
+            if let Some(Ok(number)) = newborn {
+                birth::bury(number);
+            }
             let mut byte = [0];
             let step = match steps.read(&mut byte) {
                 Ok(1) => STEPS
@@ -218,6 +226,13 @@ impl Launch {
             let process = left.map_err(fail("watching the process"))?;
             return Ok(Launched { process, fences });
         }
+        if let Some(number) = newborn {
+            let mut child = child;
+            // Gone by now, as above. Where the new process is not known, whoever removes its cgroup ends it.
+            let process = child.wait().and(number).and_then(ProcessHandle::of_child);
+            let process = process.map_err(fail("watching the process"))?;
+            return Ok(Launched { process, fences });
+        }
         let process = ProcessHandle::of_child(child.id()).map_err(|source| {
             let mut child = child;
             // It cannot be watched, so it must not be left.
@@ -226,6 +241,16 @@ impl Launch {
             fail("watching the process")(source)
         })?;
         Ok(Launched { process, fences })
+    }
+}
+
+impl Launch {
+    /// The cgroup in which the process can be made, so that it need not be moved there.
+    fn born_in(&self) -> Option<&Path> {
+        // The first process of a namespace is its namespace: it must not make another one and go.
+        let first = self.own_processes || self.processes_of.is_some();
+        let home = self.cgroup.as_ref().filter(|_| !first)?.home()?;
+        Some(home)
     }
 }
 
@@ -423,10 +448,15 @@ impl Plan {
     }
 
     /// Runs in the child. System calls only: see the safety comment at its caller.
-    fn apply(&self) -> Result<(), (Step, rustix::io::Errno)> {
+    fn apply(&self, in_its_cgroup: bool) -> Result<(), (Step, rustix::io::Errno)> {
         let at = |step: Step| move |error: rustix::io::Errno| (step, error);
         setsid().map_err(at(Step::Session))?;
-        for file in &self.cgroup_files {
+        let to_enter = if in_its_cgroup {
+            &[]
+        } else {
+            self.cgroup_files.as_slice()
+        };
+        for file in to_enter {
             rustix::io::write(file, b"0").map_err(at(Step::Cgroup))?;
         }
         self.set_oom_score();

@@ -2,6 +2,7 @@
 //!
 //! It knows nothing of machines or of Vistara's other crates. `unsafe` is allowed module by module, each with its reason.
 
+mod birth;
 pub mod cgroup;
 pub mod facts;
 pub mod files;
