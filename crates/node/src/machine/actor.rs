@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vistara_control::{Effect, Event, Lifecycle, VmGone};
-use vistara_machine::{Vm, VmEnd};
+use vistara_machine::{Vm, VmEnd, VmmError};
 use vistara_model::{MachineState, Payload, Signal};
 
 /// How many news may wait for the machine's task.
@@ -475,14 +475,20 @@ impl Actor {
     /// A unikernel hears nothing but its power button, which its program has as SIGTERM.
     fn press_power_button(&self, signal: Signal) {
         let Some(vm) = self.vm.clone() else { return };
+        let news = self.news.0.clone();
         let id = self.record.id.clone();
         self.shared.asked_to_end.store(true, Ordering::Relaxed);
         tokio::spawn(async move {
             if signal != Signal::TERM {
                 tracing::info!(machine = %id, %signal, "a unikernel gets SIGTERM whatever signal was asked for");
             }
-            if let Err(error) = vm.press_power_button().await {
-                tracing::info!(machine = %id, error = chain(&error), "a unikernel could not be asked to end");
+            let Err(error) = vm.press_power_button().await else {
+                return;
+            };
+            tracing::info!(machine = %id, error = chain(&error), "a unikernel could not be asked to end");
+            if let VmmError::Unsupported { .. } = error {
+                // Nobody could hear it, as in Firecracker: there is nothing to wait for, where it was asked to end.
+                let _ = news.send(News::Event(Event::GraceOver)).await;
             }
         });
     }
