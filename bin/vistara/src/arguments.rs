@@ -2,6 +2,7 @@
 //! [`crate::run_options`].
 
 use crate::run_options::RunOptions;
+use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
 use crate::template_commands::TemplateOptions;
 use crate::volume_commands::VolumeOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -59,6 +60,10 @@ pub(crate) enum Command {
     /// Let paused machines go on
     #[command(visible_alias = "unpause")]
     Resume(MachinesOptions),
+    /// Make live copies of a running machine
+    Fork(ForkOptions),
+    /// Manage snapshots: machines at one moment, kept on disk
+    Snapshot(SnapshotOptions),
     /// Remove ended machines
     Rm(RmOptions),
     /// Show everything known of machines or images, as JSON

@@ -23,6 +23,7 @@ mod progress;
 mod run_command;
 mod run_options;
 mod session;
+mod snapshot_commands;
 mod stats_command;
 mod template_commands;
 mod text;
@@ -145,6 +146,8 @@ async fn with_node(
         Command::Kill(options) => machine_commands::kill(client, &options).await,
         Command::Pause(options) => machine_commands::pause(client, &options).await,
         Command::Resume(options) => machine_commands::resume(client, &options).await,
+        Command::Fork(options) => snapshot_commands::fork(client, &options).await,
+        Command::Snapshot(options) => snapshot_commands::snapshot(client, &options.command).await,
         Command::Rm(options) => machine_commands::rm(client, &options).await,
         Command::Inspect(options) => machine_commands::inspect(client, &options).await,
         Command::Stats(options) => stats_command::stats(client, &options).await,

@@ -8,6 +8,7 @@
 
 mod vm;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 use vm::{System, text, until};
 
@@ -64,4 +65,243 @@ fn a_paused_machine_stands_still_and_goes_on_with_the_right_time() {
     assert!(stopped.status.success(), "{}", text(&stopped.stderr));
     // The shell was asked, and not killed: a program that is held hears nothing.
     assert_eq!(system.inspect(id)["exit_code"], 143);
+}
+
+/// Lines that must differ between any two machines, again and again.
+const UNIQUE: &str = "while :; do cat /proc/sys/kernel/random/uuid; \
+    head -c16 /dev/urandom | od -An -tx1; sleep 0.3; done";
+/// Forks at once: as many as go on in half a minute on two busy cores without KVM.
+const FORKS: usize = 24;
+
+/// What else must differ, a line each.
+const IDENTITY: &str = "hostname; cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address";
+
+#[test]
+fn forks_of_a_running_machine_share_nothing_that_tells_machines_apart() {
+    let Some(system) = System::ready_as("snap-forks") else {
+        return;
+    };
+    let machine = system.machine(&["-m", "128m"], &["sh", "-c", UNIQUE]);
+    let id = machine.id.as_str();
+    ok(
+        &system,
+        &[
+            "exec",
+            id,
+            "sh",
+            "-c",
+            "cat /proc/sys/kernel/random/boot_id > /root/boot; \
+            tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id; echo kept > /root/file",
+        ],
+    );
+    let count = FORKS.to_string();
+    let forked = system.vistara(&["fork", "-n", &count, "--json", id]);
+    assert!(forked.status.success(), "{}", text(&forked.stderr));
+    let forked: serde_json::Value = serde_json::from_slice(&forked.stdout).unwrap();
+    let machines: Vec<String> = forked["machines"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|machine| machine["id"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(machines.len(), FORKS);
+    println!(
+        "{FORKS} forks in {} ms, captured in {} ms, held {} ms",
+        forked["took_ms"], forked["captured_ms"], forked["pause_ms"]
+    );
+    let copies: Vec<vm::Machine<'_>> = machines.iter().map(|id| system.adopt(id)).collect();
+    let mut seen = BTreeSet::new();
+    let mut add = |line: &str| {
+        let line = line.trim();
+        assert!(seen.insert(line.to_owned()), "{line} is seen twice");
+    };
+    let all = std::iter::once(id).chain(copies.iter().map(|copy| copy.id.as_str()));
+    for (index, id) in all.clone().enumerate() {
+        until("its program goes on", || {
+            ok(&system, &["logs", id]).lines().count() >= 4
+        });
+        let logs = ok(&system, &["logs", id]);
+        // What was printed in the moment of the capture may be in all logs: it is the same output. What was drawn after
+        // it may not.
+        let skip = if index == 0 { usize::MAX } else { 2 };
+        logs.lines().skip(skip).for_each(&mut add);
+        let script = format!("{IDENTITY}; cat /root/file; date +%s.%N");
+        let told = ok(&system, &["exec", id, "sh", "-c", &script]);
+        let lines: Vec<&str> = told.lines().collect();
+        assert_eq!(lines.len(), 7, "{told}");
+        assert_eq!(lines[0], &id[..12]);
+        assert_eq!(lines[1], &id[..12]);
+        lines[2..5].iter().for_each(|line| add(line));
+        assert_eq!(lines[5], "kept");
+        let clock: f64 = lines[6].parse().unwrap();
+        assert!((clock - now()).abs() < CLOCK_MAX, "{clock}");
+    }
+    // Each has a disk of its own.
+    ok(
+        &system,
+        &["exec", &copies[0].id, "sh", "-c", "echo mine > /root/file"],
+    );
+    assert_eq!(
+        ok(&system, &["exec", &copies[1].id, "cat", "/root/file"]),
+        "kept\n"
+    );
+    assert_eq!(ok(&system, &["exec", id, "cat", "/root/file"]), "kept\n");
+    // A fork is a machine like any other: it survives its node, can be forked, and ends with its program's code.
+    system.kill_node();
+    let again = ok(&system, &["fork", "-q", "--rm", &copies[0].id]);
+    assert_eq!(
+        ok(&system, &["exec", again.trim(), "cat", "/root/file"]),
+        "mine\n"
+    );
+    ok(&system, &["rm", "-f", again.trim()]);
+    ok(&system, &["stop", "-t", "20", &copies[0].id]);
+    assert_eq!(system.inspect(&copies[0].id)["exit_code"], 143);
+}
+
+#[test]
+fn a_snapshot_is_restored_as_it_was_and_a_damaged_one_is_not() {
+    let Some(system) = System::ready_as("snap-restore") else {
+        return;
+    };
+    let count = "i=0; while :; do i=$((i+1)); echo $i; echo $i > /root/count; sleep 0.2; done";
+    let machine = system.machine(&["-m", "128m"], &["sh", "-c", count]);
+    let id = machine.id.as_str();
+    let last = |id: &str| -> u64 {
+        let logs = ok(&system, &["logs", id]);
+        logs.lines().last().map_or(0, |line| line.parse().unwrap())
+    };
+    until("it counts", || last(id) > 3);
+    let before = last(id);
+    let made: serde_json::Value = serde_json::from_str(&ok(
+        &system,
+        &["snapshot", "create", "--json", "--name", "kept", id],
+    ))
+    .unwrap();
+    println!("held {} ms", made["pause_ms"]);
+    let after = last(id);
+    until("it goes on", || last(id) > after);
+    let dir = system
+        .state
+        .join("snapshots")
+        .join(made["id"].as_str().unwrap());
+    for name in [
+        "memory",
+        "state",
+        "overlay.img",
+        "capture.json",
+        "snapshot.json",
+    ] {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let path = dir.join(name);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().mode() & 0o077,
+            0,
+            "{name}"
+        );
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let len = file.metadata().unwrap().len();
+        let refused = |what: &str| {
+            let output = system.vistara(&["snapshot", "restore", "kept"]);
+            let output = match text(&output.stderr).contains("there is no snapshot") {
+                // Whose name cannot be read has its id.
+                true => system.vistara(&["snapshot", "restore", made["id"].as_str().unwrap()]),
+                false => output,
+            };
+            let told = text(&output.stderr);
+            assert!(!output.status.success(), "{name} {what}");
+            assert!(told.contains("cannot be used"), "{name} {what}: {told}");
+            println!("{name} {what}: {}", told.lines().next().unwrap_or_default());
+        };
+        let mut byte = [0];
+        let at = if name == "overlay.img" {
+            1024 + 56
+        } else {
+            len / 2
+        };
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        refused("with another bit");
+        file.write_all_at(&byte, at).unwrap();
+        let mut end = [0; 1];
+        file.read_exact_at(&mut end, len - 1).unwrap();
+        file.set_len(len - 1).unwrap();
+        refused("cut");
+        file.write_all_at(&end, len - 1).unwrap();
+    }
+    ok(&system, &["rm", "-f", id]);
+    system.kill_node();
+    let restored = ok(&system, &["snapshot", "restore", "--name", "back", "kept"]);
+    let copy = system.adopt(restored.trim());
+    until("it goes on counting", || last(&copy.id) > after + 2);
+    let logs = ok(&system, &["logs", &copy.id]);
+    let first: u64 = logs.lines().next().unwrap().parse().unwrap();
+    assert!(
+        first > before && first <= after + 2,
+        "{before} {first} {after}"
+    );
+    let numbers: Vec<u64> = logs.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(
+        numbers.windows(2).all(|pair| pair[1] == pair[0] + 1),
+        "{numbers:?}"
+    );
+    assert_eq!(
+        ok(&system, &["exec", "back", "hostname"]).trim(),
+        &copy.id[..12]
+    );
+    ok(&system, &["snapshot", "rm", "kept"]);
+    assert!(!dir.exists());
+}
+
+#[test]
+fn a_node_killed_in_a_snapshot_leaves_a_machine_that_goes_on_and_no_half_snapshot() {
+    let Some(system) = System::ready_as("snap-kill") else {
+        return;
+    };
+    let count = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
+    let machine = system.machine(&["-m", "128m"], &["sh", "-c", count]);
+    let id = machine.id.as_str();
+    let lines = || ok(&system, &["logs", id]).lines().count();
+    until("it counts", || lines() > 2);
+    for round in 0..6u64 {
+        for arguments in [
+            &["snapshot", "create", id][..],
+            &["fork", "-n", "2", "--rm", id][..],
+        ] {
+            let mut child = system
+                .command(arguments)
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            // Each time a little later in it: no condition tells of every moment inside.
+            std::thread::sleep(Duration::from_millis(20 + round * 90));
+            system.kill_node();
+            // It may have been done before.
+            let _ = child.wait();
+            let now = lines();
+            until("the machine goes on", || lines() > now);
+            ok(&system, &["exec", id, "true"]);
+            for entry in std::fs::read_dir(system.state.join("snapshots")).unwrap() {
+                let path = entry.unwrap().path();
+                assert!(path.join("snapshot.json").exists(), "{path:?} is half made");
+            }
+            let left = std::fs::read_dir(system.state.join("tmp")).unwrap().count();
+            assert_eq!(left, 0, "copies of disks are left");
+        }
+    }
+    for snapshot in ok(&system, &["snapshot", "ls", "-q"]).lines() {
+        let restored = ok(&system, &["snapshot", "restore", "--rm", snapshot]);
+        ok(&system, &["exec", restored.trim(), "true"]);
+        ok(&system, &["rm", "-f", restored.trim()]);
+        ok(&system, &["snapshot", "rm", snapshot]);
+    }
+    // Forks that were cut short have ended; those that were not run.
+    let all = ok(&system, &["ps", "-a", "-q"]);
+    for other in all.lines().filter(|other| !id.starts_with(*other)) {
+        ok(&system, &["rm", "-f", other]);
+    }
 }

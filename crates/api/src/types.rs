@@ -1,7 +1,9 @@
 //! The bodies of requests and answers. Sizes are bytes, times are RFC 3339 in UTC, durations are milliseconds.
 
+mod snapshots;
 mod volumes;
 
+pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
 pub use volumes::{CreateVolumeRequest, Volume};
 
 use serde::{Deserialize, Serialize};
@@ -228,6 +230,9 @@ pub struct MachineDetail {
     pub kernel: Option<String>,
     /// The template it was forked from; absent where it booted.
     pub template: Option<String>,
+    /// The machine or snapshot that it goes on from; absent where its program began in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
     /// Process id of the monitor, while it runs.
     pub vmm_pid: Option<u32>,
     /// Which fences hold the monitor.

@@ -182,6 +182,18 @@ impl Capture {
         })
     }
 
+    /// One made of these bytes, at the beginning of the memory and of the state, for tests.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn of_bytes(info: CaptureInfo, memory: &[u8], state: &[u8]) -> io::Result<Capture> {
+        let memory_file = files::sealable_memory_file(info.memory.0)?;
+        memory_file.write_all_at(memory, 0)?;
+        let state_file = files::sealable_memory_file(state.len() as u64)?;
+        state_file.write_all_at(state, 0)?;
+        Capture::seal(info, memory_file, state_file)
+    }
+
     /// What a fork must have in common with it.
     pub fn info(&self) -> &CaptureInfo {
         &self.info

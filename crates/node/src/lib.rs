@@ -15,6 +15,7 @@ mod node;
 mod options;
 mod request;
 mod service;
+mod snapshots;
 mod templates;
 mod view;
 mod volumes;

@@ -107,6 +107,7 @@ pub(crate) fn detail(snapshot: &Snapshot, dir: &std::path::Path) -> MachineDetai
         auto_remove: spec.auto_remove,
         kernel: record.kernel.clone(),
         template: record.template.clone(),
+        parent: record.continues.as_ref().map(|from| from.parent.clone()),
         vmm_pid: record.vm.as_ref().map(|vm| vm.pid),
         fences: record
             .vm
@@ -157,6 +158,23 @@ pub(crate) fn template(listed: &Listed, machines: u64) -> Template {
         stored_bytes: listed.disk_bytes,
         resident_bytes: listed.resident_bytes,
         machines,
+    }
+}
+
+pub(crate) fn snapshot(listed: &crate::snapshots::Listed) -> vistara_api::Snapshot {
+    let about = listed.about.as_ref();
+    let record = about.ok().map(|about| &about.record);
+    vistara_api::Snapshot {
+        id: listed.id.clone(),
+        name: listed.name().map(str::to_owned),
+        machine: record.map(|record| record.name.to_string()),
+        machine_id: record.map(|record| record.id.to_string()),
+        image: record.map(|record| record.spec.image.familiar()),
+        memory_bytes: record.map_or(0, |record| record.spec.memory.0),
+        created_at: about.ok().map(|about| time(about.created_ns)),
+        pause_ms: about.map_or(0.0, |about| about.pause_us as f64 / 1000.0),
+        stored_bytes: listed.stored_bytes,
+        problem: about.err().map(|unusable| unusable.0.clone()),
     }
 }
 

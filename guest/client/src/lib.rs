@@ -23,6 +23,6 @@ pub use process::{Input, Output, OutputChunk, Process, ProcessHandle};
 pub use transfer::ArchiveReader;
 pub use vistara_guest_protocol::{
     Configured, Exit, ExitStatus, FileStat, GuestConfig, GuestStats, HostEntry, Mark,
-    NetworkConfig, Offsets, OutputStream, ProcessId, ProcessSpec, ProcessState, Refusal,
-    RefusalKind, Rlimit, SpawnFailed, Stage, TtySize, UnpackOptions, VolumeMount, Welcome,
+    NetworkConfig, Offsets, OutputStream, PROTOCOL_VERSION, ProcessId, ProcessSpec, ProcessState,
+    Refusal, RefusalKind, Rlimit, SpawnFailed, Stage, TtySize, UnpackOptions, VolumeMount, Welcome,
 };

@@ -157,6 +157,14 @@ impl System {
         }
     }
 
+    /// A machine that was made otherwise, to be removed likewise.
+    pub(crate) fn adopt(&self, id: &str) -> Machine<'_> {
+        Machine {
+            system: self,
+            id: id.to_owned(),
+        }
+    }
+
     pub(crate) fn inspect(&self, machine: &str) -> serde_json::Value {
         let output = self.vistara(&["inspect", machine]);
         let list: serde_json::Value =

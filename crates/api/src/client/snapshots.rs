@@ -1,7 +1,8 @@
-//! Machines that are held still.
+//! Machines that are held still, captured, restored and forked.
 
-use super::{Client, ClientError, encode};
-use crate::types::Machine;
+use super::{Client, ClientError, empty, encode};
+use crate::types::{CreateSnapshotRequest, ForkRequest, Forked, Machine, RestoreRequest, Snapshot};
+use hyper::Method;
 
 impl Client {
     /// Holds a machine still.
@@ -19,6 +20,64 @@ impl Client {
     /// [`ClientError`].
     pub async fn resume(&self, machine: &str) -> Result<Machine, ClientError> {
         self.post(&format!("/v1/machines/{}/resume", encode(machine)), &())
+            .await
+    }
+
+    /// Keeps a machine that runs as it is at this moment; it goes on.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn create_snapshot(
+        &self,
+        machine: &str,
+        request: &CreateSnapshotRequest,
+    ) -> Result<Snapshot, ClientError> {
+        let path = format!("/v1/machines/{}/snapshots", encode(machine));
+        self.post(&path, request).await
+    }
+
+    /// Snapshots, newest first.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn snapshots(&self) -> Result<Vec<Snapshot>, ClientError> {
+        self.get("/v1/snapshots").await
+    }
+
+    /// Removes a snapshot; gives its id. Machines restored from it go on.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn remove_snapshot(&self, snapshot: &str) -> Result<String, ClientError> {
+        let path = format!("/v1/snapshots/{}", encode(snapshot));
+        self.call(Self::request(
+            Method::DELETE,
+            &path,
+            empty(),
+            "application/json",
+        )?)
+        .await
+    }
+
+    /// A new machine that goes on from a snapshot; answers when it runs.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn restore(
+        &self,
+        snapshot: &str,
+        request: &RestoreRequest,
+    ) -> Result<Machine, ClientError> {
+        let path = format!("/v1/snapshots/{}/restore", encode(snapshot));
+        self.post(&path, request).await
+    }
+
+    /// Copies of a machine that runs; answers when they run or have failed.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn fork(&self, machine: &str, request: &ForkRequest) -> Result<Forked, ClientError> {
+        self.post(&format!("/v1/machines/{}/fork", encode(machine)), request)
             .await
     }
 }

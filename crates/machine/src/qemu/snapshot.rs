@@ -8,6 +8,7 @@ use super::vm::{Inner, QemuVm};
 use crate::{AtRest, Capture, CaptureInfo, Snapshot, VmmError};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -78,8 +79,57 @@ pub(super) async fn snapshot(vm: &QemuVm, at_rest: AtRest) -> Result<Snapshot, V
     let pause = begin.elapsed();
     let memory = captured?;
     went_on?;
+    let state = with_configuration(&state).map_err(|error| failed(error.to_string()))?;
     let capture = Capture::seal(info, memory, state).map_err(|error| failed(error.to_string()))?;
     Ok(Snapshot { capture, pause })
+}
+
+/// Where a stream's sections begin: behind `QEVM` and its version.
+const SECTIONS: usize = 8;
+/// The kind of the section that says of which machine a stream is, and with which capabilities it was written. A QEMU that
+/// is told to go on from a stream wants it to be the first, and `xen-save-devices-state` writes none.
+const CONFIGURATION: u8 = 7;
+/// Most bytes of devices' state: 250 KB are usual.
+const STATE_MAX: u64 = 64 << 20;
+
+/// The section as `migrate` writes it for our machines (QEMU's migration/savevm.c): the machine's type, and the one
+/// capability that both sides check.
+fn configuration() -> Vec<u8> {
+    const MACHINE: &[u8] = b"microvm";
+    const CAPABILITIES: &[u8] = b"configuration/capabilities";
+    const IGNORE_SHARED: &[u8] = b"x-ignore-shared";
+    const SUBSECTION: u8 = 5;
+    let number = |number: u32| number.to_be_bytes();
+    // None of the names is longer than 255 bytes.
+    let parts: [&[u8]; 9] = [
+        &[CONFIGURATION],
+        &number(MACHINE.len() as u32),
+        MACHINE,
+        &[SUBSECTION, CAPABILITIES.len() as u8],
+        CAPABILITIES,
+        // Its version, and how many capabilities follow.
+        &number(1),
+        &number(1),
+        &[IGNORE_SHARED.len() as u8],
+        IGNORE_SHARED,
+    ];
+    parts.concat()
+}
+
+/// Devices' state as a QEMU with `x-ignore-shared` takes it.
+fn with_configuration(state: &File) -> io::Result<File> {
+    let len = state.metadata()?.len();
+    let mut bytes = vec![0; usize::try_from(len.min(STATE_MAX + 1)).unwrap_or(0)];
+    state.read_exact_at(&mut bytes, 0)?;
+    if len > STATE_MAX || len <= SECTIONS as u64 || !bytes.starts_with(b"QEVM") {
+        return Err(io::Error::other("QEMU's state of its devices is not one"));
+    }
+    if bytes[SECTIONS] != CONFIGURATION {
+        bytes.splice(SECTIONS..SECTIONS, configuration());
+    }
+    let whole = sealable_memory_file(bytes.len() as u64)?;
+    whole.write_all_at(&bytes, 0)?;
+    Ok(whole)
 }
 
 /// What is done while the guest is held still. Gives the whole memory.
@@ -122,5 +172,38 @@ fn told(pid: u32, error: io::Error) -> VmmError {
         operation: "copying the memory of",
         path: PathBuf::from(format!("/proc/{pid}")),
         source: error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_is_what_qemu_writes_itself() {
+        // The beginning of what `migrate` of QEMU 7.2 wrote for a microvm, behind magic and version.
+        let seen = b"\x07\0\0\0\x07microvm\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
+        assert_eq!(configuration(), seen);
+    }
+
+    #[test]
+    fn a_state_gets_its_configuration_once_and_what_is_none_is_refused() {
+        let file = |bytes: &[u8]| {
+            let file = sealable_memory_file(bytes.len() as u64).unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            file
+        };
+        let bytes = |file: &File| {
+            let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        let once = with_configuration(&file(b"QEVM\0\0\0\x03\x04rest")).unwrap();
+        let text = bytes(&once);
+        assert!(text.starts_with(b"QEVM\0\0\0\x03\x07") && text.ends_with(b"\x04rest"));
+        assert_eq!(bytes(&with_configuration(&once).unwrap()), text);
+        for bad in [&b""[..], b"QEVM\0\0\0\x03", b"something else"] {
+            assert!(with_configuration(&file(bad)).is_err());
+        }
     }
 }

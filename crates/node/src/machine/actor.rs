@@ -4,7 +4,7 @@ mod again;
 mod hold;
 
 use super::handle::{COMMANDS_MAX, Shared};
-use super::prepare::{Launched, prepare};
+use super::prepare::{Launched, go_on, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
 use super::unikernel::{Undone, UnikernelSession};
@@ -12,6 +12,7 @@ use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
 use crate::node::{Fate, Node};
+use crate::snapshots::Moment;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -54,6 +55,8 @@ pub(crate) enum Origin {
         at: Instant,
         /// Whether its client will attach, and should find the machine whatever became of it.
         attach: bool,
+        /// What it goes on from, if it is not to begin anew.
+        moment: Option<Arc<Moment>>,
     },
     /// An earlier node, when it had not ended yet.
     Earlier,
@@ -82,6 +85,8 @@ pub(crate) struct Actor {
     limit: Option<tokio::time::Instant>,
     zero: Option<Instant>,
     attach: bool,
+    /// What it goes on from, until it does.
+    moment: Option<Arc<Moment>>,
     /// Why a provisional run never was.
     undone: Option<Undone>,
     trouble: Option<String>,
@@ -130,6 +135,11 @@ impl Actor {
         origin: Origin,
     ) -> Arc<Handle> {
         let shared = Arc::new(Shared::default());
+        shared.to_thaw.store(record.held, Ordering::Relaxed);
+        if let Some(continues) = &record.continues {
+            (shared.renewed).store(continues.renewed, Ordering::Relaxed);
+            shared.set_printed_before(continues.printed_before);
+        }
         let (commands_in, commands) = mpsc::channel(COMMANDS_MAX);
         let snapshot = Snapshot {
             record: Arc::new(record.clone()),
@@ -165,6 +175,7 @@ impl Actor {
             limit: None,
             zero: None,
             attach: false,
+            moment: None,
             undone: None,
             trouble: None,
             unsaved: false,
@@ -175,9 +186,14 @@ impl Actor {
 
     async fn run(mut self, origin: Origin) {
         match origin {
-            Origin::Request { at: zero, attach } => {
+            Origin::Request {
+                at: zero,
+                attach,
+                moment,
+            } => {
                 self.zero = Some(zero);
                 self.attach = attach;
+                self.moment = moment;
                 self.prepare(zero);
             }
             Origin::Earlier => self.find_out().await,
@@ -192,8 +208,9 @@ impl Actor {
     /// Finds out what became of an earlier node's machine, however long that takes. Until then it is what it was.
     async fn find_out(&mut self) {
         if self.record.end.is_some() || self.record.state == MachineState::Stopping {
-            let asked = &self.shared.asked_to_end;
-            asked.store(self.record.provisional, Ordering::Relaxed);
+            self.shared
+                .asked_to_end
+                .store(self.record.provisional, Ordering::Relaxed);
         }
         loop {
             match self.node.origin(&self.record, &self.dir).await {
@@ -329,6 +346,10 @@ impl Actor {
                 let done = self.resume().await;
                 let _ = answer.send(done);
             }
+            Command::Hold(held, answer) => {
+                let done = self.note_held(held).await;
+                let _ = answer.send(done);
+            }
             // Whoever removes waits for the end first; before it there is nothing to do.
             Command::Remove => {}
         }
@@ -340,6 +361,21 @@ impl Actor {
             News::Steps(steps) => {
                 self.add_steps(steps);
                 self.publish().await;
+            }
+            News::Thawed => {
+                self.record.held = false;
+                self.unsaved = true;
+                self.publish().await;
+            }
+            News::Renewed(printed_before, saved) => {
+                if let Some(continues) = &mut self.record.continues {
+                    continues.renewed = true;
+                    continues.printed_before = printed_before;
+                }
+                self.unsaved = true;
+                self.publish().await;
+                // The session may have gone.
+                let _ = saved.send(());
             }
             News::Trouble(trouble) => {
                 self.trouble = trouble;
@@ -405,13 +441,16 @@ impl Actor {
             self.record.started_ns = Some(now_ns());
             self.arm_time_limit();
         }
-        if self.record.state == MachineState::Ended && self.record.ended_ns.is_none() {
+        let ends = self.record.state == MachineState::Ended && self.record.ended_ns.is_none();
+        if ends {
             self.record.ended_ns = Some(now_ns());
             self.record.vm = None;
             self.log.finish();
-            self.clear_away();
         }
         self.publish().await;
+        if ends && !self.record.spec.auto_remove {
+            self.clear_away().await;
+        }
         for effect in effects {
             self.carry_out(effect);
         }
@@ -424,9 +463,12 @@ impl Actor {
             self.record.clone(),
             self.dir.clone(),
         );
-        let cancel = self.cancel.clone();
+        let (cancel, moment) = (self.cancel.clone(), self.moment.take());
         self.prepared = Some(tokio::spawn(async move {
-            prepare(&node, &record, &dir, zero, &cancel).await
+            match moment {
+                Some(moment) => go_on(&node, &record, &dir, zero, &moment).await,
+                None => prepare(&node, &record, &dir, zero, &cancel).await,
+            }
         }));
     }
 
@@ -516,15 +558,17 @@ impl Actor {
         });
     }
 
-    /// Frees what an ended machine needs no more: its disk and sockets. Its record and log stay.
-    fn clear_away(&self) {
+    /// Frees what an ended machine needs no more: its disk. Its record and log stay. On a busy disk this takes some 10 ms.
+    async fn clear_away(&self) {
         let path = self.dir.join(super::prepare::OVERLAY);
-        match std::fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "a file could not be removed")
+        let removed = tokio::task::spawn_blocking(move || match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "a file could not be removed");
             }
+            _ => {}
+        });
+        if let Err(error) = removed.await {
+            tracing::error!(machine = %self.record.id, %error, "the removing task failed");
         }
     }
 
@@ -565,7 +609,8 @@ impl Actor {
                         | Command::Kill
                         // Who asked hears that nobody answers.
                         | Command::Pause(_)
-                        | Command::Resume(_),
+                        | Command::Resume(_)
+                        | Command::Hold(..),
                     ) => {}
                     // Nobody holds a handle any more: the node is leaving, and the record stays for the next one.
                     None => return,
@@ -578,11 +623,31 @@ impl Actor {
         }
         // A client may still be reading what was printed: `run --rm … | less`.
         let _ = tokio::time::timeout(READERS_BOUND, self.log.wait_until_unread()).await;
+        // Who removes a machine finds nothing of it afterwards. Who has run one that removes itself waits for its name, and not
+        // until its disk is freed.
+        let early = self.record.spec.auto_remove && self.forget_record().await;
+        if early {
+            self.be_forgotten();
+        }
         let dir = self.dir.clone();
         let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
         if let Ok(Err(error)) = removed {
             tracing::error!(machine = %self.record.id, %error, "a machine's directory could not be removed");
         }
+        if !early {
+            self.be_forgotten();
+        }
+    }
+
+    /// Removes the record alone, without which a later node clears the rest away.
+    async fn forget_record(&self) -> bool {
+        let dir = self.dir.clone();
+        let removed = tokio::task::spawn_blocking(move || Record::remove(&dir)).await;
+        matches!(removed, Ok(Ok(())))
+    }
+
+    /// Its name is free, and nobody finds it any more.
+    fn be_forgotten(&self) {
         self.node.forget(&self.record.id);
         self.published.send_replace(Snapshot {
             record: Arc::new(self.record.clone()),

@@ -2,7 +2,7 @@
 
 use super::Record;
 use crate::fault::{Answer, Fault};
-use crate::logbook::LogBook;
+use crate::logbook::{LogBook, Offsets};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Pause(oneshot::Sender<Answer<()>>),
     /// Let its guest go on.
     Resume(oneshot::Sender<Answer<()>>),
+    /// Note whether its guest's processes are held still for a snapshot.
+    Hold(bool, oneshot::Sender<Answer<()>>),
     /// Forget it altogether: only once it has ended.
     Remove,
 }
@@ -38,7 +40,7 @@ pub(crate) struct Snapshot {
     pub(crate) record: Arc<Record>,
     /// What troubles it while it runs.
     pub(crate) trouble: Option<String>,
-    /// Whether its directory is gone and only this handle is left.
+    /// Whether it is forgotten: its name is free, and only this handle is left.
     pub(crate) removed: bool,
 }
 
@@ -67,6 +69,12 @@ pub(crate) struct Shared {
     stdin: Mutex<Option<Input>>,
     /// Counts the sessions that offered an input: one of an older session writes to nobody.
     inputs: AtomicU32,
+    /// Whether the guest's processes are to go on: a snapshot was cut short.
+    pub(crate) to_thaw: AtomicBool,
+    /// Whether the guest of a machine that goes on from another knows who it is.
+    pub(super) renewed: AtomicBool,
+    /// What of the program's output was another machine's.
+    pub(super) printed_before: std::sync::Mutex<Offsets>,
     /// Whether a unikernel was asked to end by its power button.
     pub(super) asked_to_end: AtomicBool,
     /// The end of what a unikernel and its program have printed.
@@ -103,6 +111,16 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&words).into_owned()
+    }
+
+    pub(super) fn printed_before(&self) -> Offsets {
+        let before = self.printed_before.lock();
+        *before.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_printed_before(&self, offsets: Offsets) {
+        let before = self.printed_before.lock();
+        *before.unwrap_or_else(PoisonError::into_inner) = offsets;
     }
 
     /// A new session's input.
@@ -195,6 +213,17 @@ impl Handle {
                 return now;
             }
         }
+    }
+
+    /// Waits until its program runs, or it is over.
+    pub(crate) async fn wait_started(&self) -> Snapshot {
+        self.wait_until(|snapshot| {
+            !matches!(
+                snapshot.record.state,
+                MachineState::Preparing | MachineState::Booting
+            )
+        })
+        .await
     }
 
     pub(crate) async fn wait_end(&self) -> Snapshot {

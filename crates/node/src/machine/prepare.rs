@@ -5,9 +5,10 @@ use super::record::Step;
 use super::unikernel;
 use crate::fault::{Fault, chain};
 use crate::node::Node;
+use crate::snapshots::Moment;
 use crate::templates::{Blueprint, Shape, Template};
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -39,7 +40,7 @@ pub(super) const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 pub(super) const PREFIX: u8 = 24;
 
 /// Name of a machine's writable disk in its directory.
-pub(super) const OVERLAY: &str = "overlay.img";
+pub(crate) const OVERLAY: &str = "overlay.img";
 
 /// Measures steps against the moment in which the request arrived.
 #[derive(Debug, Clone)]
@@ -156,16 +157,7 @@ pub(crate) async fn prepare(
         blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
     let overlay = dir.join(OVERLAY);
-    let disks = vec![
-        Disk {
-            path: root.path.clone(),
-            read_only: true,
-        },
-        Disk {
-            path: overlay.clone(),
-            read_only: false,
-        },
-    ];
+    let disks = disks(root.path.clone(), overlay.clone());
     let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
 
     // Shared directories cannot be captured; a template's machine has none.
@@ -227,6 +219,53 @@ pub(crate) async fn prepare(
     })
 }
 
+/// Launches a machine that goes on from another one's moment. The message of a failure is for the user.
+pub(crate) async fn go_on(
+    node: &Node,
+    record: &Record,
+    dir: &Path,
+    zero: Instant,
+    moment: &Arc<Moment>,
+) -> Result<Launched, String> {
+    let mechanisms = &node.mechanisms();
+    let mut watch = Stopwatch::new(zero);
+    let vmm = mechanisms
+        .vmm(record.backend.vmm)
+        .ok_or_else(|| format!("{} is not on this node any more", record.backend.vmm))?;
+    let begin = Instant::now();
+    let overlay = dir.join(OVERLAY);
+    let (from, to) = (Arc::clone(moment), overlay.clone());
+    let copied = tokio::task::spawn_blocking(move || clone_sparse_file(&from.overlay, &to));
+    let copied = copied.await.map_err(|error| error.to_string())?;
+    copied.map_err(|error| format!("its writable disk could not be made: {error}"))?;
+    watch.note("writable disk", begin);
+    let begin = Instant::now();
+    let start = Start::Fork(Arc::clone(&moment.capture));
+    let disks = disks(moment.root.clone(), overlay);
+    let plan = plan(node, record, dir, start, disks);
+    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
+    watch.note("fork", begin);
+    Ok(Launched {
+        vm: Arc::from(vm),
+        steps: watch.into_steps(),
+        template: None,
+    })
+}
+
+/// The disks of a Linux guest.
+pub(crate) fn disks(root: PathBuf, overlay: PathBuf) -> Vec<Disk> {
+    vec![
+        Disk {
+            path: root,
+            read_only: true,
+        },
+        Disk {
+            path: overlay,
+            read_only: false,
+        },
+    ]
+}
+
 /// Starts the machine from a template: with a copy of its disk, and its memory as it was.
 async fn fork(
     vmm: &dyn Vmm,
@@ -256,7 +295,7 @@ async fn fork(
     Ok(vm)
 }
 
-pub(super) fn plan(
+pub(crate) fn plan(
     node: &Node,
     record: &Record,
     dir: &Path,

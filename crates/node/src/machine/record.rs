@@ -74,7 +74,24 @@ pub(crate) struct Record {
     /// The template it was forked from, if it did not boot.
     #[serde(default)]
     pub(crate) template: Option<String>,
+    /// What it goes on from, if it is a fork of a machine that ran, or was restored.
+    #[serde(default)]
+    pub(crate) continues: Option<Continues>,
+    /// Whether its guest's processes may be held still for a snapshot: a node that finds it so has them go on.
+    #[serde(default)]
+    pub(crate) held: bool,
     pub(crate) timings: Vec<Step>,
+}
+
+/// A machine that goes on from another one's moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Continues {
+    /// Whose, in words.
+    pub(crate) parent: String,
+    /// Whether its guest knows who it is now, and runs.
+    pub(crate) renewed: bool,
+    /// What of the program's output was the other's: this one's log begins there.
+    pub(crate) printed_before: LogOffsets,
 }
 
 /// Nanoseconds since 1970.
@@ -88,6 +105,11 @@ pub(crate) fn now_ns() -> u64 {
 
 impl Record {
     pub(crate) const FORMAT: u32 = FORMAT;
+
+    /// Removes the record in `dir`, so that what else is there is nobody's. Blocks on files.
+    pub(crate) fn remove(dir: &Path) -> io::Result<()> {
+        std::fs::remove_file(dir.join(FILE))
+    }
 
     /// Replaces the record in `dir`. Blocks on files.
     pub(crate) fn save(&self, dir: &Path) -> io::Result<()> {

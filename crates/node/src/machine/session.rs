@@ -8,11 +8,11 @@ use super::record::now_ns;
 use super::recording::record_output;
 use super::{Record, Step};
 use crate::fault::chain;
-use crate::logbook::{LogBook, Stream};
+use crate::logbook::{LogBook, Offsets as LogOffsets, Stream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use vistara_control::Event;
 use vistara_guest_client::{
     Agent, AgentError, ConnectOptions, ExitStatus, Mark, Offsets, Output, OutputChunk,
@@ -40,6 +40,11 @@ pub(super) enum News {
     Steps(Vec<Step>),
     /// Something troubles the machine, or no longer does.
     Trouble(Option<String>),
+    /// Processes that an earlier node had held for a snapshot go on.
+    Thawed,
+    /// The guest of a machine that goes on from another knows who it is; what of its output was the other's. Answered
+    /// when that is on record.
+    Renewed(LogOffsets, oneshot::Sender<()>),
     /// A provisional run never was.
     Undone {
         /// What was seen, as a sentence.
@@ -98,10 +103,12 @@ impl Session {
             {
                 Ok((agent, welcome)) => {
                     if !greeted {
-                        let steps = match self.record.template {
+                        let forked =
+                            self.record.template.is_some() || self.record.continues.is_some();
+                        let steps = match forked {
                             // The stages of a fork's guest were its template's.
-                            Some(_) => self.host_step("greeting", begin),
-                            None => self.guest_steps(&welcome.timings),
+                            true => self.host_step("greeting", begin),
+                            false => self.guest_steps(&welcome.timings),
                         };
                         self.tell(News::Steps(steps)).await;
                     }
@@ -155,6 +162,20 @@ impl Session {
         {
             return over;
         }
+        let renewed = self.shared.renewed.load(Ordering::Relaxed);
+        if self.record.continues.is_some()
+            && !renewed
+            && let Some(over) = self.renew(agent, &welcome).await
+        {
+            return over;
+        }
+        if self.shared.to_thaw.load(Ordering::Relaxed) {
+            if let Err(error) = agent.thaw().await {
+                return Over::Lost(error);
+            }
+            self.shared.to_thaw.store(false, Ordering::Relaxed);
+            self.tell(News::Thawed).await;
+        }
         let highest = welcome
             .processes
             .iter()
@@ -178,9 +199,11 @@ impl Session {
             let held = self.log.offsets();
             // The log may begin with what an earlier run printed.
             let base = self.record.log_base;
+            // Or the program with what was printed in another machine.
+            let before = self.shared.printed_before();
             let from = Offsets {
-                stdout: held.stdout.saturating_sub(base.stdout),
-                stderr: held.stderr.saturating_sub(base.stderr),
+                stdout: (held.stdout.saturating_sub(base.stdout)).saturating_add(before.stdout),
+                stderr: (held.stderr.saturating_sub(base.stderr)).saturating_add(before.stderr),
             };
             match agent.resume(ProcessId::MAIN, from).await {
                 Ok(process) => process,
@@ -225,10 +248,7 @@ impl Session {
         };
         match agent.configure(config).await {
             Ok(configured) => {
-                for warning in configured.warnings.iter().take(WARNINGS_MAX) {
-                    let warning: String = warning.chars().take(WARNING_CHARS_MAX).collect();
-                    tracing::warn!(machine = %self.record.id, warning, "a guest could not be set up in all its parts");
-                }
+                self.log_warnings(&configured.warnings);
                 if first {
                     self.tell(News::Steps(self.host_step("configure", begin)))
                         .await;
@@ -241,6 +261,56 @@ impl Session {
                 Some(Over::ForGood)
             }
             Err(error) => Some(Over::Lost(error)),
+        }
+    }
+
+    /// Tells the guest of a machine that goes on from another who it is. Only then do its programs go on.
+    async fn renew(&self, agent: &Agent, welcome: &Welcome) -> Option<Over> {
+        let begin = Instant::now();
+        // One that was not configured has just been: a fake one, which begins anew.
+        if welcome.configured {
+            let refused = match guest_config(&self.record, now_ns()) {
+                Ok(config) => match agent.renew(config).await {
+                    Ok(configured) => {
+                        self.log_warnings(&configured.warnings);
+                        None
+                    }
+                    Err(error @ (AgentError::Refused(_) | AgentError::TooLong)) => {
+                        Some(chain(&error))
+                    }
+                    Err(error) => return Some(Over::Lost(error)),
+                },
+                Err(error) => Some(format!("the host gives no random numbers: {error}")),
+            };
+            if let Some(message) = refused {
+                self.tell(News::Event(Event::ConfigureFailed(message)))
+                    .await;
+                return Some(Over::ForGood);
+            }
+        }
+        let main = welcome.processes.iter();
+        let kept_from = main.filter(|state| state.id == ProcessId::MAIN);
+        let kept_from = kept_from.map(|state| state.kept_from).next();
+        let before = kept_from.map_or_else(LogOffsets::default, |from| LogOffsets {
+            stdout: from.stdout,
+            stderr: from.stderr,
+        });
+        self.shared.set_printed_before(before);
+        let (saved, done) = oneshot::channel();
+        self.tell(News::Renewed(before, saved)).await;
+        // Before anything is acknowledged: a later node must know where the log begins.
+        if done.await.is_err() {
+            return Some(Over::ForGood);
+        }
+        self.shared.renewed.store(true, Ordering::Relaxed);
+        self.tell(News::Steps(self.host_step("renew", begin))).await;
+        None
+    }
+
+    fn log_warnings(&self, warnings: &[String]) {
+        for warning in warnings.iter().take(WARNINGS_MAX) {
+            let warning: String = warning.chars().take(WARNING_CHARS_MAX).collect();
+            tracing::warn!(machine = %self.record.id, warning, "a guest could not be set up in all its parts");
         }
     }
 
@@ -290,12 +360,13 @@ impl Session {
             OutputStream::Stdout => Stream::Stdout,
             OutputStream::Stderr => Stream::Stderr,
         };
-        let base = match stream {
-            Stream::Stdout => self.record.log_base.stdout,
-            Stream::Stderr => self.record.log_base.stderr,
+        let before = self.shared.printed_before();
+        let (base, before) = match stream {
+            Stream::Stdout => (self.record.log_base.stdout, before.stdout),
+            Stream::Stderr => (self.record.log_base.stderr, before.stderr),
         };
         let end = chunk.offset.saturating_add(chunk.bytes.len() as u64);
-        let offset = chunk.offset.saturating_add(base);
+        let offset = chunk.offset.saturating_sub(before).saturating_add(base);
         let bytes = bytes::Bytes::from(chunk.bytes);
         if record_output(&self.log, &self.news, stream, offset, bytes).await {
             output.ack(chunk.stream, end);

@@ -3,6 +3,7 @@
 mod adopt;
 mod choice;
 mod detect;
+mod snapshots;
 mod templates;
 
 pub(crate) use adopt::Fate;
@@ -12,6 +13,7 @@ use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::options::{NodeOptions, TemplateLimits};
+use crate::snapshots::Snapshots;
 use crate::templates::Templates;
 use crate::volumes::Volumes;
 use std::collections::{HashMap, HashSet};
@@ -93,6 +95,7 @@ pub(crate) struct Node {
     pub(crate) started_ns: u64,
     mechanisms: Mechanisms,
     templates: Arc<Templates>,
+    snapshots: Snapshots,
     kvm: Mutex<KvmVerdict>,
     machines: Mutex<Machines>,
     /// Held for the node's life: one node serves a state directory.
@@ -169,6 +172,7 @@ impl Node {
             "overlays",
             "initramfs",
             "templates",
+            "snapshots",
             "volumes",
             "tmp",
         ] {
@@ -193,6 +197,7 @@ impl Node {
             started_ns: now_ns(),
             mechanisms,
             templates: Arc::new(Templates::new(state.join("templates"), limits)),
+            snapshots: Snapshots::new(state.join("snapshots")),
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,
@@ -205,6 +210,7 @@ impl Node {
         let images = &node.mechanisms.images;
         let is_there = |id: &Digest| !matches!(images.find(id.as_ref()), Ok(None));
         node.templates.take_stock(&node.all_vmms(), is_there).await;
+        node.snapshots.sweep().await;
         node.adopt_all().await;
         Ok(node)
     }
@@ -347,9 +353,6 @@ impl Node {
         let id = MachineId::from_random(for_id.try_into().unwrap_or([0; 16]));
         let for_name = for_name.try_into().unwrap_or([0; 4]);
         let (name, slot) = self.reserve(&spec, for_name)?;
-        let volumes: Vec<String> = (spec.named_volumes.iter())
-            .map(|volume| volume.name.clone())
-            .collect();
         let record = Record {
             format: Record::FORMAT,
             id: id.clone(),
@@ -383,8 +386,24 @@ impl Node {
             retried: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,
+            continues: None,
+            held: false,
             timings: Vec::new(),
         };
+        let origin = Origin::Request {
+            at: zero,
+            attach: request.attach,
+            moment: None,
+        };
+        self.begin(record, origin).await
+    }
+
+    /// Gives a machine whose name and slot are reserved its directory and its task.
+    async fn begin(self: &Arc<Self>, record: Record, origin: Origin) -> Answer<Arc<Handle>> {
+        let (id, name, slot) = (record.id.clone(), record.name.clone(), record.slot);
+        let volumes: Vec<String> = (record.spec.named_volumes.iter())
+            .map(|volume| volume.name.clone())
+            .collect();
         let dir = self.machine_dir(&id);
         let made = {
             let (dir, record) = (dir.clone(), record.clone());
@@ -412,16 +431,7 @@ impl Node {
             )
             .hint("free some disk space, or see `vistara doctor`")
         })?;
-        let handle = Actor::start(
-            Arc::clone(self),
-            dir,
-            record,
-            log,
-            Origin::Request {
-                at: zero,
-                attach: request.attach,
-            },
-        );
+        let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
         machines.by_id.insert(id, Arc::clone(&handle));
         Ok(handle)
     }

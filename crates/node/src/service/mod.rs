@@ -4,6 +4,7 @@ mod images;
 mod listener;
 mod machines;
 mod metrics;
+mod snapshots;
 mod streams;
 mod system;
 mod templates;
@@ -73,6 +74,11 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(machines::kill))
         .routes(routes!(machines::pause))
         .routes(routes!(machines::resume))
+        .routes(routes!(snapshots::create))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::remove))
+        .routes(routes!(snapshots::restore))
+        .routes(routes!(snapshots::fork))
         .routes(routes!(machines::wait))
         .routes(routes!(machines::logs))
         .routes(routes!(machines::console))
@@ -155,8 +161,12 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
         .with_graceful_shutdown(leave.clone().cancelled_owned())
         .into_future();
     tokio::pin!(served);
+    let mut over = false;
     tokio::select! {
-        result = &mut served => report(result),
+        result = &mut served => {
+            over = true;
+            report(result);
+        }
         () = until_idle(idle, &node, &connections) => tracing::info!("nothing to do for a while: the node leaves"),
         () = terminated() => tracing::info!("the node was told to leave"),
         () = leave.cancelled() => tracing::info!("the node was asked to leave"),
@@ -167,7 +177,9 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     }
     leave.cancel();
     // Streams to clients end with the process; their machines do not.
-    let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
+    if !over {
+        let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
+    }
     Ok(())
 }
 

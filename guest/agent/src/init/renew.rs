@@ -6,17 +6,14 @@
 
 use super::{Machine, freezer, network, root, seed, set_clock};
 use crate::files::refusal;
-use rustix::fs::{CWD, Mode, OFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-};
+use rustix::mount::UnmountFlags;
 use std::fs;
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::io;
 use std::path::Path;
 use vistara_guest_protocol::{GuestConfig, Refusal};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const FRESH_BOOT_ID: &str = "/dev/vistara.boot-id";
 const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 
 impl Machine {
@@ -94,29 +91,12 @@ fn new_boot_id() -> io::Result<()> {
     bytes[8] = bytes[8] & 0x3f | 0x80;
     let digits = hex(&bytes);
     let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
-    let system = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_create(system.as_fd())?;
-    let mounted = rustix::mount::fsmount(
-        system.as_fd(),
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(&mounted, "boot_id", flags, Mode::from_raw_mode(0o444))?;
-    fs::File::from(file).write_all((parts.join("-") + "\n").as_bytes())?;
-    let tree = rustix::mount::open_tree(
-        &mounted,
-        "boot_id",
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    )?;
+    // In memory, where programs do not look; its name goes once it is mounted.
+    fs::write(FRESH_BOOT_ID, parts.join("-") + "\n")?;
     // One that an earlier renewal laid there; mostly there is none.
     let _ = rustix::mount::unmount(BOOT_ID, UnmountFlags::DETACH);
-    rustix::mount::move_mount(
-        &tree,
-        "",
-        CWD,
-        BOOT_ID,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
+    let laid = rustix::mount::mount_bind(FRESH_BOOT_ID, BOOT_ID);
+    fs::remove_file(FRESH_BOOT_ID)?;
+    laid?;
     Ok(())
 }

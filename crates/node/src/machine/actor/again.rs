@@ -66,7 +66,7 @@ impl Actor {
             return false;
         };
         tracing::info!(machine = %self.record.id, reason = again.reason, "a program is run again");
-        self.clear_away();
+        self.clear_away().await;
         clear_held(&self.dir);
         self.life = Lifecycle::default();
         let record = &mut self.record;

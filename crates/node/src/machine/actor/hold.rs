@@ -7,7 +7,12 @@ use std::sync::Arc;
 use tokio::task::JoinHandle;
 use vistara_control::Event;
 use vistara_machine::Vm;
-use vistara_model::{MachineState, Payload};
+use vistara_model::{MachineName, MachineState, Payload};
+
+fn being_captured(name: &MachineName) -> Fault {
+    Fault::conflict(format!("a snapshot of machine {name} is being taken"))
+        .hint("try again in a moment")
+}
 
 impl Actor {
     /// A monitor's guest as the record has it: an earlier node may have died between the two.
@@ -26,6 +31,7 @@ impl Actor {
         let name = self.record.name.clone();
         match self.life.state() {
             MachineState::Paused => return Ok(()),
+            MachineState::Running if self.record.held => return Err(being_captured(&name)),
             MachineState::Running => {}
             state @ (MachineState::Preparing
             | MachineState::Booting
@@ -47,6 +53,32 @@ impl Actor {
         };
         vm.pause().await?;
         self.on(Event::Paused).await;
+        Ok(())
+    }
+
+    /// Notes whether the guest's processes are held still for a snapshot, before they are.
+    pub(super) async fn note_held(&mut self, held: bool) -> Answer<()> {
+        let name = self.record.name.clone();
+        match self.life.state() {
+            _ if !held => {}
+            MachineState::Running if self.record.held => return Err(being_captured(&name)),
+            MachineState::Running => {}
+            MachineState::Paused => {
+                return Err(Fault::conflict(format!("machine {name} is paused"))
+                    .hint(format!("vistara resume {name}")));
+            }
+            state @ (MachineState::Preparing
+            | MachineState::Booting
+            | MachineState::Stopping
+            | MachineState::Ended) => {
+                return Err(Fault::conflict(format!(
+                    "machine {name} is {state}, and only one that runs can be captured"
+                )));
+            }
+        }
+        self.record.held = held;
+        self.unsaved = true;
+        self.publish().await;
         Ok(())
     }
 

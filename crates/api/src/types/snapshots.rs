@@ -1,0 +1,91 @@
+//! Snapshots and forks on the wire.
+
+use super::Machine;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// `POST /v1/machines/{machine}/snapshots`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CreateSnapshotRequest {
+    /// Its name; none where absent.
+    pub name: Option<String>,
+}
+
+/// A machine at one moment, kept on the node's disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// Its name.
+    pub name: Option<String>,
+    /// The machine's name.
+    pub machine: Option<String>,
+    /// The machine's id.
+    pub machine_id: Option<String>,
+    /// The image's name.
+    pub image: Option<String>,
+    /// Memory of the guest.
+    pub memory_bytes: u64,
+    /// When it was taken.
+    pub created_at: Option<String>,
+    /// How long the machine was held still for it, in milliseconds.
+    pub pause_ms: f64,
+    /// What it takes on the node's disk.
+    pub stored_bytes: u64,
+    /// Why it cannot be used; absent where nothing is known against it. Its memory and disk are checked when it is restored.
+    pub problem: Option<String>,
+}
+
+/// `POST /v1/snapshots/{snapshot}/restore`: what of the machine is not as it was. Its id never is, nor are its host name, its
+/// hardware address and its randomness.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// Name of the machine; made up where absent.
+    pub name: Option<String>,
+    /// Host name; from its id where absent.
+    pub hostname: Option<String>,
+    /// `[ADDRESS:]HOST:GUEST[/udp]`; none are published where empty.
+    pub ports: Vec<String>,
+    /// Remove the machine when it ends.
+    pub auto_remove: bool,
+}
+
+/// `POST /v1/machines/{machine}/fork`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ForkRequest {
+    /// How many.
+    pub count: u32,
+    /// Name, where it is one; made up where absent.
+    pub name: Option<String>,
+    /// `[ADDRESS:]HOST:GUEST[/udp]` in each; none are published where empty.
+    pub ports: Vec<String>,
+    /// Remove the machines when they end.
+    pub auto_remove: bool,
+}
+
+impl Default for ForkRequest {
+    fn default() -> Self {
+        ForkRequest {
+            count: 1,
+            name: None,
+            ports: Vec::new(),
+            auto_remove: false,
+        }
+    }
+}
+
+/// The answer to `POST /v1/machines/{machine}/fork`, once every fork runs or has failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Forked {
+    /// The forks.
+    pub machines: Vec<Machine>,
+    /// How long the machine was held still, in milliseconds.
+    pub pause_ms: f64,
+    /// How long it took until others could go on from it, in milliseconds.
+    pub captured_ms: f64,
+    /// How long it took until all of them ran, in milliseconds.
+    pub took_ms: f64,
+}

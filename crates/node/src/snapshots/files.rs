@@ -1,0 +1,420 @@
+//! A snapshot's directory: what is written to it, and what is believed of it when it is read. All of this blocks on files.
+
+use crate::fault::chain;
+use crate::machine::Record;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use vistara_guest_client::PROTOCOL_VERSION;
+use vistara_machine::{Capture, CaptureInfo, sparse_digest};
+
+/// Version of `snapshot.json`.
+const FORMAT: u32 = 1;
+const ABOUT: &str = "snapshot.json";
+const CAPTURE: &str = "capture.json";
+const OVERLAY: &str = "overlay.img";
+/// Most bytes of a description: a command line and an environment may be long.
+const ABOUT_MAX: u64 = 16 << 20;
+
+/// What `snapshot.json` says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct About {
+    pub(crate) id: String,
+    pub(crate) name: Option<String>,
+    pub(crate) created_ns: u64,
+    /// How long the machine was held still.
+    pub(crate) pause_us: u64,
+    /// The agent in the guest: its version, and that of what it speaks.
+    pub(crate) agent: String,
+    pub(crate) protocol: u8,
+    /// The machine as it was.
+    pub(crate) record: Record,
+    /// BLAKE3 of `capture.json`, which has those of memory and state.
+    pub(crate) capture_blake3: String,
+    /// [`sparse_digest`] of the writable disk.
+    pub(crate) overlay_blake3: String,
+    /// [`sparse_digest`] of the image's root disk, which is the image's and not kept here.
+    pub(crate) root_blake3: String,
+}
+
+/// A description on disk.
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    format: u32,
+    /// BLAKE3 of `about` as JSON without spaces.
+    blake3: String,
+    about: About,
+}
+
+/// Why a snapshot cannot be used, in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unusable(pub(crate) String);
+
+/// What a snapshot holds.
+pub(crate) struct Parts {
+    pub(crate) about: About,
+    pub(crate) capture: Capture,
+    pub(crate) overlay: File,
+}
+
+/// The agent that this program puts into guests.
+pub(super) fn agent_version() -> String {
+    env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// Makes the directory of a new snapshot.
+pub(super) fn begin(dir: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(dir)
+}
+
+pub(super) fn overlay_in(dir: &Path) -> PathBuf {
+    dir.join(OVERLAY)
+}
+
+/// What is to be said of a snapshot beside its digests.
+pub(super) struct Words {
+    pub(super) id: String,
+    pub(super) name: Option<String>,
+    pub(super) created_ns: u64,
+    pub(super) pause_us: u64,
+    pub(super) record: Record,
+}
+
+/// Writes all of a snapshot whose writable disk lies in `dir` already.
+pub(super) fn write(
+    dir: &Path,
+    capture: &Capture,
+    root: &Path,
+    words: Words,
+) -> Result<About, String> {
+    let io = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| format!("{what}: {error}")
+    };
+    capture.write(dir).map_err(|error| chain(&error))?;
+    let overlay = File::open(overlay_in(dir)).map_err(io("its disk"))?;
+    overlay.sync_all().map_err(io("its disk"))?;
+    let mut record = words.record;
+    // What is the other machine's alone.
+    record.vm = None;
+    record.timings = Vec::new();
+    let about = About {
+        id: words.id,
+        name: words.name,
+        created_ns: words.created_ns,
+        pause_us: words.pause_us,
+        agent: agent_version(),
+        protocol: PROTOCOL_VERSION,
+        record,
+        capture_blake3: whole_digest(&dir.join(CAPTURE)).map_err(io("its description"))?,
+        overlay_blake3: sparse_digest(&overlay).map_err(io("its disk"))?,
+        root_blake3: File::open(root)
+            .and_then(|file| sparse_digest(&file))
+            .map_err(io("the image's disk"))?,
+    };
+    let text = seal(&about).map_err(io("its description"))?;
+    let fresh = dir.join("snapshot.json.new");
+    let written = || {
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, dir.join(ABOUT))?;
+        // The name is to be on the disk, too.
+        File::open(dir)?.sync_all()
+    };
+    written().map_err(io("its description"))?;
+    Ok(about)
+}
+
+fn seal(about: &About) -> io::Result<Vec<u8>> {
+    let sealed = Sealed {
+        format: FORMAT,
+        blake3: digest(about)?,
+        about: about.clone(),
+    };
+    Ok(serde_json::to_vec_pretty(&sealed)?)
+}
+
+fn digest(about: &About) -> io::Result<String> {
+    let text = serde_json::to_vec(about)?;
+    Ok(blake3::hash(&text).to_hex().to_string())
+}
+
+fn whole_digest(path: &Path) -> io::Result<String> {
+    let bytes = read_bounded(path)?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut file = File::open(path)?.take(ABOUT_MAX + 1);
+    file.read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > ABOUT_MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
+}
+
+/// Whether a directory's snapshot was finished, damaged or not.
+pub(super) fn is_finished(dir: &Path) -> bool {
+    dir.join(ABOUT).exists()
+}
+
+/// What the snapshot in `dir` is of; its memory and disks are not looked at.
+pub(super) fn read_about(dir: &Path) -> Result<About, Unusable> {
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let damaged = |why: String| Unusable(format!("its description is damaged: {why}"));
+    let bytes = read_bounded(&dir.join(ABOUT)).map_err(|error| damaged(error.to_string()))?;
+    let Format { format } =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    if format != FORMAT {
+        return Err(Unusable(format!(
+            "it has format {format}, and this version reads {FORMAT}"
+        )));
+    }
+    let Sealed { blake3, about, .. } =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    if digest(&about).ok().as_ref() != Some(&blake3) {
+        return Err(damaged("it is not what was written".to_owned()));
+    }
+    if dir.file_name().is_none_or(|name| *name != *about.id) {
+        return Err(damaged("it is of another snapshot".to_owned()));
+    }
+    if about.record.format != Record::FORMAT {
+        return Err(Unusable(format!(
+            "its machine's record has format {}, and this version reads {}",
+            about.record.format,
+            Record::FORMAT
+        )));
+    }
+    Ok(about)
+}
+
+/// What a machine that goes on from it must have in common with it.
+pub(super) fn read_info(dir: &Path, about: &About) -> Result<CaptureInfo, Unusable> {
+    let of_capture = whole_digest(&dir.join(CAPTURE));
+    if of_capture.ok().as_ref() != Some(&about.capture_blake3) {
+        return Err(Unusable(
+            "the description of its memory is not what was written".to_owned(),
+        ));
+    }
+    Capture::read_info(dir).map_err(|error| Unusable(chain(&error)))
+}
+
+/// Everything in `dir`, every byte of it checked, and the image's root disk that goes with it.
+pub(super) fn read(dir: &Path, root: &Path) -> Result<Parts, Unusable> {
+    let about = read_about(dir)?;
+    let agent = agent_version();
+    if (about.agent.as_str(), about.protocol) != (agent.as_str(), PROTOCOL_VERSION) {
+        return Err(Unusable(format!(
+            "the agent in its guest has version {} and speaks version {}; this node's has {agent} and speaks {PROTOCOL_VERSION}",
+            about.agent, about.protocol
+        )));
+    }
+    read_info(dir, &about)?;
+    let digest_of =
+        |path: &Path| File::open(path).and_then(|file| Ok((sparse_digest(&file)?, file)));
+    let (root_blake3, _) =
+        digest_of(root).map_err(|error| Unusable(format!("the image's disk: {error}")))?;
+    if root_blake3 != about.root_blake3 {
+        return Err(Unusable(
+            "the image's disk is not the one that its guest knows".to_owned(),
+        ));
+    }
+    let (overlay_blake3, overlay) = digest_of(&overlay_in(dir))
+        .map_err(|error| Unusable(format!("its writable disk: {error}")))?;
+    if overlay_blake3 != about.overlay_blake3 {
+        return Err(Unusable(
+            "its writable disk is not what was written".to_owned(),
+        ));
+    }
+    let capture = Capture::read(dir).map_err(|error| Unusable(chain(&error)))?;
+    Ok(Parts {
+        about,
+        capture,
+        overlay,
+    })
+}
+
+/// Bytes that a directory's files really take.
+pub(super) fn size_on_disk(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    let sizes = entries
+        .flatten()
+        .filter_map(|entry| entry.metadata().ok().map(|data| data.blocks() * 512));
+    sizes.sum()
+}
+
+/// Removes a snapshot: first its description, so that half of it is never taken for one.
+pub(super) fn remove(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_file(dir.join(ABOUT)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    std::fs::remove_dir_all(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::now_ns;
+    use std::os::unix::fs::FileExt;
+    use vistara_model::{
+        Accelerator, Backend, Bytes, Generation, Hypervisor, MachineId, MachineState, Signal,
+        VmmKind,
+    };
+
+    fn record() -> Record {
+        let request = vistara_api::RunRequest::default();
+        let spec = crate::request::spec(&request, "debian".parse().unwrap()).unwrap();
+        Record {
+            format: Record::FORMAT,
+            id: MachineId::from_random([1; 16]),
+            name: "web".parse().unwrap(),
+            generation: Generation(1),
+            spec,
+            image_id: format!("sha256:{}", "a".repeat(64)).parse().unwrap(),
+            argv: vec!["sh".to_owned()],
+            env: vec!["A=b".parse().unwrap()],
+            user: String::new(),
+            working_dir: String::new(),
+            hostname: "web".to_owned(),
+            stop_signal: Signal::TERM,
+            hypervisor: Hypervisor::Qemu,
+            backend: Backend {
+                vmm: VmmKind::Qemu,
+                payload: vistara_model::Payload::Linux,
+                accelerator: Accelerator::Tcg,
+            },
+            reasons: Vec::new(),
+            kernel: None,
+            program_file: None,
+            linux_memory: None,
+            slot: 0,
+            state: MachineState::Running,
+            end: None,
+            created_ns: now_ns(),
+            started_ns: None,
+            ended_ns: None,
+            vm: None,
+            retried: false,
+            provisional: false,
+            log_base: crate::logbook::Offsets::default(),
+            template: None,
+            continues: None,
+            held: false,
+            timings: Vec::new(),
+        }
+    }
+
+    /// A directory with a snapshot in it, and the root disk that goes with it.
+    fn made() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("0123");
+        begin(&dir).unwrap();
+        let root = parent.path().join("root");
+        std::fs::write(&root, b"the image").unwrap();
+        std::fs::write(overlay_in(&dir), vec![7; 100_000]).unwrap();
+        let capture = Capture::of_bytes(
+            CaptureInfo {
+                kind: VmmKind::Qemu,
+                version: "7".to_owned(),
+                accelerator: Accelerator::Tcg,
+                cpu: String::new(),
+                counter_khz: None,
+                vcpus: 1,
+                memory: Bytes::mib(1),
+                disks: vec![true, false],
+                nic: true,
+            },
+            b"memory",
+            b"state",
+        )
+        .unwrap();
+        let words = Words {
+            id: "0123".to_owned(),
+            name: Some("one".to_owned()),
+            created_ns: now_ns(),
+            pause_us: 1,
+            record: record(),
+        };
+        write(&dir, &capture, &root, words).unwrap();
+        (parent, dir, root)
+    }
+
+    fn reason(dir: &Path, root: &Path) -> String {
+        read(dir, root).err().expect("it was used").0
+    }
+
+    #[test]
+    fn no_bit_of_a_snapshot_may_be_another_and_no_byte_may_be_missing() {
+        let (_parent, dir, root) = made();
+        let files = [ABOUT, CAPTURE, OVERLAY, "memory", "state"].map(|name| dir.join(name));
+        for path in files.iter().chain([&root]) {
+            let whole = std::fs::read(path).unwrap();
+            for at in [0, whole.len() / 3, whole.len() / 2, whole.len() - 2] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 4;
+                std::fs::write(path, &bytes).unwrap();
+                // White space between the words of a description says nothing.
+                let harmless = path.ends_with(ABOUT) && read_about(&dir) == read_about_of(&whole);
+                assert!(harmless || read(&dir, &root).is_err(), "{path:?} {at}");
+            }
+            let file = File::options().write(true).open(path).unwrap();
+            file.write_all_at(&whole, 0).unwrap();
+            file.set_len(whole.len() as u64 - 1).unwrap();
+            assert!(read(&dir, &root).is_err(), "{path:?} cut");
+            std::fs::remove_file(path).unwrap();
+            assert!(read(&dir, &root).is_err(), "{path:?} gone");
+            std::fs::write(path, &whole).unwrap();
+        }
+        let parts = read(&dir, &root).unwrap();
+        assert_eq!(parts.about.record.name.as_ref(), "web");
+    }
+
+    fn read_about_of(bytes: &[u8]) -> Result<About, Unusable> {
+        Ok(serde_json::from_slice::<Sealed>(bytes).unwrap().about)
+    }
+
+    #[test]
+    fn another_version_of_anything_is_told_before_it_is_used() {
+        let (_parent, dir, root) = made();
+        let about = read_about(&dir).unwrap();
+        let with = |change: &dyn Fn(&mut About)| {
+            let mut other = about.clone();
+            change(&mut other);
+            std::fs::write(dir.join(ABOUT), seal(&other).unwrap()).unwrap();
+            reason(&dir, &root)
+        };
+        let agent = with(&|about| about.agent = "0.0.0".to_owned());
+        assert!(
+            agent.contains("agent") && agent.contains("0.0.0"),
+            "{agent}"
+        );
+        let protocol = with(&|about| about.protocol += 1);
+        assert!(protocol.contains("speaks version"), "{protocol}");
+        let record = with(&|about| about.record.format += 1);
+        assert!(record.contains("record has format"), "{record}");
+        let moved = with(&|about| about.id = "4567".to_owned());
+        assert!(moved.contains("another snapshot"), "{moved}");
+        let text = String::from_utf8(seal(&about).unwrap()).unwrap();
+        let later = text.replacen("\"format\": 1", "\"format\": 2", 1);
+        std::fs::write(dir.join(ABOUT), later).unwrap();
+        let format = reason(&dir, &root);
+        assert!(format.contains("format 2"), "{format}");
+        std::fs::write(dir.join(ABOUT), text).unwrap();
+        assert!(read(&dir, &root).is_ok());
+    }
+}

@@ -1,0 +1,147 @@
+//! The snapshots that are there.
+
+use super::files::{self, About, Parts, Unusable, Words};
+use crate::machine::{Record, now_ns};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use vistara_machine::Capture;
+
+/// A snapshot as it is listed.
+#[derive(Debug, Clone)]
+pub(crate) struct Listed {
+    pub(crate) id: String,
+    /// What it is of; or why that cannot be told.
+    pub(crate) about: Result<About, Unusable>,
+    /// What its directory takes.
+    pub(crate) stored_bytes: u64,
+}
+
+impl Listed {
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.about.as_ref().ok()?.name.as_deref()
+    }
+}
+
+/// All snapshots of a node.
+#[derive(Debug, Clone)]
+pub(crate) struct Snapshots {
+    dir: PathBuf,
+}
+
+/// A snapshot that is being made. Its directory goes with it unless it was finished.
+pub(crate) struct Fresh {
+    id: String,
+    dir: PathBuf,
+    finished: bool,
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        if !self.finished
+            && let Err(error) = files::remove(&self.dir)
+        {
+            tracing::warn!(path = %self.dir.display(), %error, "half a snapshot stays until the next node starts");
+        }
+    }
+}
+
+impl Fresh {
+    /// Where the writable disk is to lie.
+    pub(crate) fn overlay(&self) -> PathBuf {
+        files::overlay_in(&self.dir)
+    }
+
+    /// Writes the rest. Blocks on files for as long as some 100 MB take.
+    pub(crate) fn finish(
+        mut self,
+        capture: &Capture,
+        root: &Path,
+        name: Option<String>,
+        pause: Duration,
+        record: Record,
+    ) -> Result<Listed, String> {
+        let words = Words {
+            id: self.id.clone(),
+            name,
+            created_ns: now_ns(),
+            pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+            record,
+        };
+        let about = files::write(&self.dir, capture, root, words)?;
+        self.finished = true;
+        Ok(Listed {
+            id: self.id.clone(),
+            about: Ok(about),
+            stored_bytes: files::size_on_disk(&self.dir),
+        })
+    }
+}
+
+impl Snapshots {
+    pub(crate) fn new(dir: PathBuf) -> Snapshots {
+        Snapshots { dir }
+    }
+
+    /// Removes what an earlier node had not finished.
+    pub(crate) async fn sweep(&self) {
+        let dir = self.dir.clone();
+        let swept = tokio::task::spawn_blocking(move || {
+            for entry in std::fs::read_dir(dir)?.flatten() {
+                if files::is_finished(&entry.path()) {
+                    continue;
+                }
+                tracing::info!(path = %entry.path().display(), "a snapshot that was never finished is removed");
+                if let Err(error) = std::fs::remove_dir_all(entry.path()) {
+                    tracing::warn!(path = %entry.path().display(), %error, "half a snapshot stays");
+                }
+            }
+            io::Result::Ok(())
+        });
+        if let Ok(Err(error)) = swept.await {
+            tracing::error!(%error, "snapshots cannot be listed");
+        }
+    }
+
+    /// Begins a snapshot. Blocks on files.
+    pub(crate) fn begin(&self, id: String) -> io::Result<Fresh> {
+        let dir = self.dir.join(&id);
+        files::begin(&dir)?;
+        Ok(Fresh {
+            id,
+            dir,
+            finished: false,
+        })
+    }
+
+    /// All finished snapshots, newest first, damaged ones at the end. Blocks on files.
+    pub(crate) fn list(&self) -> Vec<Listed> {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else {
+            return Vec::new();
+        };
+        let mut all: Vec<Listed> = entries
+            .flatten()
+            .filter(|entry| files::is_finished(&entry.path()))
+            .filter_map(|entry| {
+                Some(Listed {
+                    id: entry.file_name().into_string().ok()?,
+                    about: files::read_about(&entry.path()),
+                    stored_bytes: files::size_on_disk(&entry.path()),
+                })
+            })
+            .collect();
+        let age = |listed: &Listed| listed.about.as_ref().map_or(0, |about| about.created_ns);
+        all.sort_by_key(|listed| std::cmp::Reverse(age(listed)));
+        all
+    }
+
+    /// Everything of a snapshot, every byte checked. Blocks on files for as long as some 100 MB take.
+    pub(crate) fn read(&self, id: &str, root: &Path) -> Result<Parts, Unusable> {
+        files::read(&self.dir.join(id), root)
+    }
+
+    /// Removes a snapshot. Machines restored from it go on. Blocks on files.
+    pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
+        files::remove(&self.dir.join(id))
+    }
+}
