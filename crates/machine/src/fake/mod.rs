@@ -132,17 +132,6 @@ impl FakeVmm {
                 "going on from a machine of another kind: {difference}"
             )));
         }
-        for disk in &plan.disks {
-            std::fs::File::options()
-                .read(true)
-                .write(!disk.read_only)
-                .open(&disk.path)
-                .map_err(|source| VmmError::Io {
-                    operation: "opening the disk",
-                    path: disk.path.clone(),
-                    source,
-                })?;
-        }
         Ok(())
     }
 }
@@ -159,6 +148,17 @@ impl Vmm for FakeVmm {
 
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Vm>, VmmError> {
         self.check(plan)?;
+        for disk in &plan.disks {
+            std::fs::File::options()
+                .read(true)
+                .write(!disk.read_only)
+                .open(&disk.path)
+                .map_err(|source| VmmError::Io {
+                    operation: "opening the disk",
+                    path: disk.path.clone(),
+                    source,
+                })?;
+        }
         if let Some(message) = machine::locked(&self.faults).launch_failure.clone() {
             return Err(VmmError::Launch {
                 step: "starting the machine",
