@@ -195,6 +195,7 @@ fn ready(name: &str) -> Option<System> {
             &["images", "import", tar.to_str().unwrap(), "--name", IMAGE],
         );
     }
+    // Without its modules, so that nothing is tried provisionally: that is `vm_provisional`'s.
     done(
         &system,
         &["kernel", "add", "nanos", kernel.to_str().unwrap()],

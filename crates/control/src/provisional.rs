@@ -6,19 +6,29 @@
 //! network, and no directory or volume of anybody's; its disk is its own and goes with it. What cannot be held for long is
 //! not held longer: a run that takes too long or prints too much is undone too, and its command goes to Linux the next time.
 //!
-//! What tells that something was missed is the kernel, not the program: [`PROVISIONAL_CALLS`] are told as they are made,
+//! What tells that something was missed is the kernel, not the program: [`provisional_calls`] are told as they are made,
 //! also where the program says nothing of its failure. The end itself is one of them, so that silence is no proof: a run of
 //! which nothing was told is undone.
 
 use crate::retry::{KERNEL_MARK, program_words};
 use std::time::Duration;
-use vistara_model::{EndReason, ExitStatus};
+use vistara_model::{Accelerator, EndReason, ExitStatus};
 
 /// Longest provisional run. It is what a program that runs long loses, once; and how long the user may wait for the first
-/// byte. Ordinary commands end in a fraction of it, also under emulation.
-pub const PROVISIONAL_MAX: Duration = Duration::from_secs(5);
+/// byte. Ordinary commands end in a fraction of it.
+const PROVISIONAL_MAX: Duration = Duration::from_secs(5);
+/// The same where processors are emulated, and all takes several times as long.
+const PROVISIONAL_EMULATED_MAX: Duration = Duration::from_secs(15);
 /// Most output that is held back: it lies in memory, and who prints more wants to be read meanwhile.
 pub const HELD_BYTES_MAX: usize = 1 << 20;
+
+/// Longest provisional run under this accelerator.
+pub fn provisional_max(accelerator: Accelerator) -> Duration {
+    match accelerator {
+        Accelerator::Kvm => PROVISIONAL_MAX,
+        Accelerator::Tcg => PROVISIONAL_EMULATED_MAX,
+    }
+}
 
 /// What makes processes, or becomes another one. The C library's `fork` and `posix_spawn` are a `clone`, of which the kernel
 /// speaks by itself; but not where it takes a `clone3` for malformed.
@@ -38,6 +48,8 @@ const USERS: &[&str] = &[
 /// What a unikernel lacks, and a Linux guest has.
 const MISSING: &[&str] = &[
     "chroot",
+    "finit_module",
+    "init_module",
     "memfd_create",
     "mknod",
     "mknodat",
@@ -46,10 +58,12 @@ const MISSING: &[&str] = &[
     "msgget",
     "pivot_root",
     "ptrace",
+    "reboot",
     "semget",
     "setns",
     "shmget",
     "splice",
+    "swapon",
     "umount2",
     "unshare",
     "vmsplice",
@@ -111,11 +125,11 @@ impl ProvisionalRun {
         }
     }
 
-    /// It took longer than [`PROVISIONAL_MAX`].
-    pub fn took_too_long(&mut self) {
+    /// It took longer than [`provisional_max`] says.
+    pub fn took_too_long(&mut self, bound: Duration) {
         self.see(format!(
             "it took more than {} s, longer than its output is held back",
-            PROVISIONAL_MAX.as_secs()
+            bound.as_secs()
         ));
     }
 
@@ -251,7 +265,7 @@ mod tests {
             assert_ne!(ended().judge(WELL, words), Verdict::Stands, "{words}");
         }
         let mut long = ended();
-        long.took_too_long();
+        long.took_too_long(provisional_max(Accelerator::Kvm));
         assert!(undone(&long.judge(WELL, "")).starts_with("it took more than"));
         let mut much = ended();
         much.printed_too_much();

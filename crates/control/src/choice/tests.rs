@@ -3,7 +3,7 @@
 use super::*;
 use vistara_model::{
     Architecture, Confidence, Correction, Evidence, Linkage, MayCreate, ProcessFacts, ProgramFacts,
-    ProgramKind,
+    ProgramKind, Runtime,
 };
 
 fn host(kvm: KvmVerdict, qemu: bool, firecracker: bool, nanos: bool) -> HostFacts {
@@ -513,4 +513,123 @@ fn a_named_volume_is_refused_where_the_program_gets_a_linux_guest() {
     };
     let error = choose(&terminal, Some(&plain()), &host).unwrap_err();
     assert!(error.to_string().contains("terminal"), "{error}");
+}
+
+/// What is different → whether `auto` tries it provisionally where the kernel tells of calls; a word that the reasons have.
+#[test]
+fn what_is_tried_provisionally_follows_the_table() {
+    let table: &[(&str, Change, bool, &str)] = &[
+        ("a plain program", |_, _| {}, false, "nothing in it"),
+        (
+            "forks",
+            |_, i| may(i, MayCreate::Yes, Confidence::Certain, "fork"),
+            true,
+            "provisionally: it may make processes",
+        ),
+        (
+            "commands",
+            |_, i| may(i, MayCreate::OnDemand, Confidence::Certain, "system"),
+            true,
+            "provisionally: it runs shell commands",
+        ),
+        (
+            "libraries",
+            |_, i| may(i, MayCreate::InLibraries, Confidence::Likely, "fork"),
+            true,
+            "provisionally: a library",
+        ),
+        (
+            "a guess",
+            |_, i| i.program.processes.confidence = Confidence::Guess,
+            true,
+            "provisionally: nothing that makes",
+        ),
+        (
+            "mounts",
+            |_, i| i.program.whole_system = evidence("mount"),
+            true,
+            "mount in",
+        ),
+        (
+            "forks, with a port",
+            |r, i| {
+                r.ports = true;
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+            },
+            false,
+            "ports are published",
+        ),
+        (
+            "a shell",
+            |_, i| {
+                i.program.runtimes = vec![Runtime::Shell];
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+            },
+            false,
+            "it is a shell",
+        ),
+        (
+            "forks, as another user",
+            |r, i| {
+                r.user = "www-data".into();
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+            },
+            false,
+            "www-data",
+        ),
+        (
+            "forks, with a terminal",
+            |r, i| {
+                r.tty = true;
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+            },
+            false,
+            "terminal",
+        ),
+        (
+            "forks, was tried",
+            |_, i| {
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+                let seen = "it used the network".to_owned();
+                i.correction = Some(Correction { seen });
+            },
+            false,
+            "used the network",
+        ),
+        (
+            "forks, with host directories",
+            |r, i| {
+                r.host_directories = true;
+                may(i, MayCreate::Yes, Confidence::Certain, "fork");
+            },
+            false,
+            "directories",
+        ),
+    ];
+    let mut telling = host(works(), true, false, true);
+    telling.nanos_tells_calls = true;
+    let (mut request, mut image) = (asked(Hypervisor::Auto), plain());
+    request.named_volumes = true;
+    may(&mut image, MayCreate::Yes, Confidence::Certain, "fork");
+    let refused = choose(&request, Some(&image), &telling).unwrap_err();
+    assert!(refused.to_string().contains("stays written"), "{refused}");
+    for tells in [false, true] {
+        let mut host = host(works(), true, false, true);
+        host.nanos_tells_calls = tells;
+        for (what, change, tried, word) in table {
+            let (mut request, mut image) = (asked(Hypervisor::Auto), plain());
+            change(&mut request, &mut image);
+            let choice = choose(&request, Some(&image), &host).unwrap();
+            assert_eq!(choice.provisional, *tried && tells, "{what}: {choice:?}");
+            if *tried {
+                let linux = choice.backend.payload == Payload::Linux;
+                assert_eq!(linux, !tells, "{what}");
+            }
+            let reasons = choice.reasons.join("\n");
+            assert!(!tells || reasons.contains(word), "{what}: {reasons}");
+            request.hypervisor = Hypervisor::Nanovms;
+            let by_name = choose(&request, Some(&image), &host);
+            assert!(by_name.is_ok_and(|it| !it.provisional) || !tried, "{what}");
+        }
+    }
 }

@@ -117,6 +117,8 @@ fn not_tried(request: &Request, image: Option<&ImageFacts>, host: &HostFacts) ->
         Some(
             "its ports are published, and what a server did for others cannot be undone".to_owned(),
         )
+    } else if request.named_volumes {
+        Some("a volume is mounted, and what is written to it stays written".to_owned())
     } else if shell {
         Some("it is a shell, and running commands is what it is for".to_owned())
     } else if !host.nanos_tells_calls {
@@ -260,7 +262,7 @@ fn program(facts: &ProgramFacts, findings: &mut Findings) {
         ));
     }
     if !facts.whole_system.is_empty() {
-        findings.doubt(format!(
+        findings.try_it(format!(
             "it uses what only a whole Linux system has: {}",
             list(&facts.whole_system)
         ));

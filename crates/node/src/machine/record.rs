@@ -65,6 +65,9 @@ pub(crate) struct Record {
     /// Whether it is only tried as a unikernel: nothing of it is shown until it has ended well.
     #[serde(default)]
     pub(crate) provisional: bool,
+    /// Why a provisional run was undone, as a sentence for the user.
+    #[serde(default)]
+    pub(crate) undone: Option<String>,
     /// Whether this is the second run of its program, on Linux, after one as a unikernel.
     #[serde(default)]
     pub(crate) retried: bool,

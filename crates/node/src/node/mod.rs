@@ -383,6 +383,7 @@ impl Node {
             ended_ns: None,
             vm: None,
             provisional: choice.provisional,
+            undone: None,
             retried: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,

@@ -196,6 +196,9 @@ async fn attached(
         }
     }
     let end = handle.wait_end().await;
+    if let Some(message) = end.record.undone.clone() {
+        say(sink, &StreamEvent::Notice { message }).await?;
+    }
     // A machine is not removed while somebody reads what it printed.
     drop(reader);
     if end.record.spec.auto_remove {

@@ -76,6 +76,7 @@ impl Actor {
             self.limit = None;
         }
         record.generation.0 += 1;
+        record.undone = record.provisional.then(|| again.reason.clone());
         record.provisional = false;
         record.retried = true;
         record.log_base = self.log.offsets();

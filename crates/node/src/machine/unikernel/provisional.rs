@@ -15,10 +15,10 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use vistara_control::{
-    Event, HELD_BYTES_MAX, PROVISIONAL_MAX, ProvisionalRun, Verdict, provisional_calls,
+    Event, HELD_BYTES_MAX, ProvisionalRun, Verdict, provisional_calls, provisional_max,
 };
 use vistara_machine::OutputStream;
-use vistara_model::ExitStatus;
+use vistara_model::{ExitStatus, Signal};
 use vistara_nanos::calls::Told;
 
 /// Name of the file that makes a run stand: a line with its end, then its output.
@@ -27,6 +27,9 @@ const HELD: &str = "held";
 const READ: usize = 64 << 10;
 /// How long a beginning that might become a kernel's line waits for the rest.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
+
+/// How often it is looked whether somebody wants the run ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The calls that the kernel is to tell of.
 pub(super) static CALLS: LazyLock<Vec<&'static str>> = LazyLock::new(provisional_calls);
@@ -66,21 +69,27 @@ impl UnikernelSession {
         if !learned {
             watch.run.lost_its_node();
         }
-        let deadline = tokio::time::Instant::now() + PROVISIONAL_MAX;
+        let longest = provisional_max(self.record.backend.accelerator);
+        let deadline = tokio::time::Instant::now() + longest;
         let mut sorter = Sorter::default();
         let mut buffer = vec![0; READ];
         let mut over = false;
-        while !over && watch.run.sign().is_none() {
-            let bound = match sorter.holds() {
-                true => deadline.min(tokio::time::Instant::now() + FLUSH_AFTER),
-                false => deadline,
+        // The kernel with its module does not pass the power button's signal on to a program that sleeps (Nanos of 2026), so
+        // that a run that somebody wants ended is ended at once. What the program would do about it could not be seen.
+        let asked = || self.shared.asked_to_end.load(Ordering::Relaxed);
+        while !over && !asked() && watch.run.sign().is_none() {
+            let pause = match sorter.holds() {
+                true => FLUSH_AFTER,
+                false => LOOK_AGAIN,
             };
+            let bound = deadline.min(tokio::time::Instant::now() + pause);
             let sorted = match tokio::time::timeout_at(bound, output.read(&mut buffer)).await {
                 Err(_) if tokio::time::Instant::now() >= deadline => {
-                    watch.run.took_too_long();
+                    watch.run.took_too_long(longest);
                     continue;
                 }
-                Err(_) => sorter.flush(),
+                Err(_) if sorter.holds() => sorter.flush(),
+                Err(_) => continue,
                 Ok(Ok(count)) if count > 0 => {
                     self.shared.hear(&buffer[..count]);
                     sorter.push(&buffer[..count])
@@ -103,22 +112,21 @@ impl UnikernelSession {
         }
         watch.told.finish(&mut watch.output);
         let seen = watch.run.sign().map(str::to_owned);
-        if seen.is_some()
-            && let Err(error) = self.vm.kill().await
-        {
+        let ended_for_others = !over && seen.is_none();
+        if !over && let Err(error) = self.vm.kill().await {
             tracing::error!(machine = %self.record.id, error = crate::fault::chain(&error), "a unikernel that is undone could not be ended");
         }
         let end = self.vm.wait().await;
         let dir = self.dir.clone();
         let recorded = tokio::task::spawn_blocking(move || recorded_exit(&dir)).await;
-        let asked = self.shared.asked_to_end.load(Ordering::Relaxed);
-        let event = outcome(end, recorded.ok().flatten(), &kernel.text(), asked);
+        let event = outcome(end, recorded.ok().flatten(), &kernel.text(), asked());
         let status = match &event {
+            _ if ended_for_others => Some(ExitStatus::Signal(Signal::TERM.0)),
             Some(Event::ProgramExited { status, .. }) if seen.is_none() => Some(*status),
             Some(_) | None => None,
         };
         // What somebody has ended is not begun again, so that what it printed is all there will be.
-        let verdict = match (asked, seen) {
+        let verdict = match (asked(), seen) {
             (true, None) => Verdict::Stands,
             _ => {
                 let text = String::from_utf8_lossy(&watch.output);
