@@ -1,5 +1,6 @@
 //! Whether `auto` is right about unikernels: real programs out of Debian's packages, what `vistara explain` says of each,
-//! and what became of it when it really ran under Nanos. Writes the table to `docs/unikernels.md`.
+//! and what became of it when it really ran under Nanos. What `auto` would only try provisionally is run with `auto`, too.
+//! Writes the table to `docs/unikernels.md`.
 //!
 //! All run with the network and the memory that nobody asked for, from one image, one after the other, on a node of their
 //! own; a command must do what it is there for (`verdicts_cases`), not merely end.
@@ -43,14 +44,67 @@ struct Row {
     evidence: String,
     /// Nothing where it did its work.
     failure: Option<String>,
+    /// What became of it with `auto`, where that tries it provisionally.
+    tried: Option<Tried>,
+}
+
+/// A provisional run, and what came after it.
+struct Tried {
+    /// What it ran on in the end.
+    payload: String,
+    /// Why it was undone, where it was.
+    undone: Option<String>,
+    /// Nothing where it did its work in the end.
+    failure: Option<String>,
+    took: Duration,
+}
+
+/// What a verdict was worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Judgement {
+    /// A unikernel did the work, or none could.
+    Right,
+    /// None could: it was tried, undone, and done on Linux. That costs a start, once.
+    Undone,
+    /// Linux did what a unikernel could have done.
+    Slower,
+    /// The work was lost.
+    Wrong,
+}
+
+impl Judgement {
+    fn of(verdict: &str, failure: Option<&String>, tried: Option<&Tried>) -> Judgement {
+        match (verdict, failure, tried) {
+            (_, _, Some(tried)) if tried.failure.is_some() => Judgement::Wrong,
+            (_, None, Some(tried)) if tried.payload != "nanos" => Judgement::Slower,
+            (_, Some(_), Some(tried)) if tried.payload != "nanos" => Judgement::Undone,
+            (_, _, Some(_)) | ("nanos", None, None) | ("linux", Some(_), None) => Judgement::Right,
+            ("linux", None, None) => Judgement::Slower,
+            _ => Judgement::Wrong,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Judgement::Right => "right",
+            Judgement::Undone => "undone",
+            Judgement::Slower => "slower",
+            Judgement::Wrong => "**WRONG**",
+        }
+    }
 }
 
 impl Row {
-    fn judgement(verdict: &str, failure: Option<&String>) -> &'static str {
-        match (verdict, failure) {
-            ("nanos", None) | ("linux", Some(_)) => "right",
-            ("linux", None) => "slower",
-            _ => "**WRONG**",
+    fn judgement(&self) -> Judgement {
+        Judgement::of(&self.verdict, self.failure.as_ref(), self.tried.as_ref())
+    }
+
+    /// As it would be for a task that is safe to retry: what fails then is run again.
+    fn judgement_if_safe(&self) -> Judgement {
+        match (self.retry_safe.as_str(), &self.failure) {
+            ("nanos", Some(_)) => Judgement::Undone,
+            ("nanos, tried", _) => self.judgement(),
+            (verdict, failure) => Judgement::of(verdict, failure.as_ref(), None),
         }
     }
 }
@@ -92,7 +146,13 @@ impl Node {
             "there is no Nanos kernel at {kernel:?}; name one with {KERNEL_VARIABLE}"
         );
         let kernel = kernel.to_str().context("the kernel's path is not UTF-8")?;
-        node.done(&["kernel", "add", "nanos", kernel])?;
+        let modules = Path::new(kernel).with_file_name("klibs");
+        ensure!(
+            modules.is_dir(),
+            "there are no modules of the kernel at {modules:?}"
+        );
+        let modules = modules.to_str().context("the path is not UTF-8")?;
+        node.done(&["kernel", "add", "nanos", kernel, "--klibs", modules])?;
         Ok(node)
     }
 
@@ -134,11 +194,12 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     for case in CASES {
         let row = look(&node, case, host)?;
         let truth = row.failure.as_deref().unwrap_or("ran");
-        let judgement = Row::judgement(&row.verdict, row.failure.as_ref());
         eprintln!(
-            "{judgement:10} auto: {:6} {} — {truth}",
+            "{:10} auto: {:12} {} — {truth}; {}",
+            row.judgement().name(),
             row.verdict,
-            row.argv.join(" ")
+            row.argv.join(" "),
+            row.tried.as_ref().map_or_else(String::new, Tried::shown),
         );
         rows.push(row);
     }
@@ -149,7 +210,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let text = fs::read_to_string(&document).with_context(|| format!("read {document:?}"))?;
     let text = replaced(&text, &table(&rows, kernel.unwrap_or("unknown")))?;
     fs::write(&document, text).with_context(|| format!("write {document:?}"))?;
-    let wrong = |row: &&Row| row.verdict == "nanos" && row.failure.is_some();
+    let wrong = |row: &&Row| row.judgement() == Judgement::Wrong;
     let wrong: Vec<&Row> = rows.iter().filter(wrong).collect();
     ensure!(wrong.is_empty(), "{} verdicts are wrong", wrong.len());
     Ok(())
@@ -191,8 +252,14 @@ fn look(node: &Node, case: &Case, host: u16) -> Result<Row> {
     let argv: Vec<&str> = (case.argv.iter())
         .map(|word| if *word == HOST { &address } else { *word })
         .collect();
-    let explained = node.explain(&[], &argv)?;
-    let retry_safe = node.explain(&["--retry-safe"], &argv)?;
+    // A server is run with its port, and asked about with it.
+    let published = match case.check {
+        Check::Answers(port, ..) => vec!["-p".to_owned(), port.to_string()],
+        Check::Ends(..) => Vec::new(),
+    };
+    let published: Vec<&str> = published.iter().map(String::as_str).collect();
+    let explained = node.explain(&published, &argv)?;
+    let retry_safe = node.explain(&[&["--retry-safe"], &published[..]].concat(), &argv)?;
     let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     let program = &explained["program"];
     let kind = text(&program["kind"]);
@@ -207,14 +274,27 @@ fn look(node: &Node, case: &Case, host: u16) -> Result<Row> {
         .take(EVIDENCE_MAX)
         .map(text)
         .collect();
+    let verdict = |explained: &Value| {
+        let reasons = explained["choice"]["reasons"].to_string();
+        match reasons.contains("provisionally") {
+            true => "nanos, tried".to_owned(),
+            false => text(&explained["choice"]["payload"]),
+        }
+    };
+    let tried = match case.check {
+        Check::Ends(code, words) if verdict(&explained) == "nanos, tried" => {
+            Some(try_it(node, &argv, code, words)?)
+        }
+        Check::Ends(..) | Check::Answers(..) => None,
+    };
     let failure = match case.check {
         Check::Ends(code, words) => ends(node, &argv, code, words)?,
         Check::Answers(port, request, words) => answers(node, &argv, port, request, words)?,
     };
     Ok(Row {
         argv: case.argv.iter().map(|word| (*word).to_owned()).collect(),
-        verdict: text(&explained["choice"]["payload"]),
-        retry_safe: text(&retry_safe["choice"]["payload"]),
+        verdict: verdict(&explained),
+        retry_safe: verdict(&retry_safe),
         statement: format!(
             "{}, {}",
             text(&program["may_create"]).replace('_', " "),
@@ -222,7 +302,50 @@ fn look(node: &Node, case: &Case, host: u16) -> Result<Row> {
         ),
         evidence: evidence.join(", "),
         failure,
+        tried,
     })
+}
+
+/// Runs a command as `auto` would.
+fn try_it(node: &Node, argv: &[&str], code: i32, words: &str) -> Result<Tried> {
+    const NAME: &str = "tried";
+    let begin = Instant::now();
+    let bound = format!("{}s", 2 * BOUND_S);
+    let options = ["run", "-q", "--name", NAME, "--timeout", &bound, IMAGE];
+    let output = node.run(&[&options, argv].concat())?;
+    let took = begin.elapsed();
+    let inspected: Value =
+        serde_json::from_str(&node.done(&["inspect", NAME])?).context("read what inspect says")?;
+    node.done(&["rm", NAME])?;
+    let choice = &inspected[0]["choice"];
+    let reasons = choice["reasons"].as_array().into_iter().flatten();
+    let undone = reasons.filter_map(Value::as_str).find_map(|reason| {
+        let (_, rest) = reason.split_once("undone before anything of it was shown (")?;
+        Some(
+            rest.split_once("), and it")
+                .map_or(rest, |(why, _)| why)
+                .to_owned(),
+        )
+    });
+    Ok(Tried {
+        payload: choice["payload"].as_str().unwrap_or("?").to_owned(),
+        undone,
+        failure: failure(argv, &output, code, words)?,
+        took,
+    })
+}
+
+impl Tried {
+    fn shown(&self) -> String {
+        let seconds = self.took.as_secs_f64();
+        match (&self.failure, &self.undone) {
+            (Some(failure), _) => format!("**{failure}** on {}", self.payload),
+            (None, Some(why)) => {
+                format!("undone: {why}; done on {} in {seconds:.1} s", self.payload)
+            }
+            (None, None) => format!("done on {} in {seconds:.1} s", self.payload),
+        }
+    }
 }
 
 /// What a program printed, on one line and not too much of it.
@@ -252,8 +375,12 @@ fn ends(node: &Node, argv: &[&str], code: i32, words: &str) -> Result<Option<Str
         &bound,
         IMAGE,
     ];
-    let output = node.run(&[&options, argv].concat())?;
-    let all = [output.stdout, output.stderr].concat();
+    failure(argv, &node.run(&[&options, argv].concat())?, code, words)
+}
+
+/// What is wrong with this end.
+fn failure(argv: &[&str], output: &Output, code: i32, words: &str) -> Result<Option<String>> {
+    let all = [&output.stdout[..], &output.stderr].concat();
     let found = output.status.code();
     let has_words = String::from_utf8_lossy(&all).contains(words);
     Ok(match found {
@@ -336,14 +463,13 @@ fn ask(port: u16, request: &[u8], words: &[u8]) -> std::io::Result<bool> {
 fn table(rows: &[Row], kernel: &str) -> String {
     let cell = |text: &str| text.replace('|', "\\|").replace('\n', " ");
     let mut text = format!(
-        "Kernel {kernel}, {} programs, one image.\n\n| command | `auto` | if safe to retry | may make processes | evidence | truth under Nanos | judgement |\n|---|---|---|---|---|---|---|\n",
+        "Kernel {kernel}, {} programs, one image.\n\n| command | `auto` | if safe to retry | may make processes | evidence | truth under Nanos | with `auto` | judgement |\n|---|---|---|---|---|---|---|---|\n",
         rows.len()
     );
     let (mut counts, mut retried) = (Vec::new(), Vec::new());
     for row in rows {
-        let judgement = Row::judgement(&row.verdict, row.failure.as_ref());
-        counts.push(judgement);
-        retried.push(Row::judgement(&row.retry_safe, row.failure.as_ref()));
+        counts.push(row.judgement());
+        retried.push(row.judgement_if_safe());
         let words: Vec<String> = row
             .argv
             .iter()
@@ -353,30 +479,39 @@ fn table(rows: &[Row], kernel: &str) -> String {
             })
             .collect();
         text.push_str(&format!(
-            "| `` {} `` | {} | {} | {} | {} | {} | {judgement} |\n",
+            "| `` {} `` | {} | {} | {} | {} | {} | {} | {} |\n",
             cell(&words.join(" ")),
             row.verdict,
             row.retry_safe,
             row.statement,
             cell(&row.evidence),
             cell(row.failure.as_deref().unwrap_or("ran")),
+            cell(&row.tried.as_ref().map_or_else(String::new, Tried::shown)),
+            row.judgement().name(),
         ));
     }
-    let sums = |all: &[&str]| {
-        let count = |wanted: &str| all.iter().filter(|found| **found == wanted).count();
-        format!(
-            "{} right, {} slower, {} wrong",
-            count("right"),
-            count("slower"),
-            count("**WRONG**")
-        )
+    let sums = |all: &[Judgement]| {
+        let count = |wanted| all.iter().filter(|found| **found == wanted).count();
+        let names = [
+            Judgement::Right,
+            Judgement::Undone,
+            Judgement::Slower,
+            Judgement::Wrong,
+        ];
+        let sums = names.map(|it| {
+            format!(
+                "{} {}",
+                count(it),
+                it.name().trim_matches('*').to_lowercase()
+            )
+        });
+        sums.join(", ")
     };
     text.push_str(&format!(
-        "\nIn sum: {}. Marked safe to retry: {}",
+        "\nIn sum: {}. Marked safe to retry: {}.\n",
         sums(&counts),
         sums(&retried)
     ));
-    text.push_str(" (a wrong one is then run again on Linux).\n");
     text
 }
 
@@ -397,11 +532,26 @@ mod unit {
     #[test]
     fn a_verdict_is_wrong_only_where_work_is_lost() {
         let failed = Some("exit 1".to_owned());
-        let judge = |verdict, failure: &Option<String>| Row::judgement(verdict, failure.as_ref());
-        assert_eq!(judge("nanos", &None), "right");
-        assert_eq!(judge("linux", &failed), "right");
-        assert_eq!(judge("linux", &None), "slower");
-        assert_eq!(judge("nanos", &failed), "**WRONG**");
+        let judge =
+            |verdict, failure: &Option<String>| Judgement::of(verdict, failure.as_ref(), None);
+        assert_eq!(judge("nanos", &None), Judgement::Right);
+        assert_eq!(judge("linux", &failed), Judgement::Right);
+        assert_eq!(judge("linux", &None), Judgement::Slower);
+        assert_eq!(judge("nanos", &failed), Judgement::Wrong);
+        let tried = |payload: &str, failure: &Option<String>, after: &Option<String>| {
+            let tried = Tried {
+                payload: payload.to_owned(),
+                undone: None,
+                failure: after.clone(),
+                took: Duration::ZERO,
+            };
+            Judgement::of("nanos, tried", failure.as_ref(), Some(&tried))
+        };
+        assert_eq!(tried("nanos", &None, &None), Judgement::Right);
+        assert_eq!(tried("linux", &failed, &None), Judgement::Undone);
+        assert_eq!(tried("linux", &None, &None), Judgement::Slower);
+        assert_eq!(tried("linux", &failed, &failed), Judgement::Wrong);
+        assert_eq!(tried("nanos", &failed, &failed), Judgement::Wrong);
     }
 
     #[test]
