@@ -47,8 +47,6 @@ pub(crate) async fn launch(
             };
             disk::write(&record, program, &base.path, &path, telling)
                 .map_err(|message| Fault::new(vistara_api::ErrorKind::Host, message))?;
-            // The trees of both disks were in memory.
-            vistara_host::memory::give_back();
             Ok(kernel)
         })
         .await
@@ -83,8 +81,11 @@ pub(crate) async fn launch(
         // What was sent could not be taken back.
         plan.nic = None;
     }
-    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error))?;
+    let vm = vmm.launch(&plan).await.map_err(|error| chain(&error));
     watch.note("launch", begin);
+    // The trees of both disks were in memory; not before the launch, as the guest would wait for it.
+    tokio::task::spawn_blocking(vistara_host::memory::give_back);
+    let vm = vm?;
     Ok(Arc::from(vm))
 }
 
