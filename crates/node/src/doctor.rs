@@ -93,6 +93,9 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
             );
         }
     }
+    let firecracker_works = mechanisms
+        .vmm(VmmKind::Firecracker)
+        .is_some_and(|vmm| !vmm.capabilities().accelerators.is_empty());
     match mechanisms.vmm(VmmKind::Qemu) {
         Some(vmm) => {
             let capabilities = vmm.capabilities();
@@ -122,7 +125,8 @@ pub(crate) fn examine(node: &Node) -> Vec<Need> {
             let mend = Some("apt-get install qemu-system-x86, then vistara doctor --fresh");
             report.add(
                 "qemu",
-                true,
+                // One monitor is enough, whichever it is.
+                !firecracker_works,
                 NeedState::Absent,
                 "no usable qemu-system-x86_64",
                 mend,
