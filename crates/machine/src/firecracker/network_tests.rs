@@ -115,9 +115,15 @@ async fn a_published_port_leads_in_a_guest_gets_out_and_nothing_outlives_the_mon
     let process = stand_in();
     let port = free_port();
     let plan = plan(dir.path(), vec![port.clone()]);
+    let begin = std::time::Instant::now();
     let helper = start(&network, &plan, &process);
+    let started = begin.elapsed();
     let published = helper.publish(dir.path(), &plan.nic.as_ref().unwrap().ports);
     published.await.unwrap();
+    println!(
+        "started after {started:?}, published after {:?}",
+        begin.elapsed()
+    );
     become_guest(&process);
     let mut server = inside(&process, "exec busybox nc -l -p 7 -e cat")
         .stdin(Stdio::null())
