@@ -311,6 +311,7 @@ mod tests {
             vm: None,
             retried: false,
             provisional: false,
+            undone: None,
             log_base: crate::logbook::Offsets::default(),
             template: None,
             continues: None,
