@@ -1010,3 +1010,122 @@ async fn measure_the_launch_and_the_first_answer() {
         calls[3], calls[0], answers[3], answers[0], kills[3]
     );
 }
+
+/// How many machines the test below starts, unless `VISTARA_TEST_KILLED` says otherwise.
+const KILLED: u64 = 9;
+
+/// What is left of the machine in `dir`, whoever started it and however far it came.
+fn left_at_all(plan: &LaunchPlan, dir: &Path) -> Vec<String> {
+    let mut left = Vec::new();
+    let told = ["end.json", "console"];
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        if !told.contains(&name.as_str()) {
+            left.push(format!("file {name}"));
+        }
+    }
+    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+        let process = process.path();
+        let read = |name: &str| std::fs::read(process.join(name)).unwrap_or_default();
+        let command = String::from_utf8_lossy(&read("cmdline")).into_owned();
+        let works_in = std::fs::read_link(process.join("cwd")).unwrap_or_default();
+        if command.contains(plan.id.as_ref()) || works_in.starts_with(dir) {
+            left.push(format!(
+                "{}: {}",
+                process.display(),
+                command.replace('\0', " ")
+            ));
+        }
+    }
+    if let Ok(groups) = vistara_host::cgroup::Cgroups::detect()
+        && let Some(group) = groups.find(plan.id.as_ref())
+    {
+        left.extend(group.dirs().iter().map(|dir| format!("{}", dir.display())));
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let ours = mounts
+        .lines()
+        .filter(|line| line.contains(dir.to_str().unwrap()));
+    left.extend(ours.map(str::to_owned));
+    left
+}
+
+fn devices() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/self/net/dev").unwrap();
+    let names = text
+        .lines()
+        .filter_map(|line| Some(line.split_once(':')?.0));
+    names.map(|name| name.trim().to_owned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn machines_that_are_killed_at_any_moment_leave_nothing() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
+    let count = number("VISTARA_TEST_KILLED").unwrap_or(KILLED);
+    let seed: u64 = number("VISTARA_TEST_SEED").unwrap_or_else(|| {
+        let since = std::time::UNIX_EPOCH.elapsed().unwrap();
+        since.as_secs() | 1
+    });
+    println!("{count} machines, VISTARA_TEST_SEED={seed}");
+    // Marsaglia's xorshift: enough to spread moments.
+    let mut state = seed;
+    let mut below = move |limit: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % limit
+    };
+    let before = devices();
+    // Longer than a launch takes here, so that every moment of it and of what follows is met.
+    let longest = 400 * u64::from(conformance::patience());
+    let mut met = [0; 4];
+    for _ in 0..count {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = Firecracker.plan(dir.path());
+        let moment = Duration::from_millis(below(longest));
+        let way = below(3);
+        let launching = tokio::time::timeout(moment, vmm.launch(&plan)).await;
+        match (way, launching) {
+            // Nobody waits for it any more.
+            (_, Err(_)) => met[0] += 1,
+            (_, Ok(Err(error))) => panic!("{error}"),
+            (0, Ok(Ok(vm))) => {
+                met[1] += 1;
+                soon("killing", vm.kill()).await.unwrap();
+            }
+            (1, Ok(Ok(vm))) => {
+                met[2] += 1;
+                tokio::time::sleep(Duration::from_millis(below(longest))).await;
+                signal(vm.record().pid, "-9");
+                assert!(matches!(
+                    soon("ending", vm.wait()).await,
+                    VmEnd::Crashed { .. }
+                ));
+            }
+            (_, Ok(Ok(vm))) => {
+                // A node that died before it had written its record: another one sweeps.
+                met[3] += 1;
+                drop(vm);
+                soon("sweeping", vmm.sweep(&plan.id, &plan.dir))
+                    .await
+                    .unwrap();
+            }
+        }
+        let gone = async {
+            loop {
+                let left = left_at_all(&plan, dir.path());
+                if left.is_empty() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                println!("still there: {left:?}");
+            }
+        };
+        soon("going", gone).await;
+    }
+    println!("given up, killed, killed from outside, swept: {met:?}");
+    assert_eq!(devices(), before);
+}
