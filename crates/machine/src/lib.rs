@@ -13,5 +13,6 @@ mod vmm;
 pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};
 pub use vmm::{
     Adoption, AtRest, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot,
-    NanosBoot, Nic, OutputStream, Snapshot, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
+    NanosBoot, Nic, OutputStream, Quiet, Snapshot, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm,
+    VmmError,
 };

@@ -201,6 +201,10 @@ pub struct VmUsage {
     pub cpu_time: Duration,
 }
 
+/// What is waited for right before a machine is held still for [`Vm::snapshot`]: that its guest is ready for it. Nothing is
+/// captured where it fails.
+pub type Quiet = std::pin::Pin<Box<dyn Future<Output = Result<(), VmmError>> + Send>>;
+
 /// What is done while a machine is held still for [`Vm::snapshot`]; blocks on files.
 pub type AtRest = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
 
@@ -399,14 +403,15 @@ pub trait Vm: Send + Sync {
         })
     }
 
-    /// Captures the machine and lets it go on; a paused one stays paused. `at_rest` runs while it is held still, and should
+    /// Captures the machine and lets it go on; a paused one stays paused. What can be copied while it runs is copied before
+    /// `quiet` is awaited. `at_rest` runs while it is held still, and should
     /// copy its writable disks, which the capture expects as they are at that moment. The returned future should not be
     /// dropped before it is done: the machine would stay held.
     ///
     /// # Errors
     /// [`VmmError::Unsupported`], [`VmmError::Control`], [`VmmError::Io`] or [`VmmError::Ended`]. The machine goes on.
-    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
-        drop(at_rest);
+    async fn snapshot(&self, quiet: Quiet, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+        drop((quiet, at_rest));
         self.can_snapshot()?;
         Err(VmmError::Ended)
     }

@@ -2,7 +2,7 @@
 
 use super::{FakeEnd, Faults, GuestMain};
 use crate::{
-    AtRest, Capture, CaptureInfo, ChannelStream, LaunchPlan, Snapshot, Vm, VmEnd, VmRecord,
+    AtRest, Capture, CaptureInfo, ChannelStream, LaunchPlan, Quiet, Snapshot, Vm, VmEnd, VmRecord,
     VmUsage, VmmError,
 };
 use std::collections::{HashMap, VecDeque};
@@ -338,7 +338,7 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+    async fn snapshot(&self, quiet: Quiet, at_rest: AtRest) -> Result<Snapshot, VmmError> {
         self.alive()?;
         let faults = locked(&self.machine.faults).clone();
         let refused = |message: String| VmmError::Control {
@@ -348,6 +348,7 @@ impl Vm for FakeVm {
         if let Some(message) = faults.capture_failure {
             return Err(refused(message));
         }
+        quiet.await?;
         let begin = Instant::now();
         let capture = at_rest().and_then(|()| captured(&self.machine.info, false));
         Ok(Snapshot {

@@ -5,7 +5,7 @@
 //! pages of QEMU's own, out of QEMU's address space while it is. A machine that is never captured pays nothing for that.
 
 use super::vm::{Inner, QemuVm};
-use crate::{AtRest, Capture, CaptureInfo, Snapshot, VmmError};
+use crate::{AtRest, Capture, CaptureInfo, Quiet, Snapshot, VmmError};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -51,7 +51,11 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Captures the machine. It goes on, whatever comes of it.
-pub(super) async fn snapshot(vm: &QemuVm, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+pub(super) async fn snapshot(
+    vm: &QemuVm,
+    quiet: Quiet,
+    at_rest: AtRest,
+) -> Result<Snapshot, VmmError> {
     let inner = &vm.inner;
     let info = inner.captured_as()?.clone();
     let control = vm.control(OPERATION);
@@ -67,6 +71,7 @@ pub(super) async fn snapshot(vm: &QemuVm, at_rest: AtRest) -> Result<Snapshot, V
         prepared().map_err(|error| told(pid, error))
     })
     .await?;
+    quiet.await?;
     // One that its owner holds stays held.
     let was_held = inner.held.swap(true, Ordering::Relaxed);
     let begin = Instant::now();

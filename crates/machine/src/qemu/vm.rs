@@ -17,8 +17,8 @@ use super::qmp::{Qmp, QmpError, RunState};
 use super::state::{self, BackendRecord};
 use super::{command, io_error};
 use crate::{
-    AtRest, Capture, CaptureInfo, ChannelStream, OutputStream, Snapshot, Vm, VmEnd, VmRecord,
-    VmUsage, VmmError,
+    AtRest, Capture, CaptureInfo, ChannelStream, OutputStream, Quiet, Snapshot, Vm, VmEnd,
+    VmRecord, VmUsage, VmmError,
 };
 use std::fs::File;
 use std::path::PathBuf;
@@ -490,11 +490,11 @@ impl Vm for QemuVm {
         self.inner.captured_as().map(drop)
     }
 
-    async fn snapshot(&self, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+    async fn snapshot(&self, quiet: Quiet, at_rest: AtRest) -> Result<Snapshot, VmmError> {
         if self.ended() {
             return Err(VmmError::Ended);
         }
-        super::snapshot::snapshot(self, at_rest).await
+        super::snapshot::snapshot(self, quiet, at_rest).await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

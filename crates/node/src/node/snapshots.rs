@@ -6,14 +6,14 @@ use crate::machine::{Command, Continues, Handle, OVERLAY, Origin, Record, disks,
 use crate::snapshots::{About, Listed, Moment, Snapshots, Unusable};
 use futures_util::StreamExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, ForkRequest, RestoreRequest};
 use vistara_control::{LookupError, MEMORY_MIN, lookup};
 use vistara_host::files::clone_sparse;
 use vistara_image::ProgressSink;
-use vistara_machine::{Capture, Start, Vm};
+use vistara_machine::{Capture, Start, Vm, VmmError};
 use vistara_model::{Generation, MachineId, MachineSpec, MachineState, Network, Payload};
 
 /// Most forks of one request.
@@ -78,19 +78,21 @@ impl Node {
         let handle = Arc::clone(handle);
         // A client that goes away in the middle must not leave a machine that stands still.
         let task = tokio::spawn(async move {
-            let begin = Instant::now();
             let (disk, to) = (handle.dir.join(OVERLAY), overlay);
-            let taken = match agent.freeze().await {
-                Ok(()) => {
-                    let record = handle.record();
-                    let at_rest = Box::new(move || clone_sparse(&disk, &to));
-                    let taken = vm.snapshot(at_rest).await;
-                    taken
-                        .map(|snapshot| (snapshot, record))
-                        .map_err(Fault::from)
-                }
-                Err(error) => Err(Fault::from(error)),
+            let begin = Arc::new(OnceLock::new());
+            let quiet = {
+                let (agent, begin) = (agent.clone(), Arc::clone(&begin));
+                Box::pin(async move {
+                    let _ = begin.set(Instant::now());
+                    agent.freeze().await.map_err(|error| VmmError::Control {
+                        operation: "holding the guest's processes still",
+                        message: chain(&error),
+                    })
+                })
             };
+            let at_rest = Box::new(move || clone_sparse(&disk, &to));
+            let taken = vm.snapshot(quiet, at_rest).await;
+            let record = handle.record();
             // Also where it was refused: half of it may hold.
             match agent.thaw().await {
                 Ok(()) => {
@@ -105,14 +107,13 @@ impl Node {
                     tracing::warn!(machine = %handle.id, %error, "a guest that was held still for a snapshot does not answer");
                 }
             }
-            let whole = begin.elapsed();
-            taken.map(|(snapshot, record)| {
-                tracing::info!(machine = %handle.id, held = ?snapshot.pause, took = ?whole, "a machine was captured");
-                Taken {
-                    capture: snapshot.capture,
-                    pause: whole,
-                    record: record.as_ref().clone(),
-                }
+            let pause = begin.get().map_or(Duration::ZERO, Instant::elapsed);
+            let snapshot = taken?;
+            tracing::info!(machine = %handle.id, held = ?snapshot.pause, ?pause, "a machine was captured");
+            Ok(Taken {
+                capture: snapshot.capture,
+                pause,
+                record: record.as_ref().clone(),
             })
         });
         task.await.map_err(|error| Fault::internal(&error))?

@@ -1,7 +1,7 @@
 //! A real node in this process, whose machines are fake: their guests are the real agent, running plain host processes.
 
 // Helpers of tests: a failure here is the test's.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
 use futures_util::StreamExt;
 use std::io::{Read, Write};
