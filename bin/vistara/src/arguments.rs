@@ -573,6 +573,30 @@ pub(crate) enum BenchCommand {
         #[arg(value_name = "IMAGE")]
         image: Option<String>,
     },
+    /// Forks against the least that the same monitor needs for one, in turn
+    Fork {
+        /// The results as JSON
+        #[arg(long)]
+        json: bool,
+        /// How often each is repeated
+        #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: u32,
+        /// The image whose machines are forked; the first one here where absent
+        #[arg(value_name = "IMAGE")]
+        image: Option<String>,
+    },
+    /// Many forks at once, against as many by the least that the same monitor needs
+    Burst {
+        /// The results as JSON
+        #[arg(long)]
+        json: bool,
+        /// How many at once
+        #[arg(short = 'n', long = "count", value_name = "N,…", value_delimiter = ',', default_value = "1,10,100", value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: Vec<u32>,
+        /// The image whose machines are forked; the first one here where absent
+        #[arg(value_name = "IMAGE")]
+        image: Option<String>,
+    },
     /// The same static program as a unikernel and in a Linux guest: time to its first line, and memory
     Boot {
         /// What is measured: nanovms, linux

@@ -87,6 +87,14 @@ pub(crate) async fn bench(
 ) -> Result<u8, Failure> {
     let (json, count, image) = match command {
         BenchCommand::Run { json, count, image } => (json, count, image),
+        BenchCommand::Fork { json, count, image } => {
+            let image = image.as_deref();
+            return crate::bench_fork::fork(client, places, image, *count, *json).await;
+        }
+        BenchCommand::Burst { json, count, image } => {
+            let image = image.as_deref();
+            return crate::bench_fork::burst(client, places, image, count, *json).await;
+        }
         BenchCommand::Boot {
             hypervisor,
             json,
@@ -165,7 +173,7 @@ pub(crate) async fn bench(
     Ok(0)
 }
 
-fn chosen(images: Vec<Image>, wanted: Option<&str>) -> Result<Image, Failure> {
+pub(crate) fn chosen(images: Vec<Image>, wanted: Option<&str>) -> Result<Image, Failure> {
     let fits = |image: &Image| match wanted {
         Some(wanted) => {
             let tagged = format!("{wanted}:latest");

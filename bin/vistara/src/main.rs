@@ -6,6 +6,7 @@
 mod arguments;
 mod bench_boot;
 mod bench_command;
+mod bench_fork;
 mod connect;
 mod copy;
 mod doctor_command;

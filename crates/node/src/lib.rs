@@ -28,4 +28,4 @@ pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
 /// The baselines that `vistara bench` measures against.
-pub use vistara_machine::qemu::{bare_program, raw_boot, raw_nanos_boot};
+pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};

@@ -7,32 +7,66 @@ use super::command::TRANSLATION_CACHE_MIB;
 use crate::VmmError;
 use crate::boot::{Archive, CMDLINE};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vistara_host::facts;
 use vistara_model::{Accelerator, Bytes};
 
 /// What the program prints.
-const LINE: &[u8; 12] = b"vistara: up\n";
+pub(super) const LINE: &[u8; 12] = b"vistara: up\n";
 /// Longest that a boot may take.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A static program for x86-64 that prints a line and then waits for ever: what the baselines run, and what is measured
 /// against them. Assembled by hand: `write(1, LINE, 12)`, then `pause()` in a loop.
 pub fn bare_program() -> Vec<u8> {
+    program(&[])
+}
+
+/// As [`bare_program`], which instead of waiting for ever waits for its input, and prints its line for each piece of it.
+fn echo_program() -> Vec<u8> {
+    program(&[
+        0x31, 0xc0, // xor eax, eax (read)
+        0x31, 0xff, // xor edi, edi: standard input
+        0x48, 0x8d, 0x74, 0x24, 0x80, // lea rsi, [rsp - 128]
+        0xba, 64, 0, 0, 0, // mov edx, 64
+        0x0f, 0x05, // syscall
+        0xeb, 0xd6, // jmp to the beginning
+    ])
+}
+
+/// A program that prints the line and goes on with `rest`.
+fn program(rest: &[u8]) -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
     let mut code: Vec<u8> = vec![
-        0xb8, 1, 0, 0, 0, // mov eax, 1 (write)
-        0xbf, 1, 0, 0, 0, // mov edi, 1
-        0x48, 0x8d, 0x35, 0x10, 0, 0, 0, // lea rsi, [rip + 16]: the line, after the code
-        0xba, 12, 0, 0, 0, // mov edx, 12
-        0x0f, 0x05, // syscall
-        0xb8, 34, 0, 0, 0, // mov eax, 34 (pause)
-        0x0f, 0x05, // syscall
-        0xeb, 0xf7, // jmp to the pause
+        0xb8,
+        1,
+        0,
+        0,
+        0, // mov eax, 1 (write)
+        0xbf,
+        1,
+        0,
+        0,
+        0, // mov edi, 1
+        0x48,
+        0x8d,
+        0x35,
+        7 + rest.len() as u8,
+        0,
+        0,
+        0, // lea rsi, [rip + …]: the line, after the code
+        0xba,
+        12,
+        0,
+        0,
+        0, // mov edx, 12
+        0x0f,
+        0x05, // syscall
     ];
+    code.extend_from_slice(rest);
     code.extend_from_slice(LINE);
     let size = HEADERS + code.len() as u64;
     let mut elf = Vec::new();
@@ -72,20 +106,37 @@ pub fn raw_boot(
             message: error.to_string(),
         }
     };
-    let mut archive = Archive::default();
-    archive.directory("dev");
-    archive.character_device("dev/console", 0o600, (5, 1));
-    archive.file("init", 0o755, &bare_program());
-    let initramfs = scratch.join("raw-initramfs.cpio");
-    std::fs::write(&initramfs, archive.finish()).map_err(launch("writing the initramfs"))?;
-    let mut words = format!("{CMDLINE} console=ttyS0");
-    if let (Accelerator::Tcg, Some(khz)) = (accelerator, facts::tsc_khz()) {
-        words.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
-    }
+    let initramfs = archive(scratch, &bare_program()).map_err(launch("writing the initramfs"))?;
+    let words = bare_words(accelerator);
     let mut command = bare(qemu, "microvm,acpi=on", accelerator, memory);
     command.args(["-append", &words]).arg("-kernel").arg(kernel);
     command.arg("-initrd").arg(&initramfs);
     time_to_line(command)
+}
+
+/// An initramfs with this program and nothing else.
+fn archive(scratch: &Path, program: &[u8]) -> std::io::Result<PathBuf> {
+    let mut archive = Archive::default();
+    archive.directory("dev");
+    archive.character_device("dev/console", 0o600, (5, 1));
+    archive.file("init", 0o755, program);
+    let path = scratch.join("raw-initramfs.cpio");
+    std::fs::write(&path, archive.finish())?;
+    Ok(path)
+}
+
+/// An initramfs whose program answers each line with its own.
+pub(super) fn bare_archive(scratch: &Path) -> std::io::Result<PathBuf> {
+    archive(scratch, &echo_program())
+}
+
+/// The kernel's words of a bare guest.
+pub(super) fn bare_words(accelerator: Accelerator) -> String {
+    let mut words = format!("{CMDLINE} console=ttyS0");
+    if let (Accelerator::Tcg, Some(khz)) = (accelerator, facts::tsc_khz()) {
+        words.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
+    }
+    words
 }
 
 /// Starts QEMU with this Nanos kernel and this disk, whose program is [`bare_program`], and takes the time from its start to
@@ -115,7 +166,7 @@ pub fn raw_nanos_boot(
 }
 
 /// What every bare monitor has: the tuning of our own, and its serial line on standard output.
-fn bare(qemu: &Path, machine: &str, accelerator: Accelerator, memory: Bytes) -> Command {
+pub(super) fn bare(qemu: &Path, machine: &str, accelerator: Accelerator, memory: Bytes) -> Command {
     let (accel, cpu) = match accelerator {
         Accelerator::Kvm => ("kvm".to_owned(), "host"),
         Accelerator::Tcg => (
@@ -204,5 +255,21 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(&text, LINE);
+        // The other one prints it again for what it is told.
+        std::fs::write(&path, echo_program()).unwrap();
+        let mut child = Command::new(&path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = child.stdout.take().unwrap();
+        let mut input = child.stdin.take().unwrap();
+        for _ in 0..3 {
+            out.read_exact(&mut text).unwrap();
+            assert_eq!(&text, LINE);
+            std::io::Write::write_all(&mut input, b"\n").unwrap();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

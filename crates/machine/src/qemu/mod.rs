@@ -12,6 +12,7 @@ mod baseline;
 mod command;
 mod console;
 mod qmp;
+mod raw_fork;
 mod snapshot;
 mod start;
 mod state;
@@ -19,6 +20,7 @@ mod virtiofsd;
 mod vm;
 
 pub use baseline::{bare_program, raw_boot, raw_nanos_boot};
+pub use raw_fork::{RawFork, RawTemplate};
 
 use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,

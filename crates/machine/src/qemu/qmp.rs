@@ -26,7 +26,7 @@ const LINE_MAX: u64 = 512 << 10;
 pub(super) const REPLY_LIMIT: Duration = Duration::from_secs(10);
 
 /// QEMU's name for the file from which, or to which, state is transferred.
-const STATE_NAME: &str = "state";
+pub(super) const STATE_NAME: &str = "state";
 
 /// Events after which the machine's state may be another.
 const EVENTS_OF_CHANGE: [&str; 7] = [
