@@ -798,6 +798,7 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
             "/log",
             "/disk0",
             "/dev/kvm",
+            "/dev/net/tun",
             "/kernel",
             "/dev/urandom",
             "pipe:",

@@ -260,7 +260,7 @@ fn monitor(
         Err(why_not) => {
             reasons.push(format!("not firecracker: {why_not}"));
             qemu(payload, host, reasons)
-                .map_err(|_| "neither QEMU nor Firecracker is usable".to_owned())
+                .map_err(|no_qemu| format!("{no_qemu}, and Firecracker cannot be used: {why_not}"))
         }
     }
 }

@@ -60,6 +60,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(1);
 /// Bytes of the longest answer.
 const ANSWER_MAX: u64 = 4 << 10;
+/// What holds for the helper, in words.
+pub(super) const FENCES: &str = "its network, slirp4netns: user 0 without capabilities but that for low ports, in the host's network and the machine's process namespace, a file system with nothing in it but name servers, a seccomp filter";
 /// Step of a launch in which it is made.
 const STEP: &str = "making its network";
 

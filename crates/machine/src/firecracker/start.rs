@@ -6,7 +6,7 @@
 use super::api::{self, Api, ApiError};
 use super::configure::{self, INITRAMFS, KERNEL, SNAPSHOT_STATE, disk_name};
 use super::console::Console;
-use super::network::{Helper, NetworkFailure, TAP};
+use super::network::{FENCES, Helper, NetworkFailure, TAP};
 use super::stage::{Apart, Belongs, Stage};
 use super::state::{self, BackendRecord};
 use super::vm::{FirecrackerVm, Parts, clean_up, log_tail};
@@ -373,6 +373,9 @@ fn spawn_in(
             return Err(error);
         }
     };
+    if network.is_some() {
+        fences.push(FENCES.to_owned());
+    }
     let backend = BackendRecord {
         cgroup: cgroup
             .as_ref()
