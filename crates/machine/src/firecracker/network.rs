@@ -53,7 +53,7 @@ const RESOLVER_MAX: u64 = 64 << 10;
 /// Bytes of the helper's complaints that are kept, and characters of them that are told.
 const COMPLAINTS: u64 = 16 << 10;
 const TOLD: usize = 500;
-/// How long the helper may take to be ready, and to answer. It takes some 5 ms on a quiet host.
+/// How long the helper may take to be ready, and to answer. On a busy host it takes some 20 ms.
 const READY_LIMIT: Duration = Duration::from_secs(20);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is looked for: nothing tells of it.
