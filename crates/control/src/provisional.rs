@@ -86,6 +86,8 @@ pub struct ProvisionalRun {
     /// service cache so, before it reads the files.
     vain: u32,
     ended: bool,
+    /// The end of what the kernel has said: its words come in pieces.
+    kernel_tail: String,
     sign: Option<String>,
 }
 
@@ -146,11 +148,17 @@ impl ProvisionalRun {
         self.see("the node that held its output back was restarted");
     }
 
-    /// The kernel printed this.
+    /// The kernel printed this; a piece may begin and end within a word.
     pub fn kernel_said(&mut self, words: &str) {
-        if words.contains(KERNEL_MARK) {
+        self.kernel_tail.push_str(words);
+        if self.kernel_tail.contains(KERNEL_MARK) {
             self.see("it tried to make a process");
         }
+        let mut from = self.kernel_tail.len().saturating_sub(KERNEL_MARK.len());
+        while !self.kernel_tail.is_char_boundary(from) {
+            from -= 1;
+        }
+        self.kernel_tail.drain(..from);
     }
 
     /// What speaks against the run already; it need not be waited for any longer.
@@ -160,6 +168,8 @@ impl ProvisionalRun {
 
     /// The run is over: how it ended, and what its program printed.
     pub fn judge(mut self, status: Option<ExitStatus>, output: &str) -> Verdict {
+        // Its words may stand within a line of the program's.
+        self.kernel_tail.clear();
         self.kernel_said(output);
         if let Some(line) = program_words(output) {
             self.see(format!("it said {line:?}"));
@@ -270,6 +280,24 @@ mod tests {
         let mut much = ended();
         much.printed_too_much();
         assert!(undone(&much.judge(WELL, "")).starts_with("it printed more than"));
+    }
+
+    #[test]
+    fn the_kernels_words_are_heard_in_pieces_too() {
+        let words = "[1.0] é\n[1.213] clone: attempted to create new process\nrest\n";
+        for length in 1..words.len() {
+            let mut run = run(&[("exit_group", "")]);
+            let mut rest = words;
+            while !rest.is_empty() {
+                let mut cut = length.min(rest.len());
+                while !rest.is_char_boundary(cut) {
+                    cut += 1;
+                }
+                run.kernel_said(&rest[..cut]);
+                rest = &rest[cut..];
+            }
+            assert_ne!(run.judge(WELL, ""), Verdict::Stands, "pieces of {length}");
+        }
     }
 
     #[test]
