@@ -100,10 +100,9 @@ impl<'a> Bench<'a> {
             "kvm" => Accelerator::Kvm,
             _ => Accelerator::Tcg,
         };
-        let kernels = client.kernels().await?.into_iter();
+        let mut kernels = client.kernels().await?.into_iter();
         let kernel = kernels
-            .filter(|kernel| kernel.payload == "linux" && kernel.default)
-            .next()
+            .find(|kernel| kernel.payload == "linux" && kernel.default)
             .ok_or_else(|| {
                 Failure::new("there is no guest kernel").hint("vistara kernel add debian")
             })?;

