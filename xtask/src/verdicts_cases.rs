@@ -311,7 +311,14 @@ pub(crate) const CASES: &[Case] = &[
     ),
     case(&["make", "-C", "/srv/make"], Check::Ends(0, "made 42")),
     case(
-        &["git", "clone", "-q", "/srv/repo", "/tmp/clone"],
+        &[
+            "git",
+            "clone",
+            "-q",
+            "--no-hardlinks",
+            "/srv/repo",
+            "/tmp/clone",
+        ],
         Check::Ends(0, ""),
     ),
     case(
