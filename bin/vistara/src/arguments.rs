@@ -1,6 +1,7 @@
 //! The command line as typed: every command and option. Nothing is decided here; `run`'s own options are in
 //! [`crate::run_options`].
 
+use crate::mesh_commands::{GrantOptions, IdOptions, NodesOptions};
 use crate::run_options::RunOptions;
 use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
 use crate::template_commands::TemplateOptions;
@@ -33,6 +34,14 @@ pub(crate) struct Place {
     /// State directory of the node
     #[arg(long, global = true, value_name = "DIR", env = crate::environment::STATE_DIR, help_heading = "Global options", hide_env_values = true)]
     pub(crate) state_dir: Option<PathBuf>,
+    /// Another node, through this one: a name or a beginning of an id, as `vistara nodes` lists them
+    #[arg(
+        long,
+        global = true,
+        value_name = "NODE",
+        help_heading = "Global options"
+    )]
+    pub(crate) on: Option<String>,
 }
 
 /// The commands.
@@ -104,6 +113,12 @@ pub(crate) enum Command {
     Version(VersionOptions),
     /// Run the node in the foreground, or manage a running one
     Node(NodeArguments),
+    /// List the nodes that this one has joined
+    Nodes(NodesOptions),
+    /// Print this node's id: its public key, by which others know it
+    Id(IdOptions),
+    /// Let another node in, or manage what was granted
+    Grant(Box<GrantOptions>),
     /// Measure this host
     Bench(BenchOptions),
 }
@@ -548,6 +563,30 @@ pub(crate) enum NodeSubcommand {
         /// As JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Join another node: from now on it is kept connected, and --on NODE reaches it
+    Join {
+        /// What to call it here
+        #[arg(long)]
+        name: Option<String>,
+        /// The token that its owner gave to this node
+        #[arg(long, value_name = "TOKEN")]
+        grant: Option<String>,
+        /// What `vistara node ticket` prints there, or its id and any address: ID@ADDRESS:PORT
+        #[arg(value_name = "TICKET")]
+        ticket: String,
+    },
+    /// Forget a node, or all of them, and listen no longer
+    Leave {
+        /// The one to forget
+        #[arg(value_name = "NODE")]
+        node: Option<String>,
+    },
+    /// Listen for other nodes, also after a restart, and print what they type to join this one
+    Ticket {
+        /// Where; port 0 takes any (default: all addresses, the same port as before)
+        #[arg(long, value_name = "ADDRESS:PORT")]
+        listen: Option<String>,
     },
 }
 

@@ -17,6 +17,7 @@ mod image_commands;
 mod kernel_commands;
 mod logs_command;
 mod machine_commands;
+mod mesh_commands;
 mod node_command;
 mod output;
 mod places;
@@ -71,7 +72,7 @@ fn passes_exit_codes(arguments: impl Iterator<Item = String>) -> bool {
     let mut arguments = arguments.skip(1);
     while let Some(word) = arguments.next() {
         match word.as_str() {
-            "--socket" | "--state-dir" => {
+            "--socket" | "--state-dir" | "--on" => {
                 let _ = arguments.next();
             }
             option if option.starts_with('-') => {}
@@ -103,14 +104,20 @@ fn execute(line: CommandLine) -> Result<u8, Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::because("cannot start", error))?;
-    let result = runtime.block_on(command(line.command, &places));
+    let result = runtime.block_on(command(line.command, &places, line.place.on));
     // A thread may wait in a read of the terminal for ever; it ends with the process.
     runtime.shutdown_background();
     result
 }
 
-async fn command(command: Command, places: &Places) -> Result<u8, Failure> {
+async fn command(command: Command, places: &Places, on: Option<String>) -> Result<u8, Failure> {
     let begin = std::time::Instant::now();
+    if on.is_some() && is_local(&command) {
+        return Err(
+            Failure::new("--on is for commands about machines and images")
+                .hint("type this command on the other node"),
+        );
+    }
     match &command {
         Command::Version(options) => return version(options.json, places).await,
         Command::Node(arguments) => {
@@ -124,10 +131,30 @@ async fn command(command: Command, places: &Places) -> Result<u8, Failure> {
     let client = connect::or_start(places).await?;
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
-        command => with_node(command, &client, begin.elapsed()).await,
+        command => {
+            let target = match on {
+                Some(node) => client.on(node),
+                None => client.clone(),
+            };
+            with_node(command, &target, begin.elapsed()).await
+        }
     };
     connect::warn_of_other_version(&client);
     result
+}
+
+/// Whether a command is about this node itself.
+fn is_local(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Version(_)
+            | Command::Node(_)
+            | Command::Nodes(_)
+            | Command::Id(_)
+            | Command::Grant(_)
+            | Command::Bench(_)
+            | Command::Completion(_)
+    )
 }
 
 async fn with_node(
@@ -162,6 +189,9 @@ async fn with_node(
         Command::Template(options) => template_commands::template(client, &options.command).await,
         Command::Volume(options) => volume_commands::volume(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
+        Command::Nodes(options) => mesh_commands::nodes(client, &options).await,
+        Command::Id(options) => mesh_commands::id(client, &options).await,
+        Command::Grant(options) => mesh_commands::grant(client, *options).await,
         Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
             Ok(0)
         }

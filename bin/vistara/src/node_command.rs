@@ -3,6 +3,7 @@
 use crate::arguments::{NodeArguments, NodeSubcommand};
 use crate::connect;
 use crate::failure::Failure;
+use crate::mesh_commands;
 use crate::output::{print, print_json};
 use crate::places::Places;
 use std::time::Duration;
@@ -73,8 +74,34 @@ pub(crate) fn become_node(arguments: &NodeArguments, places: Places) -> Result<u
 
 /// `vistara node stop` and `vistara node status`.
 pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<u8, Failure> {
+    match command {
+        NodeSubcommand::Join {
+            name,
+            grant,
+            ticket,
+        } => {
+            let client = connect::or_start(places).await?;
+            let (ticket, name, grant) = (ticket.clone(), name.clone(), grant.clone());
+            return mesh_commands::join(&client, ticket, name, grant).await;
+        }
+        NodeSubcommand::Leave { node } => {
+            let client = connect::or_start(places).await?;
+            return mesh_commands::leave(&client, node.as_deref()).await;
+        }
+        NodeSubcommand::Ticket { listen } => {
+            let client = connect::or_start(places).await?;
+            return mesh_commands::ticket(&client, listen.clone()).await;
+        }
+        NodeSubcommand::Stop | NodeSubcommand::Status { .. } => {}
+    }
     let client = connect::running(places).await?;
     match (command, client) {
+        (
+            NodeSubcommand::Join { .. }
+            | NodeSubcommand::Leave { .. }
+            | NodeSubcommand::Ticket { .. },
+            _,
+        ) => Ok(0),
         (NodeSubcommand::Stop, None) => {
             crate::failure::eprint_line("no node runs");
             Ok(0)

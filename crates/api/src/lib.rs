@@ -5,10 +5,12 @@
 //! OpenAPI document that is checked in (`docs/openapi.json`) is made from them.
 
 pub mod client;
+pub mod mesh;
 pub mod stream;
 pub mod types;
 
 pub use client::{Client, ClientError};
+pub use mesh::*;
 pub use types::*;
 
 /// The version in every path: `/v1/…`.

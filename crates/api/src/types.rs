@@ -194,6 +194,9 @@ pub struct Machine {
     pub choice: Option<Choice>,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
+    /// The node whose user it belongs to, by its id; absent for those of the node's owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
 }
 
 /// `GET /v1/machines/{machine}`: everything known of one machine.

@@ -162,8 +162,10 @@ struct Live {
 struct Published {
     state: PeerState,
     live: Option<Live>,
-    /// Dials made, so that a waiter sees a failure that came after it began to wait.
-    dials: u64,
+    /// Dials that failed, and why the last one did: a waiter sees a failure that came after it began to wait, though the next
+    /// dial may have begun before it looks.
+    failed: u64,
+    failure: String,
 }
 
 struct Slot {
@@ -316,7 +318,8 @@ impl Link {
         let (publish, published) = watch::channel(Published {
             state: PeerState::Connecting,
             live: None,
-            dials: 0,
+            failed: 0,
+            failure: String::new(),
         });
         let wanted = Arc::new(Notify::new());
         let stop = self.0.stop.child_token();
@@ -375,7 +378,7 @@ impl Link {
             node: node.short(),
             message,
         };
-        let seen = published.borrow().dials;
+        let seen = published.borrow().failed;
         let wait = async {
             loop {
                 {
@@ -384,10 +387,8 @@ impl Link {
                     if let Some(live) = now.live.as_ref().filter(usable) {
                         return Ok(live.clone());
                     }
-                    if let PeerState::Away { reason, .. } = &now.state
-                        && now.dials > seen
-                    {
-                        return Err(away(reason.clone()));
+                    if now.failed > seen {
+                        return Err(away(now.failure.clone()));
                     }
                 }
                 wanted.notify_one();
@@ -503,20 +504,24 @@ async fn keep_connected(
                         generation: live.generation,
                     };
                     now.live = Some(live);
-                    now.dials += 1;
                 });
                 let reason = connection.closed().await;
                 tracing::info!(peer = %address.id.fmt_short(), %reason, "a node is lost");
-                reason.to_string()
+                Ok(reason.to_string())
             }
-            Ok(Err(reason)) => reason,
-            Err(_) => format!("no answer within {} s", STEP_BOUND.as_secs()),
+            Ok(Err(reason)) => Err(reason),
+            Err(_) => Err(format!("no answer within {} s", STEP_BOUND.as_secs())),
         };
         failures += 1;
         publish.send_modify(|now| {
-            now.state = PeerState::Away { reason, failures };
             now.live = None;
-            now.dials += 1;
+            let reason = reason.unwrap_or_else(|reason| {
+                // Not where a connection was lost: whoever waits then waits for the next dial.
+                now.failed += 1;
+                now.failure.clone_from(&reason);
+                reason
+            });
+            now.state = PeerState::Away { reason, failures };
         });
         let mut random = [0];
         // Without chance the pause is merely longer.

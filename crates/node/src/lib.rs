@@ -11,6 +11,7 @@ mod fault;
 mod images;
 mod logbook;
 mod machine;
+mod mesh;
 mod node;
 mod options;
 mod request;

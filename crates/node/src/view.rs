@@ -61,6 +61,7 @@ pub(crate) fn machine(snapshot: &Snapshot) -> Machine {
         ports: record.spec.ports.iter().map(ToString::to_string).collect(),
         choice: Some(recorded_choice(record)),
         labels: record.spec.labels.clone(),
+        owner: record.owner.as_ref().map(|owner| owner.node.to_string()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! A client of a node's interface over its Unix socket.
 
+mod mesh;
 mod snapshots;
 mod streams;
 mod volumes;
@@ -83,6 +84,8 @@ impl ClientError {
 pub struct Client {
     socket: PathBuf,
     server_version: Arc<OnceLock<String>>,
+    /// The node that requests go to through the local one; the local one itself where absent.
+    on: Option<String>,
 }
 
 /// Percent-encodes one path segment or query value.
@@ -108,6 +111,7 @@ impl Client {
         Client {
             socket: socket.into(),
             server_version: Arc::default(),
+            on: None,
         }
     }
 
@@ -121,15 +125,38 @@ impl Client {
         &self.socket
     }
 
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Unreachable {
+                path: self.socket.clone(),
+                source,
+            })
+    }
+
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
-        let stream =
-            UnixStream::connect(&self.socket)
-                .await
-                .map_err(|source| ClientError::Unreachable {
-                    path: self.socket.clone(),
-                    source,
-                })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        match &self.on {
+            None => {
+                let stream = self.connect().await?;
+                self.exchange(TokioIo::new(stream), request).await
+            }
+            Some(node) => {
+                let stream = self.node_stream(node).await?;
+                self.exchange(stream, request).await
+            }
+        }
+    }
+
+    /// One request over a connection of its own.
+    async fn exchange<T>(
+        &self,
+        stream: T,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, ClientError>
+    where
+        T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    {
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
             .await
             .map_err(|error| ClientError::broken("connecting", error))?;
         // The connection's own task ends with the connection; the sender and the body hold it open.

@@ -53,6 +53,9 @@ pub(crate) struct Record {
     /// The memory that it gets if it is run again in a Linux guest; `spec` has what it has now.
     #[serde(default)]
     pub(crate) linux_memory: Option<Bytes>,
+    /// Whose it is, where it is not the node's owner's.
+    #[serde(default)]
+    pub(crate) owner: Option<crate::mesh::Owner>,
     /// The slot from which its user id and group id on the host follow, where it has any of its own.
     pub(crate) slot: u32,
     pub(crate) state: MachineState,

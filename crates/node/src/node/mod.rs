@@ -12,6 +12,7 @@ pub(crate) use choice::{Decision, Look};
 use crate::fault::{Answer, Fault, NodeError};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
+use crate::mesh::Asker;
 use crate::options::{NodeOptions, TemplateLimits};
 use crate::snapshots::Snapshots;
 use crate::templates::Templates;
@@ -331,11 +332,16 @@ impl Node {
     pub(crate) async fn create(
         self: &Arc<Self>,
         request: &RunRequest,
+        asker: &Asker,
         zero: Instant,
     ) -> Answer<Arc<Handle>> {
         let decision = self.decide(request, Look::IfItMatters).await?;
         let host = self.facts();
         self.admit(&decision, &host)?;
+        let memory = decision.spec.memory.max(decision.linux_memory);
+        let records = || self.all().iter().map(|handle| handle.record()).collect();
+        // Held until the record is there, from which what the machine takes is counted.
+        let (owner, _held) = asker.claim(&decision.spec, memory, records)?;
         let Decision {
             image,
             mut spec,
@@ -374,6 +380,7 @@ impl Node {
             kernel,
             program_file: facts.map(|facts| facts.program.file),
             linux_memory: Some(linux_memory),
+            owner,
             slot,
             spec,
             state: MachineState::Preparing,

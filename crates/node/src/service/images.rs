@@ -4,12 +4,13 @@ use super::App;
 use super::system::blocking;
 use super::templates;
 use crate::fault::{Answer, Fault};
+use crate::mesh::Caller;
 use crate::{images, view};
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Query, State};
 use axum::response::Sse;
 use axum::response::sse::Event;
+use axum::{Extension, Json};
 use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use std::convert::Infallible;
@@ -107,6 +108,7 @@ pub(super) async fn remove(
 )]
 pub(super) async fn pull(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Json(request): Json<PullRequest>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>> + Send>> {
     let image = name(&request.image)?;
@@ -116,7 +118,12 @@ pub(super) async fn pull(
         } else {
             Vec::new()
         },
-        docker_config: request.docker_config_dir.map(Into::into),
+        docker_config: match &caller {
+            Caller::Owner => request.docker_config_dir.map(Into::into),
+            // The directory is one of the caller's host; and the owner's own credentials are the owner's. There is nothing
+            // of the kind in the mesh's.
+            Caller::Foreign(_) | Caller::Refused(_) => Some(app.mesh.dir().to_owned()),
+        },
         ..PullOptions::default()
     };
     Ok(sse(images::events(

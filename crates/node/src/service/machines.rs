@@ -1,18 +1,20 @@
 //! Machines: creating, listing, ending, looking into them.
 
 use super::App;
+use super::foreign::tame;
 use super::images::sse;
 use super::system::blocking;
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
+use crate::mesh::Caller;
 use crate::node::Look;
 use crate::view;
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response, Sse};
+use axum::{Extension, Json};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::{Stream, StreamExt};
@@ -50,11 +52,14 @@ fn signal(text: Option<&String>) -> Answer<Option<Signal>> {
 )]
 pub(super) async fn create(
     State(app): State<App>,
-    Json(request): Json<RunRequest>,
+    Extension(caller): Extension<Caller>,
+    Json(mut request): Json<RunRequest>,
 ) -> Answer<Json<Machine>> {
     let zero = Instant::now();
+    let asker = app.asker(&caller)?;
+    tame(&caller, &mut request)?;
     // A task of its own: a client that goes away in the middle must not leave half a machine.
-    let created = tokio::spawn(async move { app.node.create(&request, zero).await });
+    let created = tokio::spawn(async move { app.node.create(&request, &asker, zero).await });
     let handle = created.await.map_err(|error| Fault::internal(&error))??;
     Ok(Json(view::machine(&handle.snapshot())))
 }
@@ -68,8 +73,10 @@ pub(super) async fn create(
 )]
 pub(super) async fn explain(
     State(app): State<App>,
-    Json(request): Json<RunRequest>,
+    Extension(caller): Extension<Caller>,
+    Json(mut request): Json<RunRequest>,
 ) -> Answer<Json<Explanation>> {
+    tame(&caller, &mut request)?;
     let decision = app.node.decide(&request, Look::Always).await?;
     Ok(Json(Explanation {
         start: app.node.outlook(&decision).await?,
@@ -91,9 +98,12 @@ pub(super) struct ListQuery {
 #[utoipa::path(get, path = "/v1/machines", params(ListQuery), responses((status = 200, body = Vec<Machine>)))]
 pub(super) async fn list(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<ListQuery>,
 ) -> Json<Vec<Machine>> {
-    let shown = |handle: &Arc<Handle>| query.all || handle.state() != MachineState::Ended;
+    let shown = |handle: &Arc<Handle>| {
+        (query.all || handle.state() != MachineState::Ended) && caller.sees(&handle.record())
+    };
     Json(
         app.node
             .all()

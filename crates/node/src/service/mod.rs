@@ -1,8 +1,10 @@
 //! The node's interface: HTTP and JSON over a Unix socket, trusted by file permission.
 
+mod foreign;
 mod images;
 mod listener;
 mod machines;
+mod mesh;
 mod metrics;
 mod snapshots;
 mod streams;
@@ -10,8 +12,9 @@ mod system;
 mod templates;
 mod volumes;
 
-use crate::fault::NodeError;
+use crate::fault::{Answer, NodeError};
 use crate::machine::now_ns;
+use crate::mesh::{Asker, Caller, Mesh};
 use crate::node::Node;
 use crate::options::NodeOptions;
 use axum::extract::Request;
@@ -40,7 +43,21 @@ const LEAVE_BOUND: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub(crate) struct App {
     pub(crate) node: Arc<Node>,
+    pub(crate) mesh: Arc<Mesh>,
     pub(crate) leave: CancellationToken,
+}
+
+impl App {
+    /// For whom a caller has machines made.
+    fn asker(&self, caller: &Caller) -> Answer<Asker> {
+        match caller {
+            Caller::Owner => Ok(Asker::Owner),
+            Caller::Foreign(foreign) => {
+                Ok(Asker::Foreign(Arc::clone(foreign), Arc::clone(&self.mesh)))
+            }
+            Caller::Refused(fault) => Err(fault.clone()),
+        }
+    }
 }
 
 #[derive(OpenApi)]
@@ -99,6 +116,14 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(templates::list, templates::create))
         .routes(routes!(templates::remove))
         .routes(routes!(templates::prune))
+        .routes(routes!(mesh::show, mesh::listen, mesh::leave))
+        .routes(routes!(mesh::nodes, mesh::join))
+        .routes(routes!(mesh::forget))
+        .routes(routes!(mesh::stream))
+        .routes(routes!(mesh::grants, mesh::give))
+        .routes(routes!(mesh::revoke))
+        .routes(routes!(mesh::keep))
+        .routes(routes!(mesh::narrow))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::remove))
 }
@@ -128,12 +153,16 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     let version =
         HeaderValue::from_str(&options.version).unwrap_or(HeaderValue::from_static("unknown"));
     raise_file_limit();
+    let state_dir = options.state_dir.clone();
     let node = Node::open(options).await?;
+    let (mesh, visits) = Mesh::new(&state_dir);
+    mesh.resume().await;
     let listener = bind(&socket)?;
     let connections = Connections::default();
     let leave = CancellationToken::new();
     let app = App {
         node: Arc::clone(&node),
+        mesh: Arc::clone(&mesh),
         leave: leave.clone(),
     };
     let (router, document) = routes().split_for_parts();
@@ -156,18 +185,32 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
             stamp(request, next, version.clone())
         }))
         .with_state(app);
+    let gate = foreign::Gate {
+        node: Arc::clone(&node),
+        mesh: Arc::clone(&mesh),
+    };
+    let for_others = router
+        .clone()
+        .layer(axum::middleware::from_fn_with_state(gate, foreign::gate))
+        .into_make_service_with_connect_info::<Caller>();
+    let others = axum::serve(foreign::Visits::new(visits), for_others)
+        .with_graceful_shutdown(leave.clone().cancelled_owned())
+        .into_future();
+    let router = router.layer(axum::Extension(Caller::Owner));
     tracing::info!(socket = %socket.display(), "the node serves");
     let served = axum::serve(CountingListener::new(listener, connections.clone()), router)
         .with_graceful_shutdown(leave.clone().cancelled_owned())
         .into_future();
     tokio::pin!(served);
+    tokio::pin!(others);
     let mut over = false;
     tokio::select! {
         result = &mut served => {
             over = true;
             report(result);
         }
-        () = until_idle(idle, &node, &connections) => tracing::info!("nothing to do for a while: the node leaves"),
+        result = &mut others => report(result),
+        () = until_idle(idle, &node, &connections, &mesh) => tracing::info!("nothing to do for a while: the node leaves"),
         () = terminated() => tracing::info!("the node was told to leave"),
         () = leave.cancelled() => tracing::info!("the node was asked to leave"),
     }
@@ -180,6 +223,7 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     if !over {
         let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
     }
+    mesh.close().await;
     Ok(())
 }
 
@@ -216,7 +260,7 @@ async fn terminated() {
     }
 }
 
-async fn until_idle(policy: IdlePolicy, node: &Node, connections: &Connections) {
+async fn until_idle(policy: IdlePolicy, node: &Node, connections: &Connections, mesh: &Mesh) {
     let mut quiet_since = Instant::now();
     loop {
         tokio::time::sleep(IDLE_CHECK).await;
@@ -225,7 +269,9 @@ async fn until_idle(policy: IdlePolicy, node: &Node, connections: &Connections) 
             requests_open: connections.open(),
             quiet_for: quiet_since.elapsed(),
         };
-        if presence.machines_active > 0 || presence.requests_open > 0 || connections.take_any() {
+        // A node that others may ask something at any time stays.
+        let wanted = connections.take_any() || mesh.link().is_some();
+        if presence.machines_active > 0 || presence.requests_open > 0 || wanted {
             quiet_since = Instant::now();
         } else if policy.leaves(presence) {
             return;

@@ -302,6 +302,7 @@ mod tests {
             kernel: None,
             program_file: None,
             linux_memory: None,
+            owner: None,
             slot: 0,
             state: MachineState::Running,
             end: None,

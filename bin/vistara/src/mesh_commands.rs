@@ -1,0 +1,367 @@
+//! `vistara id`, `grant`, `nodes` and `node join|leave|ticket`: this node among others.
+
+use crate::arguments::duration;
+use crate::failure::{Failure, eprint_line};
+use crate::output::{print, print_json};
+use crate::text::{table, visible};
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use vistara_api::{
+    Client, Grant, GrantRequest, JoinRequest, KeepGrantRequest, ListenRequest, NarrowRequest,
+    PeerNode,
+};
+use vistara_model::Bytes;
+
+/// `id`.
+#[derive(Debug, Args)]
+pub(crate) struct IdOptions {
+    /// As JSON, with where the node may be reached
+    #[arg(long)]
+    json: bool,
+}
+
+/// `nodes`.
+#[derive(Debug, Args)]
+pub(crate) struct NodesOptions {
+    /// A JSON array
+    #[arg(long)]
+    json: bool,
+    /// Ids only
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// `grant`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct GrantOptions {
+    #[command(subcommand)]
+    command: Option<GrantCommand>,
+    #[command(flatten)]
+    give: GiveOptions,
+}
+
+/// `grant --to …`.
+#[derive(Debug, Args)]
+struct GiveOptions {
+    /// To whom: the key that `vistara id` prints there
+    #[arg(long, value_name = "KEY", required = true)]
+    to: Option<String>,
+    /// For what: run, network (their machines use this node's network), images, admin
+    #[arg(
+        long = "for",
+        value_name = "RIGHTS",
+        value_delimiter = ',',
+        required = true
+    )]
+    rights: Vec<String>,
+    /// Until when: a time (2026-12-31T12:00:00Z), or for how long (8h, 30m)
+    #[arg(long, value_name = "TIME", value_parser = moment, required = true)]
+    until: Option<Timestamp>,
+    /// Most memory of all their machines together, such as 4g
+    #[arg(long, value_name = "SIZE")]
+    max_memory: Option<Bytes>,
+    /// Most machines at a time
+    #[arg(long, value_name = "N")]
+    max_machines: Option<u64>,
+    /// The grant and its token as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// `grant …`.
+#[derive(Debug, Subcommand)]
+enum GrantCommand {
+    /// List what was granted, and what is used of it
+    #[command(visible_alias = "list")]
+    Ls {
+        /// A JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take grants back: what goes on under them is cut off at once
+    Revoke {
+        /// Grants, by their ids
+        #[arg(required = true, value_name = "GRANT")]
+        grants: Vec<String>,
+    },
+    /// Keep a token that another node's owner gave to this one
+    Keep {
+        /// The token
+        #[arg(value_name = "TOKEN")]
+        token: String,
+    },
+    /// Make a token that allows less, without asking anybody
+    Narrow {
+        /// For these only
+        #[arg(long = "for", value_name = "RIGHTS", value_delimiter = ',')]
+        rights: Option<Vec<String>>,
+        /// Not after this: a time, or for how long
+        #[arg(long, value_name = "TIME", value_parser = moment)]
+        until: Option<Timestamp>,
+        /// At most this much memory
+        #[arg(long, value_name = "SIZE")]
+        max_memory: Option<Bytes>,
+        /// At most so many machines
+        #[arg(long, value_name = "N")]
+        max_machines: Option<u64>,
+        /// For somebody else: only the holder can pass it on, and only once
+        #[arg(long, value_name = "KEY")]
+        to: Option<String>,
+        /// The token
+        #[arg(value_name = "TOKEN")]
+        token: String,
+    },
+}
+
+/// A time, or how long from now.
+fn moment(text: &str) -> Result<Timestamp, String> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let span = duration(text)
+        .map_err(|_| "write a time such as 2026-12-31T12:00:00Z, or for how long: 8h".to_owned())?;
+    Timestamp::now()
+        .checked_add(span)
+        .map_err(|_| "this lies too far ahead".to_owned())
+}
+
+fn size(bytes: u64) -> String {
+    Bytes(bytes).to_string()
+}
+
+fn of(used: Option<String>, max: Option<String>) -> String {
+    match (used, max) {
+        (Some(used), Some(max)) => format!("{used} of {max}"),
+        (Some(used), None) => used,
+        (None, Some(max)) => max,
+        (None, None) => "any".to_owned(),
+    }
+}
+
+/// `vistara id`.
+pub(crate) async fn id(client: &Client, options: &IdOptions) -> Result<u8, Failure> {
+    let status = client.mesh().await?;
+    if options.json {
+        print_json(&status)?;
+    } else {
+        print(&format!("{}\n", status.id))?;
+    }
+    Ok(0)
+}
+
+/// `vistara nodes`.
+pub(crate) async fn nodes(client: &Client, options: &NodesOptions) -> Result<u8, Failure> {
+    let nodes = client.nodes().await?;
+    if options.json {
+        print_json(&nodes)?;
+        return Ok(0);
+    }
+    if options.quiet {
+        let ids: String = nodes.iter().map(|node| format!("{}\n", node.id)).collect();
+        print(&ids)?;
+        return Ok(0);
+    }
+    let rows: Vec<Vec<String>> = nodes.iter().map(row).collect();
+    print(&table(
+        &["NODE", "NAME", "STATE", "ADDRESS", "GRANTED", "UNTIL"],
+        &rows,
+    ))?;
+    Ok(0)
+}
+
+fn row(node: &PeerNode) -> Vec<String> {
+    let grant = node.grant.as_ref();
+    vec![
+        node.id.chars().take(12).collect(),
+        node.name.clone().unwrap_or_default(),
+        match &node.reason {
+            Some(reason) => format!("{}: {}", node.state, visible(reason, false)),
+            None => node.state.clone(),
+        },
+        node.addresses.first().cloned().unwrap_or_default(),
+        grant.map_or_else(|| "nothing".to_owned(), |grant| grant.rights.join(",")),
+        grant.map(|grant| grant.until.clone()).unwrap_or_default(),
+    ]
+}
+
+/// `vistara grant …`.
+pub(crate) async fn grant(client: &Client, options: GrantOptions) -> Result<u8, Failure> {
+    match options.command {
+        None => give(client, &options.give).await,
+        Some(GrantCommand::Ls { json }) => list(client, json).await,
+        Some(GrantCommand::Revoke { grants }) => {
+            for grant in grants {
+                client
+                    .revoke(&grant)
+                    .await
+                    .map_err(Failure::at(format!("cannot revoke {grant}")))?;
+            }
+            Ok(0)
+        }
+        Some(GrantCommand::Keep { token }) => {
+            let node = client.keep_grant(&KeepGrantRequest { token }).await?;
+            eprint_line(&format!("kept for the node {}", called(&node)));
+            Ok(0)
+        }
+        Some(GrantCommand::Narrow {
+            rights,
+            until,
+            max_memory,
+            max_machines,
+            to,
+            token,
+        }) => {
+            let request = NarrowRequest {
+                token,
+                rights,
+                until: until.map(|time| time.to_string()),
+                memory: max_memory.map(|bytes| bytes.0.to_string()),
+                machines: max_machines,
+                to,
+            };
+            print(&format!("{}\n", client.narrow(&request).await?.token))?;
+            Ok(0)
+        }
+    }
+}
+
+async fn give(client: &Client, options: &GiveOptions) -> Result<u8, Failure> {
+    let request = GrantRequest {
+        to: options.to.clone().unwrap_or_default(),
+        rights: options.rights.clone(),
+        until: options
+            .until
+            .map(|time| time.to_string())
+            .unwrap_or_default(),
+        memory: options.max_memory.map(|bytes| bytes.0.to_string()),
+        machines: options.max_machines,
+    };
+    let given = client.grant(&request).await?;
+    if options.json {
+        print_json(&given)?;
+    } else {
+        print(&format!("{}\n", given.token))?;
+        if client.mesh().await?.ticket.is_none() {
+            eprint_line("hint: this node does not listen yet: `vistara node ticket` has it do so");
+        }
+    }
+    Ok(0)
+}
+
+async fn list(client: &Client, json: bool) -> Result<u8, Failure> {
+    let grants = client.grants().await?;
+    if json {
+        print_json(&grants)?;
+        return Ok(0);
+    }
+    let row = |grant: &Grant| {
+        vec![
+            grant.id.clone(),
+            grant.holder.chars().take(12).collect(),
+            grant.rights.join(","),
+            grant.state.clone(),
+            grant.until.clone(),
+            of(
+                grant.machines_used.map(|count| count.to_string()),
+                grant.machines_max.map(|count| count.to_string()),
+            ),
+            of(
+                grant.memory_used_bytes.map(size),
+                grant.memory_max_bytes.map(size),
+            ),
+        ]
+    };
+    let rows: Vec<Vec<String>> = grants.iter().map(row).collect();
+    print(&table(
+        &[
+            "GRANT", "HOLDER", "FOR", "STATE", "UNTIL", "MACHINES", "MEMORY",
+        ],
+        &rows,
+    ))?;
+    Ok(0)
+}
+
+fn called(node: &PeerNode) -> String {
+    let id: String = node.id.chars().take(12).collect();
+    match &node.name {
+        Some(name) => format!("{name} ({id})"),
+        None => id,
+    }
+}
+
+/// `vistara node join`.
+pub(crate) async fn join(
+    client: &Client,
+    ticket: String,
+    name: Option<String>,
+    grant: Option<String>,
+) -> Result<u8, Failure> {
+    let request = JoinRequest {
+        ticket,
+        name,
+        grant,
+    };
+    let node = client
+        .join(&request)
+        .await
+        .map_err(Failure::at("cannot join"))?;
+    eprint_line(&format!("joined {}", called(&node)));
+    if node.grant.is_none() {
+        let id = client.mesh().await?.id;
+        eprint_line(&format!(
+            "hint: it serves this node once its owner has typed: vistara grant --to {id} --for run --until 24h"
+        ));
+    }
+    Ok(0)
+}
+
+/// `vistara node leave`.
+pub(crate) async fn leave(client: &Client, node: Option<&str>) -> Result<u8, Failure> {
+    match node {
+        Some(node) => client
+            .forget_node(node)
+            .await
+            .map_err(Failure::at("cannot leave"))?,
+        None => client
+            .mesh_leave()
+            .await
+            .map_err(Failure::at("cannot leave"))?,
+    }
+    Ok(0)
+}
+
+/// `vistara node ticket`.
+pub(crate) async fn ticket(client: &Client, listen: Option<String>) -> Result<u8, Failure> {
+    let status = client
+        .mesh_listen(&ListenRequest { listen })
+        .await
+        .map_err(Failure::at("cannot listen for others"))?;
+    match &status.ticket {
+        Some(ticket) => {
+            print(&format!("{ticket}\n"))?;
+            Ok(0)
+        }
+        None => Err(
+            Failure::new("this host has no address at which others could reach it")
+                .hint("say which: vistara node ticket --listen ADDRESS:PORT"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_a_time_or_how_long_from_now() {
+        let hour = moment("1h").unwrap_or_default();
+        let left = hour.duration_since(Timestamp::now()).as_secs();
+        assert!((3590..=3600).contains(&left), "{left}");
+        assert_eq!(
+            moment("2026-12-31T12:00:00Z").map(|time| time.to_string()),
+            Ok("2026-12-31T12:00:00Z".to_owned())
+        );
+        assert!(moment("tomorrow").is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! The bodies of requests and answers about other nodes: who this node is, which it has joined, and what it has granted.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The header by which a client asks that its connection becomes a stream to another node
+/// (`GET /v1/nodes/{node}/stream` with `Connection: upgrade`). What follows the answer 101 is HTTP/1.1 with that node.
+pub const NODE_STREAM: &str = "vistara-node-stream";
+
+/// `GET /v1/mesh`: this node among others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MeshStatus {
+    /// Its id: its public key, 64 hexadecimal digits.
+    pub id: String,
+    /// How many times it has started with this key.
+    pub generation: u64,
+    /// Whether it listens for others and keeps those connected that it has joined.
+    pub on: bool,
+    /// Where it may be reached, as far as its host knows.
+    pub addresses: Vec<String>,
+    /// What others type to join it; absent while it does not listen.
+    pub ticket: Option<String>,
+}
+
+/// `POST /v1/mesh`: listen for others.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ListenRequest {
+    /// `ADDRESS:PORT`; port 0 takes any, once. All interfaces and any port where absent and never said before.
+    pub listen: Option<String>,
+}
+
+/// `POST /v1/nodes`: join a node, or say more of one that was joined.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct JoinRequest {
+    /// `ID@ADDRESS:PORT[,ADDRESS:PORT…]`.
+    pub ticket: String,
+    /// What to call it here.
+    pub name: Option<String>,
+    /// The token by which it lets this node in.
+    pub grant: Option<String>,
+}
+
+/// A node that was joined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PeerNode {
+    /// Its id.
+    pub id: String,
+    /// What it is called here.
+    pub name: Option<String>,
+    /// Where it is dialled.
+    pub addresses: Vec<String>,
+    /// `connected`, `connecting` or `away`.
+    pub state: String,
+    /// Which of its starts this is, while it is connected.
+    pub generation: Option<u64>,
+    /// Why it is away.
+    pub reason: Option<String>,
+    /// What this node has been granted there, as the token says; that node may have revoked it.
+    pub grant: Option<Grant>,
+}
+
+/// `POST /v1/grants`: let somebody in.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct GrantRequest {
+    /// To whom: a node's id.
+    pub to: String,
+    /// For what: `run`, `network`, `images`, `admin`.
+    pub rights: Vec<String>,
+    /// Until when, in RFC 3339.
+    pub until: String,
+    /// Guest memory of all its machines together, such as `"4g"`; no limit where absent.
+    pub memory: Option<String>,
+    /// Machines at a time; no limit where absent.
+    pub machines: Option<u64>,
+}
+
+/// A grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Grant {
+    /// 16 hexadecimal digits.
+    pub id: String,
+    /// The node on which it counts.
+    pub node: String,
+    /// Whom it was given to.
+    pub holder: String,
+    /// For what.
+    pub rights: Vec<String>,
+    /// Until when.
+    pub until: String,
+    /// Limit of guest memory in bytes.
+    pub memory_max_bytes: Option<u64>,
+    /// Limit of machines.
+    pub machines_max: Option<u64>,
+    /// `live`, `expired` or `revoked`.
+    pub state: String,
+    /// Guest memory in use under it, where this node gave it.
+    pub memory_used_bytes: Option<u64>,
+    /// Machines under it that have not ended, where this node gave it.
+    pub machines_used: Option<u64>,
+}
+
+/// The answer to `POST /v1/grants`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GivenGrant {
+    /// What was given.
+    pub grant: Grant,
+    /// What its holder shows. It is no secret: it counts for its holder's key only.
+    pub token: String,
+}
+
+/// `POST /v1/grants/keep`: remember a token that another node gave to this one.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct KeepGrantRequest {
+    /// The token.
+    pub token: String,
+}
+
+/// `POST /v1/grants/narrow`: a token that allows less. No other node is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NarrowRequest {
+    /// The token.
+    pub token: String,
+    /// For these only.
+    pub rights: Option<Vec<String>>,
+    /// Not after this, in RFC 3339.
+    pub until: Option<String>,
+    /// At most this much guest memory.
+    pub memory: Option<String>,
+    /// At most so many machines.
+    pub machines: Option<u64>,
+    /// For this node instead of its holder, which must be the node that is asked.
+    pub to: Option<String>,
+}
+
+/// The answer to `POST /v1/grants/narrow`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NarrowedGrant {
+    /// The narrower token.
+    pub token: String,
+}

@@ -1,0 +1,379 @@
+//! Other nodes: who this one is, which it has joined, what it has granted, and streams to them. For the owner only.
+
+use super::App;
+use super::system::blocking;
+use crate::fault::{Answer, Fault};
+use crate::mesh::{Given, Open, lock, now_s, used};
+use crate::view;
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::header::{CONNECTION, UPGRADE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::Response;
+use hyper_util::rt::TokioIo;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use vistara_api::{
+    ErrorBody, GivenGrant, Grant, GrantRequest, JoinRequest, KeepGrantRequest, ListenRequest,
+    MeshStatus, NODE_STREAM, NarrowRequest, NarrowedGrant, PeerNode,
+};
+use vistara_control::{Standing, Usage};
+use vistara_mesh::{Narrowing, Peer, PeerState, Ticket, Token};
+use vistara_model::{Bytes, GrantId, GrantLimits, GrantTerms, NodeId, Right};
+
+/// Longest name of a node, in bytes: it stands in listings.
+const NAME_MAX: usize = 63;
+
+fn instant(seconds: u64) -> String {
+    view::time(seconds.saturating_mul(1_000_000_000))
+}
+
+fn moment(text: &str) -> Answer<u64> {
+    let time: jiff::Timestamp = text.parse().map_err(|_| {
+        Fault::user(format!(
+            "{text:?} is not a time: write it as 2026-12-31T12:00:00Z"
+        ))
+    })?;
+    u64::try_from(time.as_second()).map_err(|_| Fault::user(format!("{text:?} lies before 1970")))
+}
+
+fn rights(words: &[String]) -> Answer<BTreeSet<Right>> {
+    words
+        .iter()
+        .map(|word| Ok(word.parse::<Right>()?))
+        .collect()
+}
+
+fn limits(memory: Option<&String>, machines: Option<u64>) -> Answer<GrantLimits> {
+    let memory_max = memory
+        .map(|text| text.parse::<Bytes>())
+        .transpose()
+        .map_err(|error| Fault::user(error.to_string()))?;
+    Ok(GrantLimits {
+        memory_max,
+        machines_max: machines,
+    })
+}
+
+fn grant(terms: &GrantTerms, standing: Standing, usage: Option<Usage>) -> Grant {
+    let state = match standing {
+        Standing::Revoked => "revoked",
+        Standing::Unknown => "unknown",
+        Standing::Live if now_s() > terms.until_s => "expired",
+        Standing::Live => "live",
+    };
+    Grant {
+        id: terms.id.to_string(),
+        node: terms.node.to_string(),
+        holder: terms.holder.to_string(),
+        rights: terms.rights.iter().map(ToString::to_string).collect(),
+        until: instant(terms.until_s),
+        memory_max_bytes: terms.limits.memory_max.map(|bytes| bytes.0),
+        machines_max: terms.limits.machines_max,
+        state: state.to_owned(),
+        memory_used_bytes: usage.map(|usage| usage.memory.0),
+        machines_used: usage.map(|usage| usage.machines),
+    }
+}
+
+fn given(app: &App, given: &Given) -> Grant {
+    let records: Vec<_> = app
+        .node
+        .all()
+        .iter()
+        .map(|handle| handle.record())
+        .collect();
+    let standing = match given.revoked_s {
+        Some(_) => Standing::Revoked,
+        None => Standing::Live,
+    };
+    grant(
+        &given.terms,
+        standing,
+        Some(used(&given.terms.id, &records)),
+    )
+}
+
+fn peer(app: &App, peer: &Peer) -> PeerNode {
+    let (state, generation, reason) = match app.mesh.state(&peer.id) {
+        Some(PeerState::Connected { generation }) => ("connected", Some(generation), None),
+        Some(PeerState::Connecting) => ("connecting", None, None),
+        Some(PeerState::Away { reason, .. }) => ("away", None, Some(reason)),
+        None => ("away", None, Some("this node does not listen".to_owned())),
+    };
+    let terms = peer
+        .grant
+        .as_ref()
+        .and_then(|text| text.parse::<Token>().ok())
+        .and_then(|token| token.unchecked_terms().ok());
+    PeerNode {
+        id: peer.id.to_string(),
+        name: peer.name.clone(),
+        addresses: peer.addresses.iter().map(ToString::to_string).collect(),
+        state: state.to_owned(),
+        generation,
+        reason,
+        grant: terms.map(|terms| grant(&terms, Standing::Live, None)),
+    }
+}
+
+fn status(app: &App, open: &Open) -> MeshStatus {
+    let id = open.identity.id();
+    let link = app.mesh.link();
+    let addresses = link
+        .as_ref()
+        .map(|link| link.addresses())
+        .unwrap_or_default();
+    let ticket = (!addresses.is_empty()).then(|| Ticket {
+        node: id,
+        addresses: addresses.clone(),
+    });
+    MeshStatus {
+        id: id.to_string(),
+        generation: open.identity.generation(),
+        on: link.is_some(),
+        addresses: addresses.iter().map(ToString::to_string).collect(),
+        ticket: ticket.map(|ticket| ticket.to_string()),
+    }
+}
+
+/// This node among others. Makes its key where it has none.
+#[utoipa::path(get, path = "/v1/mesh", responses((status = 200, body = MeshStatus), (status = 503, body = ErrorBody)))]
+pub(super) async fn show(State(app): State<App>) -> Answer<Json<MeshStatus>> {
+    let open = app.mesh.open().await?;
+    Ok(Json(status(&app, &open)))
+}
+
+/// Listens for others from now on, also after a restart. Nobody is let in by it.
+#[utoipa::path(
+    post,
+    path = "/v1/mesh",
+    request_body = ListenRequest,
+    responses((status = 200, body = MeshStatus), (status = "4XX", body = ErrorBody), (status = 503, body = ErrorBody))
+)]
+pub(super) async fn listen(
+    State(app): State<App>,
+    Json(request): Json<ListenRequest>,
+) -> Answer<Json<MeshStatus>> {
+    let wish = match &request.listen {
+        None => None,
+        Some(text) => Some(text.parse().map_err(|_| {
+            Fault::user(format!(
+                "{text:?} is no address to listen on: write it as 0.0.0.0:4433 or [::]:4433"
+            ))
+        })?),
+    };
+    app.mesh.listen(wish).await?;
+    let open = app.mesh.open().await?;
+    Ok(Json(status(&app, &open)))
+}
+
+/// Listens no longer, and forgets every node that was joined.
+#[utoipa::path(delete, path = "/v1/mesh", responses((status = 200), (status = 503, body = ErrorBody)))]
+pub(super) async fn leave(State(app): State<App>) -> Answer<Json<()>> {
+    app.mesh.leave().await?;
+    Ok(Json(()))
+}
+
+/// The nodes that were joined.
+#[utoipa::path(get, path = "/v1/nodes", responses((status = 200, body = Vec<PeerNode>), (status = 503, body = ErrorBody)))]
+pub(super) async fn nodes(State(app): State<App>) -> Answer<Json<Vec<PeerNode>>> {
+    let open = app.mesh.open().await?;
+    let peers = lock(&open.peers).all().to_vec();
+    Ok(Json(peers.iter().map(|known| peer(&app, known)).collect()))
+}
+
+/// Joins a node: dials it, and remembers it once it has answered.
+#[utoipa::path(
+    post,
+    path = "/v1/nodes",
+    request_body = JoinRequest,
+    responses((status = 200, body = PeerNode), (status = "4XX", body = ErrorBody), (status = 502, body = ErrorBody))
+)]
+pub(super) async fn join(
+    State(app): State<App>,
+    Json(request): Json<JoinRequest>,
+) -> Answer<Json<PeerNode>> {
+    let ticket = request.ticket.parse::<Ticket>()?;
+    let token = request
+        .grant
+        .as_deref()
+        .map(str::parse::<Token>)
+        .transpose()?;
+    if let Some(name) = &request.name {
+        let good = !name.is_empty()
+            && name.len() <= NAME_MAX
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+        if !good {
+            return Err(Fault::user(format!(
+                "{name:?} is not a node's name: it takes 1 to {NAME_MAX} of a-z A-Z 0-9 _ . -"
+            )));
+        }
+    }
+    let (_, joined) = app.mesh.join(ticket, request.name, token).await?;
+    Ok(Json(peer(&app, &joined)))
+}
+
+/// Forgets a node that was joined.
+#[utoipa::path(
+    delete,
+    path = "/v1/nodes/{node}",
+    params(("node" = String, Path, description = "Id, name here, or unambiguous beginning of an id")),
+    responses((status = 200), (status = 404, body = ErrorBody))
+)]
+pub(super) async fn forget(State(app): State<App>, Path(node): Path<String>) -> Answer<Json<()>> {
+    app.mesh.forget(&node).await?;
+    Ok(Json(()))
+}
+
+/// Turns the connection into a stream to another node, on which the client speaks HTTP/1.1 with that node's interface.
+/// Asks for `Upgrade: vistara-node-stream`.
+#[utoipa::path(
+    get,
+    path = "/v1/nodes/{node}/stream",
+    params(("node" = String, Path, description = "Id, name here, or unambiguous beginning of an id")),
+    responses((status = 101), (status = "4XX", body = ErrorBody), (status = 502, body = ErrorBody))
+)]
+pub(super) async fn stream(
+    State(app): State<App>,
+    Path(node): Path<String>,
+    mut request: Request,
+) -> Answer<Response> {
+    let asked = request.headers().get(UPGRADE) == Some(&HeaderValue::from_static(NODE_STREAM));
+    let upgrade = request
+        .extensions_mut()
+        .remove::<hyper::upgrade::OnUpgrade>();
+    let (true, Some(upgrade)) = (asked, upgrade) else {
+        return Err(Fault::user(format!(
+            "this path is for connections with `Upgrade: {NODE_STREAM}`"
+        )));
+    };
+    let mut stream = app.mesh.stream_to(&node).await?;
+    // It ends with either side's connection.
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(client) => {
+                let copied =
+                    tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut stream).await;
+                if let Err(error) = copied {
+                    tracing::debug!(%error, "a stream to another node broke");
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a client went away"),
+        }
+    });
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static(NODE_STREAM));
+    Ok(response)
+}
+
+/// What this node has granted, in the order in which it was.
+#[utoipa::path(get, path = "/v1/grants", responses((status = 200, body = Vec<Grant>), (status = 503, body = ErrorBody)))]
+pub(super) async fn grants(State(app): State<App>) -> Answer<Json<Vec<Grant>>> {
+    let open = app.mesh.open().await?;
+    let all = lock(&open.ledger).all().to_vec();
+    Ok(Json(all.iter().map(|one| given(&app, one)).collect()))
+}
+
+/// Lets somebody in.
+#[utoipa::path(
+    post,
+    path = "/v1/grants",
+    request_body = GrantRequest,
+    responses((status = 200, body = GivenGrant), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn give(
+    State(app): State<App>,
+    Json(request): Json<GrantRequest>,
+) -> Answer<Json<GivenGrant>> {
+    let open = app.mesh.open().await?;
+    let holder: NodeId = request.to.parse()?;
+    if holder == open.identity.id() {
+        return Err(Fault::user("a node's own key needs no grant on it"));
+    }
+    let rights = rights(&request.rights)?;
+    if rights.is_empty() {
+        return Err(Fault::user(
+            "a grant is for something: run, network, images, admin",
+        ));
+    }
+    let until_s = moment(&request.until)?;
+    if until_s <= now_s() {
+        return Err(Fault::user(format!("{} is over already", request.until)));
+    }
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
+    let terms = GrantTerms {
+        id: GrantId::from_random(random),
+        node: open.identity.id(),
+        holder,
+        rights,
+        until_s,
+        limits: limits(request.memory.as_ref(), request.machines)?,
+    };
+    let token = open.authority.give(&terms)?;
+    let books = Arc::clone(&open);
+    let entered = blocking(move || lock(&books.ledger).give(terms)).await??;
+    Ok(Json(GivenGrant {
+        grant: given(&app, &entered),
+        token: token.to_string(),
+    }))
+}
+
+/// Takes a grant back. What is going on under it is cut off; its machines go on, and are the owner's to end.
+#[utoipa::path(
+    delete,
+    path = "/v1/grants/{grant}",
+    params(("grant" = String, Path, description = "The grant's id")),
+    responses((status = 200, body = Grant), (status = 404, body = ErrorBody))
+)]
+pub(super) async fn revoke(State(app): State<App>, Path(id): Path<String>) -> Answer<Json<Grant>> {
+    let (_, revoked) = app.mesh.revoke(id.parse()?).await?;
+    Ok(Json(given(&app, &revoked)))
+}
+
+/// Remembers a token that another node gave to this one.
+#[utoipa::path(
+    post,
+    path = "/v1/grants/keep",
+    request_body = KeepGrantRequest,
+    responses((status = 200, body = PeerNode), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn keep(
+    State(app): State<App>,
+    Json(request): Json<KeepGrantRequest>,
+) -> Answer<Json<PeerNode>> {
+    let (_, known) = app.mesh.keep_grant(request.token.parse()?).await?;
+    Ok(Json(peer(&app, &known)))
+}
+
+/// A token that allows less, or is for somebody else. No other node is asked.
+#[utoipa::path(
+    post,
+    path = "/v1/grants/narrow",
+    request_body = NarrowRequest,
+    responses((status = 200, body = NarrowedGrant), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn narrow(
+    State(app): State<App>,
+    Json(request): Json<NarrowRequest>,
+) -> Answer<Json<NarrowedGrant>> {
+    let open = app.mesh.open().await?;
+    let token: Token = request.token.parse()?;
+    let narrowing = Narrowing {
+        rights: request.rights.as_deref().map(rights).transpose()?,
+        until_s: request.until.as_deref().map(moment).transpose()?,
+        limits: limits(request.memory.as_ref(), request.machines)?,
+        to: request.to.as_deref().map(str::parse).transpose()?,
+    };
+    let narrowed = token.narrow(&narrowing, &open.identity)?;
+    Ok(Json(NarrowedGrant {
+        token: narrowed.to_string(),
+    }))
+}
