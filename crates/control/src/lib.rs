@@ -26,6 +26,7 @@ pub use idle::{IdlePolicy, Presence};
 pub use lifecycle::{Effect, Event, Lifecycle, VmGone};
 pub use lookup::{LookupError, lookup};
 pub use provisional::{
-    HELD_BYTES_MAX, ProvisionalRun, Verdict, provisional_calls, provisional_max, rerun_follows,
+    HELD_BYTES_MAX, PROVISIONAL_END, ProvisionalRun, Verdict, provisional_calls, provisional_max,
+    rerun_follows,
 };
 pub use retry::{AfterUnikernel, Ended, after_unikernel};
