@@ -3,6 +3,7 @@
 use crate::fault::chain;
 use crate::machine::Record;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -43,9 +44,10 @@ pub(crate) struct About {
 #[derive(Serialize, Deserialize)]
 struct Sealed {
     format: u32,
-    /// BLAKE3 of `about` as JSON without spaces.
+    /// BLAKE3 of `about` as JSON without spaces, its keys sorted. Of what is written, not of what this version makes of it:
+    /// a record with fewer fields than today's is none the worse.
     blake3: String,
-    about: About,
+    about: Value,
 }
 
 /// Why a snapshot cannot be used, in words.
@@ -134,15 +136,16 @@ pub(super) fn write(
 }
 
 fn seal(about: &About) -> io::Result<Vec<u8>> {
+    let about = serde_json::to_value(about)?;
     let sealed = Sealed {
         format: FORMAT,
-        blake3: digest(about)?,
-        about: about.clone(),
+        blake3: digest(&about)?,
+        about,
     };
     Ok(serde_json::to_vec_pretty(&sealed)?)
 }
 
-fn digest(about: &About) -> io::Result<String> {
+fn digest(about: &Value) -> io::Result<String> {
     let text = serde_json::to_vec(about)?;
     Ok(blake3::hash(&text).to_hex().to_string())
 }
@@ -187,6 +190,7 @@ pub(super) fn read_about(dir: &Path) -> Result<About, Unusable> {
     if digest(&about).ok().as_ref() != Some(&blake3) {
         return Err(damaged("it is not what was written".to_owned()));
     }
+    let about: About = serde_json::from_value(about).map_err(|error| damaged(error.to_string()))?;
     if dir.file_name().is_none_or(|name| *name != *about.id) {
         return Err(damaged("it is of another snapshot".to_owned()));
     }
@@ -313,6 +317,7 @@ mod tests {
             retried: false,
             provisional: false,
             undone: None,
+            undone_boot_id: None,
             log_base: crate::logbook::Offsets::default(),
             template: None,
             continues: None,
@@ -387,7 +392,20 @@ mod tests {
     }
 
     fn read_about_of(bytes: &[u8]) -> Result<About, Unusable> {
-        Ok(serde_json::from_slice::<Sealed>(bytes).unwrap().about)
+        let sealed: Sealed = serde_json::from_slice(bytes).unwrap();
+        Ok(serde_json::from_value(sealed.about).unwrap())
+    }
+
+    #[test]
+    fn a_snapshot_of_before_a_field_was_added_is_not_damaged() {
+        let (_parent, dir, root) = made();
+        let bytes = std::fs::read(dir.join(ABOUT)).unwrap();
+        let mut sealed: Sealed = serde_json::from_slice(&bytes).unwrap();
+        let record = sealed.about["record"].as_object_mut().unwrap();
+        record.remove("held").unwrap();
+        sealed.blake3 = digest(&sealed.about).unwrap();
+        std::fs::write(dir.join(ABOUT), serde_json::to_vec(&sealed).unwrap()).unwrap();
+        assert!(read(&dir, &root).is_ok());
     }
 
     #[test]
