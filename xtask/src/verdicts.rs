@@ -99,10 +99,10 @@ impl Row {
         Judgement::of(&self.verdict, self.failure.as_ref(), self.tried.as_ref())
     }
 
-    /// As it would be for a task that is safe to retry: what fails then is run again.
+    /// As it would be for a task that is safe to retry. A program that fails as a unikernel and is not tried provisionally
+    /// counts as lost: it is run again only where its failure can be seen, and that has not been run here.
     fn judgement_if_safe(&self) -> Judgement {
         match (self.retry_safe.as_str(), &self.failure) {
-            ("nanos", Some(_)) => Judgement::Undone,
             ("nanos, tried", _) => self.judgement(),
             (verdict, failure) => Judgement::of(verdict, failure.as_ref(), None),
         }

@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -92,6 +92,16 @@ pub(crate) fn bury(number: u32) {
     let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
     if let Some(pid) = pid {
         // It has told its failure by ending, or is about to end.
+        let _ = waitpid(Some(pid), WaitOptions::empty());
+    }
+}
+
+/// Ends one that runs and is nobody's, so that nothing is left of it.
+pub(crate) fn end_and_bury(number: u32) {
+    let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        // Our own child: the number is its own until its status is taken.
+        let _ = kill_process(pid, Signal::KILL);
         let _ = waitpid(Some(pid), WaitOptions::empty());
     }
 }

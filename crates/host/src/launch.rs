@@ -228,8 +228,11 @@ impl Launch {
         }
         if let Some(number) = newborn {
             let mut child = child;
-            // Gone by now, as above. Where the new process is not known, whoever removes its cgroup ends it.
-            let process = child.wait().and(number).and_then(ProcessHandle::of_child);
+            // Gone by now, as above. Where the new process is not known, whoever removes its cgroup ends it; where it is known
+            // and cannot be watched, it must not be left.
+            let process = child.wait().and(number).and_then(|number| {
+                ProcessHandle::of_child(number).inspect_err(|_| birth::end_and_bury(number))
+            });
             let process = process.map_err(fail("watching the process"))?;
             return Ok(Launched { process, fences });
         }

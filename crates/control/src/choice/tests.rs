@@ -613,6 +613,29 @@ fn what_is_tried_provisionally_follows_the_table() {
     may(&mut image, MayCreate::Yes, Confidence::Certain, "fork");
     let refused = choose(&request, Some(&image), &telling).unwrap_err();
     assert!(refused.to_string().contains("stays written"), "{refused}");
+    // What is safe to retry is tried all the same: a second run helps only where the first one fails.
+    let (mut request, mut image) = (asked(Hypervisor::Auto), plain());
+    request.retry_safe = true;
+    may(
+        &mut image,
+        MayCreate::InLibraries,
+        Confidence::Certain,
+        "fork",
+    );
+    let tried = choose(&request, Some(&image), &telling).unwrap();
+    assert!(tried.provisional, "{tried:?}");
+    // Nothing is tried that could not be run on Linux afterwards; what may be run twice is run as before.
+    telling.linux_kernel = None;
+    let risked = choose(&request, Some(&image), &telling).unwrap();
+    assert_eq!(
+        (risked.backend.payload, risked.provisional),
+        (Payload::Nanos, false)
+    );
+    request.retry_safe = false;
+    let linux = choose(&request, Some(&image), &telling).unwrap();
+    assert_eq!(linux.backend.payload, Payload::Linux);
+    let reasons = linux.reasons.join("\n");
+    assert!(reasons.contains("no Linux guest kernel"), "{reasons}");
     for tells in [false, true] {
         let mut host = host(works(), true, false, true);
         host.nanos_tells_calls = tells;

@@ -6,8 +6,8 @@
 
 use super::Request;
 use vistara_model::{
-    Architecture, Confidence, HostFacts, ImageFacts, MayCreate, ProgramFacts, ProgramKind, Runtime,
-    Signal,
+    Architecture, Confidence, HostFacts, ImageFacts, MayCreate, Payload, ProgramFacts, ProgramKind,
+    Runtime, Signal,
 };
 
 /// Of what speaks against a program, so much is said.
@@ -31,6 +31,8 @@ struct Findings {
     fitting: Vec<String>,
     /// The doubts about processes, where a provisional run would settle them.
     to_be_seen: Vec<String>,
+    /// What speaks for it in spite of a doubt about processes, where the task may be run twice: one for each such doubt.
+    retryable: Vec<String>,
 }
 
 /// Why a unikernel fits.
@@ -58,6 +60,11 @@ impl Findings {
     fn try_it(&mut self, reason: impl Into<String>) {
         self.to_be_seen.push(reason.into());
     }
+
+    /// Whether a second run settles all the doubts that a provisional run would.
+    fn may_be_run_twice(&self) -> bool {
+        self.retryable.len() == self.to_be_seen.len()
+    }
 }
 
 /// For `auto`: the reasons why a unikernel fits, or all those why it does not.
@@ -71,12 +78,15 @@ pub(super) fn fits(
             "it runs any image, and there is no Nanos kernel on this node to choose".to_owned(),
         ]);
     };
+    let findings = judge(request, image);
+    let twice = findings.may_be_run_twice();
     let Findings {
         impossible,
         doubtful,
         fitting,
         to_be_seen,
-    } = judge(request, image);
+        retryable,
+    } = findings;
     let there = format!("a Nanos kernel is on this node ({kernel})");
     let clean = impossible.is_empty() && doubtful.is_empty();
     if clean && to_be_seen.is_empty() {
@@ -101,6 +111,13 @@ pub(super) fn fits(
             provisional: true,
         });
     }
+    if clean && twice {
+        // The lesser protection, where the better one cannot be had.
+        return Ok(Fit {
+            why: [fitting, retryable, vec![there]].concat(),
+            provisional: false,
+        });
+    }
     Err(impossible
         .into_iter()
         .map(|no| no.reason)
@@ -123,8 +140,15 @@ fn not_tried(request: &Request, image: Option<&ImageFacts>, host: &HostFacts) ->
         Some("it is a shell, and running commands is what it is for".to_owned())
     } else if !host.nanos_tells_calls {
         Some("it would be tried with a Nanos kernel that has its modules: vistara kernel add nanos FILE --klibs DIR".to_owned())
+    } else if host.linux_kernel.is_none() {
+        Some(
+            "it could not be run on Linux afterwards: there is no Linux guest kernel on this node"
+                .to_owned(),
+        )
     } else {
-        None
+        super::monitor(Payload::Linux, request, host, &mut Vec::new())
+            .err()
+            .map(|why| format!("it could not be run on Linux afterwards: {why}"))
     }
 }
 
@@ -147,12 +171,16 @@ pub(super) fn asked_for(
         });
     }
     let findings = judge(request, image);
+    let to_be_seen = match findings.may_be_run_twice() {
+        true => Vec::new(),
+        false => findings.to_be_seen,
+    };
     match findings.impossible.into_iter().next() {
         Some(no) => Err(no),
         None => Ok(findings
             .doubtful
             .into_iter()
-            .chain(findings.to_be_seen)
+            .chain(to_be_seen)
             .map(|doubt| format!("warning: {doubt}"))
             .collect()),
     }
@@ -305,12 +333,11 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
                 format!("a library that it loads may make processes: {seen}")
             };
             if request.retry_safe {
-                findings.fitting.push(format!(
+                findings.retryable.push(format!(
                     "Nanos unikernel: {about}; {what}, but it may be run again on Linux if it does"
                 ));
-            } else {
-                findings.try_it(what);
             }
+            findings.try_it(what);
         }
         MayCreate::No if processes.confidence >= Confidence::Likely => {
             findings.fitting.push(format!(

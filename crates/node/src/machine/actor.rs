@@ -7,7 +7,7 @@ use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, go_on, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
-use super::unikernel::{Undone, UnikernelSession};
+use super::unikernel::{Undone, UnikernelSession, clear_held};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
@@ -214,6 +214,12 @@ impl Actor {
         }
         loop {
             match self.node.origin(&self.record, &self.dir).await {
+                // What was left of the earlier node's work is swept away.
+                Ok(Fate::Over(_)) if self.is_between_runs() => {
+                    self.trouble = None;
+                    self.clear_away().await;
+                    return self.prepare(Instant::now());
+                }
                 Ok(Fate::Running(vm)) => {
                     self.trouble = None;
                     self.hold_as_recorded(vm.as_ref()).await;
@@ -437,9 +443,12 @@ impl Actor {
         if self.record.state == MachineState::Ended && self.run_again().await {
             return self.publish().await;
         }
-        if started && self.record.started_ns.is_none() {
-            self.record.started_ns = Some(now_ns());
-            self.arm_time_limit();
+        if started {
+            self.record.started_ns.get_or_insert_with(now_ns);
+            // A run that began anew after the node did has been running before.
+            if self.limit.is_none() {
+                self.arm_time_limit();
+            }
         }
         let ends = self.record.state == MachineState::Ended && self.record.ended_ns.is_none();
         if ends {
@@ -561,11 +570,17 @@ impl Actor {
     /// Frees what an ended machine needs no more: its disk. Its record and log stay. On a busy disk this takes some 10 ms.
     async fn clear_away(&self) {
         let path = self.dir.join(super::prepare::OVERLAY);
-        let removed = tokio::task::spawn_blocking(move || match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "a file could not be removed");
+        let held = self.record.provisional.then(|| self.dir.clone());
+        let removed = tokio::task::spawn_blocking(move || {
+            if let Some(dir) = held {
+                clear_held(&dir);
             }
-            _ => {}
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "a file could not be removed");
+                }
+                _ => {}
+            }
         });
         if let Err(error) = removed.await {
             tracing::error!(machine = %self.record.id, %error, "the removing task failed");

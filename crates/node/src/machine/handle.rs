@@ -235,6 +235,19 @@ impl Handle {
     pub(crate) async fn agent(&self) -> Answer<Agent> {
         /// How long a lost session may take to come back before a request gives up.
         const BOUND: Duration = Duration::from_secs(10);
+        /// How long it may take to be seen whether a program that is tried as a unikernel goes to Linux.
+        const TRIED: Duration = Duration::from_secs(10);
+        let decided = |s: &Snapshot| !s.record.provisional || s.record.state == MachineState::Ended;
+        if !decided(&self.snapshot()) {
+            let seen = tokio::time::timeout(TRIED, self.wait_until(decided)).await;
+            if seen.is_err() {
+                let name = &self.record().name;
+                return Err(Fault::conflict(format!(
+                    "machine {name} is being tried as a unikernel, and may yet begin anew on Linux"
+                ))
+                .hint("try again in a few seconds"));
+            }
+        }
         let record = self.record();
         let name = record.name.clone();
         if record.backend.payload == Payload::Nanos {

@@ -71,6 +71,9 @@ pub(crate) struct Record {
     /// Why a provisional run was undone, as a sentence for the user.
     #[serde(default)]
     pub(crate) undone: Option<String>,
+    /// The host's boot in which that was.
+    #[serde(default)]
+    pub(crate) undone_boot_id: Option<String>,
     /// Whether this is the second run of its program, on Linux, after one as a unikernel.
     #[serde(default)]
     pub(crate) retried: bool,

@@ -391,6 +391,7 @@ impl Node {
             vm: None,
             provisional: choice.provisional,
             undone: None,
+            undone_boot_id: None,
             retried: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,

@@ -4,14 +4,12 @@
 use super::Actor;
 use crate::logbook::Stream;
 use crate::machine::now_ns;
-use crate::machine::unikernel::{
-    Again, Undone, after, clear_held, take_up_held, undone, unseen_end,
-};
+use crate::machine::unikernel::{Again, Undone, after, take_up_held, undone, unseen_end};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use vistara_control::{Event, Lifecycle, rerun_follows};
-use vistara_model::{EndReason, Payload};
+use vistara_model::{EndReason, MachineState, Payload};
 
 impl Actor {
     /// A unikernel's end is on its disk even where no session saw it to the last.
@@ -32,22 +30,37 @@ impl Actor {
 
     /// A provisional run has an end only where it stands.
     async fn learn_held_end(&mut self) {
-        let (dir, log) = (self.dir.clone(), Arc::clone(&self.log));
         let begin = self.record.log_base.stdout;
-        let held = tokio::task::spawn_blocking(move || take_up_held(&dir, &log, begin, now_ns()));
-        match held.await {
-            Ok(Ok(Some(status))) => {
-                let out_of_memory = false;
-                let exited = Event::ProgramExited {
-                    status,
-                    out_of_memory,
-                };
-                self.on(exited).await;
+        loop {
+            let (dir, log) = (self.dir.clone(), Arc::clone(&self.log));
+            let held =
+                tokio::task::spawn_blocking(move || take_up_held(&dir, &log, begin, now_ns()));
+            let held = held.await.unwrap_or_else(|error| Err(error.into()));
+            let error = match held {
+                Ok(Some(status)) => {
+                    self.trouble = None;
+                    let out_of_memory = false;
+                    let exited = Event::ProgramExited {
+                        status,
+                        out_of_memory,
+                    };
+                    return self.on(exited).await;
+                }
+                Ok(None) => return,
+                Err(error) => error,
+            };
+            // It stands, and some of it may have been shown: whatever comes now, it is not begun anew.
+            if error.kind() == std::io::ErrorKind::InvalidData {
+                self.shared.asked_to_end.store(true, Ordering::Relaxed);
+                let message = format!("what it printed was set aside and is damaged: {error}");
+                return self.on(Event::Lost(message)).await;
             }
-            Ok(Ok(None)) | Err(_) => {}
-            Ok(Err(error)) => {
-                tracing::error!(machine = %self.record.id, %error, "the output of a run that stands could not be shown");
-            }
+            tracing::error!(machine = %self.record.id, %error, "the output of a run that stands could not be shown yet");
+            self.trouble = Some(format!(
+                "its output cannot be recorded and waits until it can ({error}); free some disk space"
+            ));
+            self.publish().await;
+            tokio::time::sleep(super::ADOPT_PAUSE).await;
         }
     }
 
@@ -58,16 +71,21 @@ impl Actor {
             return false;
         }
         let again = match self.record.provisional {
-            true => self.undo().await,
+            true => match self.undo().await {
+                Some(Err(message)) => {
+                    self.end_undone(message);
+                    None
+                }
+                Some(Ok(again)) => Some(again),
+                None => None,
+            },
             false => self.retry().await,
         };
         let Some(again) = again else {
-            clear_held(&self.dir);
             return false;
         };
         tracing::info!(machine = %self.record.id, reason = again.reason, "a program is run again");
         self.clear_away().await;
-        clear_held(&self.dir);
         self.life = Lifecycle::default();
         let record = &mut self.record;
         if !record.provisional {
@@ -77,6 +95,8 @@ impl Actor {
         }
         record.generation.0 += 1;
         record.undone = record.provisional.then(|| again.reason.clone());
+        record.undone_boot_id =
+            (record.undone.as_ref()).and_then(|_| vistara_host::facts::boot_id().ok());
         record.provisional = false;
         record.retried = true;
         record.log_base = self.log.offsets();
@@ -96,8 +116,29 @@ impl Actor {
         true
     }
 
-    /// The run in the place of a provisional one, unless that stands or somebody has ended it.
-    async fn undo(&mut self) -> Option<Again> {
+    /// The run that was undone was the last one: there is no Linux for it here.
+    fn end_undone(&mut self, message: String) {
+        tracing::warn!(machine = %self.record.id, message, "an undone run cannot be run on Linux");
+        self.record.undone = Some(message.clone());
+        let end = Some(EndReason::PrepareFailed { message });
+        self.life = Lifecycle::resumed(MachineState::Ended, end.clone());
+        self.record.end = end;
+    }
+
+    /// Whether the node ended while it prepared the run on Linux that is to be in the place of an undone one.
+    pub(super) fn is_between_runs(&self) -> bool {
+        let record = &self.record;
+        let boot_id = vistara_host::facts::boot_id().ok();
+        record.undone.is_some()
+            && record.vm.is_none()
+            && record.end.is_none()
+            && record.state == MachineState::Preparing
+            // What went with its host does not come back unasked.
+            && (boot_id.is_some() && record.undone_boot_id == boot_id)
+    }
+
+    /// The run in the place of a provisional one, or why there can be none; nothing where that stands or somebody has ended it.
+    async fn undo(&mut self) -> Option<Result<Again, String>> {
         let end = self.record.end.clone()?;
         let asked_to_end = self.shared.asked_to_end.load(Ordering::Relaxed);
         let stands = matches!(end, EndReason::Exited { .. }) && self.undone.is_none();
@@ -111,7 +152,7 @@ impl Actor {
             // It need not have been the command.
             learned: false,
         });
-        undone(&self.node, &self.record, why).await
+        Some(undone(&self.node, &self.record, why).await)
     }
 
     /// Whether the machine went when its host did, so that it is not to come back unasked, or was not there yet.

@@ -1,6 +1,7 @@
 //! After a unikernel: what its end teaches about its program, and whether it is run again on Linux.
 
 use super::super::Record;
+use super::super::prepare::told;
 use crate::fault::{Answer, chain};
 use crate::node::Node;
 use vistara_control::{AfterUnikernel, Choice, Ended, Request, after_unikernel, choose};
@@ -40,7 +41,13 @@ pub(crate) async fn after(node: &Node, record: &Record, console: &str) -> Option
             None
         }
     };
-    second(node, record, facts, reason?)
+    match second(node, record, facts, reason?) {
+        Ok(again) => again,
+        Err(fault) => {
+            tracing::warn!(machine = %record.id, error = fault.0.message, "a program cannot be run again on Linux");
+            None
+        }
+    }
 }
 
 /// Why a provisional run never was.
@@ -52,8 +59,8 @@ pub(crate) struct Undone {
     pub(crate) learned: bool,
 }
 
-/// The run in the place of one that never was.
-pub(crate) async fn undone(node: &Node, record: &Record, undone: Undone) -> Option<Again> {
+/// The run in the place of one that never was, or why there is none, as a sentence for the user.
+pub(crate) async fn undone(node: &Node, record: &Record, undone: Undone) -> Result<Again, String> {
     let Undone { seen, learned } = undone;
     let correction = Correction { seen: seen.clone() };
     let about = match learned {
@@ -70,19 +77,29 @@ pub(crate) async fn undone(node: &Node, record: &Record, undone: Undone) -> Opti
             None
         }
     };
-    let reason = format!(
-        "as a unikernel it was undone before anything of it was shown ({seen}), and it is run on Linux"
-    );
-    second(node, record, facts, reason)
+    let why = format!("as a unikernel it was undone before anything of it was shown ({seen})");
+    match second(
+        node,
+        record,
+        facts,
+        format!("{why}, and it is run on Linux"),
+    ) {
+        Ok(Some(again)) => Ok(again),
+        Ok(None) => Err(format!("{why}, and no Linux guest was chosen for it")),
+        Err(fault) => Err(format!(
+            "{why}, and it cannot be run on Linux: {}",
+            told(fault)
+        )),
+    }
 }
 
-/// Chooses Linux for a second run.
+/// Chooses Linux for a second run; none where the choice is another.
 fn second(
     node: &Node,
     record: &Record,
     facts: Option<ImageFacts>,
     reason: String,
-) -> Option<Again> {
+) -> Answer<Option<Again>> {
     let request = Request::of(
         &record.spec,
         &vistara_control::Program {
@@ -93,19 +110,10 @@ fn second(
             stop_signal: record.stop_signal,
         },
     );
-    let again = match choose(&request, facts.as_ref(), &node.facts()) {
-        Ok(choice) if choice.backend.payload == Payload::Linux => {
-            on_linux(node, record, reason, choice)
-        }
-        Ok(_) => return None,
-        Err(error) => Err(error.into()),
-    };
-    match again {
-        Ok(again) => Some(again),
-        Err(fault) => {
-            tracing::warn!(machine = %record.id, error = fault.0.message, "a program cannot be run again on Linux");
-            None
-        }
+    let choice = choose(&request, facts.as_ref(), &node.facts())?;
+    match choice.backend.payload {
+        Payload::Linux => on_linux(node, record, reason, choice).map(Some),
+        Payload::Nanos => Ok(None),
     }
 }
 

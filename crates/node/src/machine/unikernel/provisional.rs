@@ -15,9 +15,10 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use vistara_control::{
-    Event, HELD_BYTES_MAX, ProvisionalRun, Verdict, provisional_calls, provisional_max,
+    Event, HELD_BYTES_MAX, PROVISIONAL_END, ProvisionalRun, Verdict, provisional_calls,
+    provisional_max,
 };
-use vistara_machine::OutputStream;
+use vistara_machine::{OutputStream, VmEnd};
 use vistara_model::{ExitStatus, Signal};
 use vistara_nanos::calls::Told;
 
@@ -28,6 +29,8 @@ const READ: usize = 64 << 10;
 /// How long a beginning that might become a kernel's line waits for the rest.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
 
+/// Pause before output that the disk had no room for is set aside again.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
 /// How often it is looked whether somebody wants the run ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -39,12 +42,20 @@ struct Watch {
     run: ProvisionalRun,
     told: Told<'static>,
     output: Vec<u8>,
+    /// How much it had printed when its end was told.
+    ended_at: Option<usize>,
 }
 
 impl Watch {
     fn program(&mut self, bytes: &[u8]) {
         for call in self.told.push(bytes, &mut self.output) {
             self.run.call(&call.name, call.result.as_deref());
+            if call.name == PROVISIONAL_END {
+                self.ended_at = Some(call.at);
+            }
+        }
+        if self.told.is_unclear() {
+            self.run.unclear();
         }
         if self.output.len() + self.told.waiting() > HELD_BYTES_MAX {
             self.run.printed_too_much();
@@ -63,9 +74,10 @@ impl UnikernelSession {
             run: ProvisionalRun::default(),
             told: Told::new(&CALLS),
             output: Vec::new(),
+            ended_at: None,
         };
         // Only the node that began a run has all of its output.
-        let learned = self.zero.is_some();
+        let mut learned = self.zero.is_some();
         if !learned {
             watch.run.lost_its_node();
         }
@@ -111,12 +123,20 @@ impl UnikernelSession {
             watch.program(&sorted.program);
         }
         watch.told.finish(&mut watch.output);
+        if (watch.ended_at).is_some_and(|at| watch.output.len() > at) {
+            // A program that has ended prints nothing: what was taken for its end was its own words.
+            watch.run.unclear();
+        }
         let seen = watch.run.sign().map(str::to_owned);
         let ended_for_others = !over && seen.is_none();
         if !over && let Err(error) = self.vm.kill().await {
             tracing::error!(machine = %self.record.id, error = crate::fault::chain(&error), "a unikernel that is undone could not be ended");
         }
         let end = self.vm.wait().await;
+        if over && matches!(end, VmEnd::Killed | VmEnd::Crashed { .. }) {
+            // Not our doing, and the host's rather than the command's: want of memory, or a fault of the monitor.
+            learned = false;
+        }
         let dir = self.dir.clone();
         let recorded = tokio::task::spawn_blocking(move || recorded_exit(&dir)).await;
         let event = outcome(end, recorded.ok().flatten(), &kernel.text(), asked());
@@ -144,14 +164,10 @@ impl UnikernelSession {
 
     /// Makes the run stand, and shows it.
     async fn stand(&self, status: Option<ExitStatus>, output: Vec<u8>) {
-        if let Some(status) = status {
-            let dir = self.dir.clone();
-            let bytes = output.clone();
-            let kept = tokio::task::spawn_blocking(move || keep(&dir, status, &bytes)).await;
-            if let Ok(Err(error)) = kept {
-                // Should the node die in the next moment, the run is taken for undone though some of it was shown.
-                tracing::warn!(machine = %self.record.id, %error, "the output of a run could not be set aside");
-            }
+        if let Some(status) = status
+            && !self.keep(status, &output).await
+        {
+            return;
         }
         if !output.is_empty() {
             let offset = self.record.log_base.stdout;
@@ -167,6 +183,34 @@ impl UnikernelSession {
             })
             .await;
         }
+    }
+
+    /// Sets the end and the output aside, however long the disk takes to have room for them: should the node die while they are
+    /// shown, the next one would take the run for undone. False where the runtime ends first.
+    async fn keep(&self, status: ExitStatus, output: &[u8]) -> bool {
+        let mut troubled = false;
+        loop {
+            let (dir, bytes) = (self.dir.clone(), output.to_owned());
+            let kept = tokio::task::spawn_blocking(move || keep(&dir, status, &bytes)).await;
+            match kept {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) if !troubled => {
+                    let message = format!(
+                        "its output cannot be set aside and waits until it can ({error}); free some disk space"
+                    );
+                    let _ = self.news.send(News::Trouble(Some(message))).await;
+                    troubled = true;
+                }
+                Ok(Err(_)) => {}
+                // Only the runtime's own end cancels blocking work.
+                Err(_) => return false,
+            }
+            tokio::time::sleep(KEEP_AGAIN).await;
+        }
+        if troubled {
+            let _ = self.news.send(News::Trouble(None)).await;
+        }
+        true
     }
 }
 
