@@ -8,24 +8,25 @@
 
 mod accept;
 
+use self::accept::{Place, Taken};
 use crate::frame::{self, ALPN, FrameError, Hello, Open};
 use crate::identity::Identity;
 use crate::ticket::ADDRESSES_MAX;
 use crate::token::Token;
 use iroh::endpoint::{
-    BindOpts, Connection, PortmapperConfig, QuicTransportConfig, RecvStream, SendStream, VarInt,
-    presets,
+    BindOpts, ConnectOptions, Connection, PortmapperConfig, QuicTransportConfig, RecvStream,
+    SendStream, VarInt, presets,
 };
 use iroh::{Endpoint, EndpointAddr, PublicKey, RelayMode, TransportAddr};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vistara_model::NodeId;
@@ -43,8 +44,17 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 const STREAMS_MAX: u32 = 256;
 /// Connections that others have made to us, all together.
 const ACCEPTED_MAX: usize = 512;
-/// Those of them with nodes that have no business here: they can only be told so.
+/// Connections of others whose handshake or greeting is not over, each for two steps at most. From a quarter on only who
+/// receives what is sent to its address gets further: the rest cannot be used up from forged ones.
+const HANDSHAKES_MAX: usize = 128;
+/// Nodes among those connected that have no business here: they can only be told so.
 const STRANGERS_MAX: usize = 64;
+/// What a stranger may have under way unread, on all its streams: a token and a request are a tenth of it.
+const STRANGER_WINDOW: u32 = 64 << 10;
+/// Streams of a stranger at a time.
+const STRANGER_STREAMS_MAX: u32 = 4;
+/// Connections of a stranger.
+const OF_STRANGER_MAX: usize = 1;
 /// Connections of one node: a second one while the first is timing out, and some more.
 const OF_ONE_MAX: usize = 4;
 /// How long a stranger may stay without asking anything.
@@ -132,6 +142,17 @@ pub struct Accepted {
     pub open: Open,
     /// The stream.
     pub stream: MeshStream,
+    place: Weak<Place>,
+}
+
+impl Accepted {
+    /// Says that the one who opened it has shown that it has business here, though the link did not know it: its connection
+    /// is no stranger's any more, as long as it lasts.
+    pub fn vouch(&self) {
+        if let Some(place) = self.place.upgrade() {
+            place.raise();
+        }
+    }
 }
 
 /// A stream of bytes between two nodes.
@@ -180,7 +201,9 @@ struct Inner {
     identity: Identity,
     knows: Arc<dyn Fn(&NodeId) -> bool + Send + Sync>,
     slots: Mutex<HashMap<NodeId, Slot>>,
-    accepted: Mutex<HashMap<NodeId, usize>>,
+    accepted: Mutex<HashMap<NodeId, Taken>>,
+    handshakes: Arc<Semaphore>,
+    stranger_idle: Duration,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -199,15 +222,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn transport() -> QuicTransportConfig {
+/// With what the other end may have under way unread, and how many streams it may have open.
+fn transport(window: u32, streams: u32) -> QuicTransportConfig {
     QuicTransportConfig::builder()
         .max_idle_timeout(SILENCE_MAX.try_into().ok())
         .keep_alive_interval(KEEP_ALIVE)
         .default_path_max_idle_timeout(SILENCE_MAX)
         .default_path_keep_alive_interval(KEEP_ALIVE)
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
-        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
+        .receive_window(VarInt::from_u32(window))
+        .max_concurrent_bidi_streams(VarInt::from_u32(streams))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .build()
 }
@@ -218,6 +242,13 @@ impl Link {
     /// # Errors
     /// [`LinkError::Bind`].
     pub async fn open(options: LinkOptions) -> Result<(Link, mpsc::Receiver<Accepted>), LinkError> {
+        Link::open_for(options, STRANGER_IDLE).await
+    }
+
+    async fn open_for(
+        options: LinkOptions,
+        stranger_idle: Duration,
+    ) -> Result<(Link, mpsc::Receiver<Accepted>), LinkError> {
         let listen = options.listen;
         let failed = |message: String| LinkError::Bind {
             address: listen,
@@ -230,7 +261,8 @@ impl Link {
             .relay_mode(RelayMode::Disabled)
             .clear_address_lookup()
             .portmapper_config(PortmapperConfig::Disabled)
-            .transport_config(transport())
+            // As a stranger's until it is known who dials.
+            .transport_config(transport(STRANGER_WINDOW, STRANGER_STREAMS_MAX))
             .clear_ip_transports()
             .bind_addr(listen)
             .map_err(|error| failed(error.to_string()))?;
@@ -251,6 +283,8 @@ impl Link {
             knows: options.knows,
             slots: Mutex::default(),
             accepted: Mutex::default(),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            stranger_idle,
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -535,8 +569,12 @@ async fn dial(
     address: &EndpointAddr,
     generation: u64,
 ) -> Result<Live, String> {
+    // The node that was dialled opens no streams: it dials for its own requests.
+    let options = ConnectOptions::new().with_transport_config(transport(CONNECTION_WINDOW, 0));
     let connection = endpoint
-        .connect(address.clone(), ALPN)
+        .connect_with_opts(address.clone(), ALPN, options)
+        .await
+        .map_err(|error| format!("{error:#}"))?
         .await
         .map_err(|error| format!("{error:#}"))?;
     let greet = async {

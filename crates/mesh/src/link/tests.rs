@@ -12,12 +12,31 @@ struct End {
 }
 
 async fn end_at(dir: tempfile::TempDir, listen: SocketAddr) -> End {
+    end_of(dir, listen, Arc::new(|_| true), STRANGER_IDLE).await
+}
+
+/// One to which others are strangers unless they are known.
+async fn end_among_strangers(
+    knows: impl Fn(&NodeId) -> bool + Send + Sync + 'static,
+    stranger_idle: Duration,
+) -> End {
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    let dir = tempfile::tempdir().unwrap();
+    end_of(dir, listen, Arc::new(knows), stranger_idle).await
+}
+
+async fn end_of(
+    dir: tempfile::TempDir,
+    listen: SocketAddr,
+    knows: Arc<dyn Fn(&NodeId) -> bool + Send + Sync>,
+    stranger_idle: Duration,
+) -> End {
     let options = LinkOptions {
         identity: Identity::open(dir.path()).unwrap(),
         listen,
-        knows: Arc::new(|_| true),
+        knows,
     };
-    let (link, accepted) = Link::open(options).await.unwrap();
+    let (link, accepted) = Link::open_for(options, stranger_idle).await.unwrap();
     End {
         _dir: dir,
         link,
@@ -200,6 +219,222 @@ async fn one_node_gets_a_few_connections_only() {
         kept.iter()
             .all(|connection| connection.close_reason().is_none())
     );
+}
+
+async fn greet(connection: &Connection) -> bool {
+    let hello = Hello {
+        version: 1,
+        generation: 1,
+    };
+    let greet = async {
+        let (mut send, mut receive) = connection.open_bi().await.ok()?;
+        send.write_all(&frame::encode(&hello).ok()?).await.ok()?;
+        frame::read(&mut receive).await.ok()
+    };
+    within(greet).await.is_some()
+}
+
+/// Opens a stream with a first frame, as somebody without a token does.
+async fn ask(connection: &Connection, to: &End) -> SendStream {
+    let open = Open {
+        target: *to.link.id().as_bytes(),
+        generation: 1,
+        nonce: [0; 16],
+        deadline_ms: now_ms(),
+        token: None,
+    };
+    let (mut send, receive) = within(connection.open_bi()).await.unwrap();
+    send.write_all(&frame::encode(&open).unwrap())
+        .await
+        .unwrap();
+    // Its other half lives as long as the connection.
+    std::mem::forget(receive);
+    send
+}
+
+/// How much goes into a stream that nobody reads, until it does not go on.
+async fn written(send: &mut SendStream, most: usize) -> usize {
+    let mut total = 0;
+    while total < most {
+        let write = send.write(&[0; 4096]);
+        match tokio::time::timeout(Duration::from_millis(500), write).await {
+            Ok(count) => total += count.unwrap(),
+            Err(_) => break,
+        }
+    }
+    total
+}
+
+#[tokio::test]
+async fn a_stranger_gets_one_connection_and_little_of_it_until_somebody_vouches_for_it() {
+    let mut b = end_among_strangers(|_| false, STRANGER_IDLE).await;
+    let (endpoint, connection) = rude(&b).await;
+    assert!(greet(&connection).await);
+    let key = PublicKey::from_bytes(b.link.id().as_bytes()).unwrap();
+    let address =
+        EndpointAddr::from_parts(key, b.link.addresses().into_iter().map(TransportAddr::Ip));
+    let second = within(endpoint.connect(address.clone(), ALPN))
+        .await
+        .unwrap();
+    within(second.closed()).await;
+    let mut streams = Vec::new();
+    let mut accepted = Vec::new();
+    for _ in 0..STRANGER_STREAMS_MAX {
+        streams.push(ask(&connection, &b).await);
+        accepted.push(within(b.accepted.recv()).await.unwrap());
+    }
+    let over = tokio::time::timeout(Duration::from_millis(500), connection.open_bi()).await;
+    assert!(over.is_err(), "a stranger has one stream too many");
+    let most = STRANGER_WINDOW as usize;
+    let mut unread = 0;
+    for stream in &mut streams {
+        unread += written(stream, 2 * most).await;
+    }
+    assert!(unread > 0 && unread <= most, "{unread} unread");
+
+    accepted[0].vouch();
+    streams.push(ask(&connection, &b).await);
+    assert_eq!(written(&mut streams[0], 2 * most).await, 2 * most);
+    let third = within(endpoint.connect(address, ALPN)).await.unwrap();
+    assert!(greet(&third).await);
+}
+
+#[tokio::test]
+async fn a_stranger_to_whom_a_grant_is_given_is_none_from_its_next_stream_on() {
+    let granted = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let knows = Arc::clone(&granted);
+    let load = move |_: &NodeId| knows.load(std::sync::atomic::Ordering::Acquire);
+    let mut b = end_among_strangers(load, STRANGER_IDLE).await;
+    let (_endpoint, connection) = rude(&b).await;
+    assert!(greet(&connection).await);
+    granted.store(true, std::sync::atomic::Ordering::Release);
+    let mut streams = Vec::new();
+    for _ in 0..2 * STRANGER_STREAMS_MAX {
+        streams.push((
+            ask(&connection, &b).await,
+            within(b.accepted.recv()).await.unwrap(),
+        ));
+    }
+    let most = 2 * STRANGER_WINDOW as usize;
+    assert_eq!(written(&mut streams[0].0, most).await, most);
+}
+
+#[tokio::test]
+async fn a_stranger_that_asks_nothing_is_sent_away() {
+    let mut b = end_among_strangers(|_| false, Duration::from_millis(200)).await;
+    let (_endpoint, idle) = rude(&b).await;
+    assert!(greet(&idle).await);
+    within(idle.closed()).await;
+    let (_endpoint, asking) = rude(&b).await;
+    assert!(greet(&asking).await);
+    let stream = ask(&asking, &b).await;
+    let accepted = within(b.accepted.recv()).await.unwrap();
+    let stays = tokio::time::timeout(Duration::from_secs(1), asking.closed()).await;
+    assert!(stays.is_err(), "one whose request is being served stays");
+    drop((stream, accepted));
+    within(asking.closed()).await;
+}
+
+#[tokio::test]
+async fn strangers_are_so_many_at_most_and_keep_nobody_out_who_is_known() {
+    let a = end().await;
+    let known = a.link.id();
+    let mut b = end_among_strangers(move |node| *node == known, STRANGER_IDLE).await;
+    let mut kept = Vec::new();
+    for _ in 0..STRANGERS_MAX {
+        let (endpoint, connection) = rude(&b).await;
+        assert!(greet(&connection).await);
+        kept.push((endpoint, connection));
+    }
+    let (_endpoint, over) = rude(&b).await;
+    within(over.closed()).await;
+    a.link.keep(b.link.id(), b.link.addresses()).unwrap();
+    let _stream = within(a.link.stream(&b.link.id(), None)).await.unwrap();
+    assert_eq!(within(b.accepted.recv()).await.unwrap().peer, known);
+    let closed = |(_, connection): &(Endpoint, Connection)| connection.close_reason().is_some();
+    assert!(!kept.iter().any(closed));
+    let (endpoint, first) = kept.remove(0);
+    first.close(VarInt::from_u32(0), b"");
+    endpoint.close().await;
+    // Its place is free again once that was heard of.
+    let again = async {
+        loop {
+            let (endpoint, connection) = rude(&b).await;
+            if greet(&connection).await {
+                return (endpoint, connection);
+            }
+        }
+    };
+    within(again).await;
+}
+
+/// The connection id to which a first packet is sent: the attempt that it belongs to.
+fn attempt(packet: &[u8]) -> Vec<u8> {
+    let length = usize::from(packet[5]);
+    packet[6..6 + length].to_vec()
+}
+
+#[tokio::test]
+async fn connections_that_do_not_get_on_are_few_and_others_are_asked_for_their_address() {
+    // What clients send first is caught, and sent on from addresses at which nobody answers.
+    let caught = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let b = end().await;
+    let to = b.link.addresses()[0];
+    let key = PublicKey::from_bytes(b.link.id().as_bytes()).unwrap();
+    let address = EndpointAddr::from_parts(
+        key,
+        [TransportAddr::Ip(caught.local_addr().unwrap())].into_iter(),
+    );
+    let client = Endpoint::builder(presets::Minimal)
+        .relay_mode(RelayMode::Disabled)
+        .clear_address_lookup()
+        .bind()
+        .await
+        .unwrap();
+    let bound = HANDSHAKES_MAX / 4;
+    let dials: Vec<_> = (0..2 * bound)
+        .map(|_| {
+            let (client, address) = (client.clone(), address.clone());
+            tokio::spawn(async move { client.connect(address, ALPN).await.is_ok() })
+        })
+        .collect();
+    let mut attempts = HashMap::new();
+    let (mut retried, mut packet) = (0, [0; 2048]);
+    while attempts.len() < 2 * bound {
+        let (length, _) = within(caught.recv_from(&mut packet)).await.unwrap();
+        // A long header with four bytes of version, and of it the first packets only.
+        if packet[0] & 0xf0 != 0xc0 {
+            continue;
+        }
+        let of = attempt(&packet[..length]);
+        if attempts.contains_key(&of) {
+            continue;
+        }
+        let forged = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        forged.send_to(&packet[..length], to).await.unwrap();
+        // Whatever comes back, it was looked at. A retry has a type of its own.
+        let mut answer = [0; 2048];
+        within(forged.recv(&mut answer)).await.unwrap();
+        retried += usize::from(answer[0] & 0xf0 == 0xf0);
+        let under_way = HANDSHAKES_MAX - b.link.0.handshakes.available_permits();
+        assert!(under_way <= bound, "{under_way} under way");
+        attempts.insert(of, forged);
+    }
+    // Not a certain number: the first have their time, and it may be over on a busy host.
+    assert!(retried > 0);
+    // Somebody real is asked for its address, too, and gets in.
+    let (_endpoint, connection) = rude(&b).await;
+    assert!(greet(&connection).await);
+    for dial in dials {
+        dial.abort();
+    }
+    // Those that came to nothing have given back what they had.
+    let all = async {
+        while b.link.0.handshakes.available_permits() < HANDSHAKES_MAX {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(all).await;
 }
 
 #[test]
