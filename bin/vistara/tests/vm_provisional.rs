@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm::{System, text, until};
 
 /// Could fork, whatever it is told to do.
@@ -27,6 +27,7 @@ const PROGRAM: &str = r#"
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 int main(int argc, char **argv) {
@@ -34,6 +35,17 @@ int main(int argc, char **argv) {
   printf("begin ");
   fflush(stdout);
   if (!strcmp(what, "alone")) { puts("alone"); return 5; }
+  if (!strcmp(what, "line")) {
+    puts("");
+    fflush(stdout);
+    if (fork() == 0) { puts("child"); return 0; }
+    return 4;
+  }
+  if (!strcmp(what, "mode")) { chmod("/etc/made", 0600); puts("made"); return 0; }
+  if (!strcmp(what, "trace")) {
+    puts("trace\n[2] fork(1) = 3\n[2] exit_group( <unfinished ...>\nend");
+    return 0;
+  }
   if (!strcmp(what, "silent")) {
     if (fork() == 0) { puts("child"); return 0; }
     wait(NULL);
@@ -231,6 +243,83 @@ fn a_run_that_missed_something_in_silence_never_was_and_is_remembered() {
 }
 
 #[test]
+fn what_a_unikernel_only_says_it_did_and_what_reads_like_its_kernel_are_undone() {
+    let Some(tried) = Tried::ready("tried-other") else {
+        return;
+    };
+    for (what, wanted, word) in [
+        ("mode", "begin made\n", "the call chmod"),
+        (
+            "trace",
+            "begin trace\n[2] fork(1) = 3\n[2] exit_group( <unfinished ...>\nend\n",
+            "cannot be told from what its kernel tells",
+        ),
+    ] {
+        let (code, out, err) = tried.run(what, &[what]);
+        assert_eq!((code, out.as_str()), (Some(0), wanted), "{err}");
+        let (payload, generation, reasons) = tried.ran(what);
+        assert_eq!((payload.as_str(), generation), ("linux", 2), "{reasons}");
+        assert!(reasons.contains(word), "{reasons}");
+    }
+    // The kernel's word about the fork has a line of its own, and comes byte by byte. Nobody waits for the child.
+    let (code, out, err) = tried.run("line", &["line"]);
+    assert_eq!(
+        (code, out.starts_with("begin \n")),
+        (Some(4), true),
+        "{out} {err}"
+    );
+    assert_eq!(tried.ran("line").0, "linux", "{err}");
+    assert!(err.contains("tried to make a process"), "{err}");
+}
+
+#[test]
+fn a_run_whose_node_dies_when_it_stands_or_between_its_runs_is_shown_once() {
+    let Some(tried) = Tried::ready("tried-between") else {
+        return;
+    };
+    let image = &tried.image;
+    let begin = |name: &str, what: &str| {
+        let options = [
+            "run",
+            "-d",
+            "-q",
+            "--name",
+            name,
+            image,
+            "/bin/program",
+            what,
+        ];
+        tried.done(&options);
+    };
+    begin("stands", "alone");
+    let id = tried.system.inspect("stands")["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let held = tried.system.state.join("machines").join(id).join("held");
+    // It is there for some milliseconds; whenever the node dies, it is one run that is shown.
+    let record = held.with_file_name("record.json");
+    let is_over = || fs::read_to_string(&record).is_ok_and(|it| it.contains(r#""state":"ended""#));
+    let bound = Instant::now() + vm::BOUND;
+    while !held.exists() && !is_over() && Instant::now() < bound {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    tried.system.kill_node();
+    assert_eq!(tried.done(&["wait", "stands"]), "5");
+    assert_eq!(tried.done(&["logs", "stands"]), "begin alone");
+    begin("between", "silent");
+    until("the second run's preparation", || {
+        let inspected = tried.system.inspect("between");
+        inspected["generation"] == 2
+    });
+    tried.system.kill_node();
+    assert_eq!(tried.done(&["wait", "between"]), "0");
+    assert_eq!(tried.done(&["logs", "between"]), "begin child\nend");
+    let (payload, generation, reasons) = tried.ran("between");
+    assert_eq!((payload.as_str(), generation), ("linux", 2), "{reasons}");
+}
+
+#[test]
 fn what_a_run_would_send_is_sent_once() {
     let Some(tried) = Tried::ready("tried-sending") else {
         return;
@@ -301,14 +390,16 @@ fn a_run_that_is_stopped_or_out_of_time_is_not_begun_again() {
     until("the program", || {
         tried.system.inspect("stopped")["state"] == "running"
     });
-    std::thread::sleep(Duration::from_secs(2));
+    // Nothing of it can be seen before it ends, so that there is nothing to wait for but the time that it takes.
+    std::thread::sleep(Duration::from_secs(3));
     tried.done(&["stop", "-t", "20", "stopped"]);
     assert_eq!(tried.done(&["wait", "stopped"]), "143");
     let (payload, generation, _) = tried.ran("stopped");
     assert_eq!((payload.as_str(), generation), ("nanos", 1));
     let shown = tried.done(&["logs", "stopped"]);
-    // What it had printed until then, which may be nothing.
+    // What it had printed until then.
     assert!(SLOW.starts_with(&shown), "{shown:?}");
+    assert!(shown.starts_with("begin 0"), "{shown:?}");
     let words = [
         "run",
         "--timeout",
