@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod facts;
 pub mod files;
 pub mod foreign;
+pub mod frames;
 pub mod kvm;
 pub mod launch;
 pub mod memory;

@@ -6,6 +6,7 @@
 // Requests to network devices, for which no crate here has a call.
 #![allow(unsafe_code)]
 
+use crate::frames::FrameFilter;
 use crate::process::ProcessHandle;
 use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -22,12 +23,14 @@ const ADD_TO_BRIDGE: libc::c_ulong = 0x89a2;
 pub struct NetworkNamespace(File);
 
 /// A tap that stays as long as its namespace, whoever opens and closes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Tap<'a> {
     /// Its name, at most 15 bytes.
     pub name: &'a str,
-    /// The one user who may open it; absent for whoever has the rights of an administrator.
-    pub owner: Option<u32>,
+    /// The one user who may open it, beside whoever has the rights of an administrator.
+    pub owner: u32,
+    /// What its reader never sees, from the first frame on; absent where it may see all.
+    pub filter: Option<&'a FrameFilter>,
 }
 
 /// Why devices could not be made.
@@ -107,9 +110,7 @@ impl NetworkNamespace {
                 "making a bridge (the kernel needs bridges: CONFIG_BRIDGE, or modprobe bridge)";
             add_bridge(socket, bridge).map_err(at(step))?;
             for tap in taps {
-                add_tap(tap).map_err(at(
-                    "making a tap (the kernel needs taps: CONFIG_TUN, or modprobe tun)",
-                ))?;
+                add_tap(tap)?;
                 join(socket, bridge, tap.name).map_err(at("joining a tap to a bridge"))?;
                 switch_on(socket, tap.name).map_err(at("switching a tap on"))?;
             }
@@ -151,22 +152,34 @@ fn add_bridge(socket: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     ask(socket, ADD_BRIDGE, &mut request(name)?)
 }
 
-fn add_tap(tap: &Tap<'_>) -> io::Result<()> {
+/// Opens the tap of this name; makes it where there is none, until the file is closed.
+fn open_tap(name: &str) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .write(true)
         .open("/dev/net/tun")?;
-    let mut request = request(tap.name)?;
+    let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
     ask(file.as_fd(), libc::TUNSETIFF as libc::c_ulong, &mut request)?;
+    Ok(file)
+}
+
+fn add_tap(tap: &Tap<'_>) -> Result<(), NetworkError> {
+    let step = "making a tap (the kernel needs taps: CONFIG_TUN, or modprobe tun)";
+    let file = open_tap(tap.name).map_err(at(step))?;
+    // Before it stays: one that is to be filtered is never there without.
+    if let Some(filter) = tap.filter {
+        filter
+            .set_on(file.as_fd())
+            .map_err(at("filtering a tap (Linux 4.16)"))?;
+    }
     let set = |code: libc::c_ulong, value: libc::c_ulong| {
         // SAFETY: both codes below take a number.
         answered(unsafe { libc::ioctl(file.as_raw_fd(), code as _, value) })
     };
-    if let Some(owner) = tap.owner {
-        set(libc::TUNSETOWNER as libc::c_ulong, owner.into())?;
-    }
-    set(libc::TUNSETPERSIST as libc::c_ulong, 1)
+    set(libc::TUNSETOWNER as libc::c_ulong, tap.owner.into())
+        .and_then(|()| set(libc::TUNSETPERSIST as libc::c_ulong, 1))
+        .map_err(at(step))
 }
 
 fn join(socket: BorrowedFd<'_>, bridge: &str, name: &str) -> io::Result<()> {

@@ -12,6 +12,11 @@
 //! It begins as root, which opening the tap takes, and then fences itself: no capability but the one for low ports, a file
 //! system with nothing in it but `etc` and `run`, a seccomp filter. Both directories are shown from the machine's own
 //! (`network/`), so that it sees of the host's files only the resolver's addresses.
+//!
+//! Invariant: a guest does not reach the host's loopback by it. `--disable-host-loopback` closes 10.0.2.2 only: it connects
+//! to 127.0.0.1 or 0.0.0.0 where a frame names that, and root in a guest can send any frame. So its tap has a filter that
+//! lets it see none of those, and where none can be had there is no network. (The one way that stays: port 53 of 10.0.2.3 is
+//! the host's name server, also where that listens on loopback. IPv6, and so `::1`, is off.)
 
 use super::io_error;
 use crate::{LaunchPlan, VmmError};
@@ -22,10 +27,12 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::cgroup::Cgroup;
 use vistara_host::files::OutputBox;
+use vistara_host::frames::FrameFilter;
 use vistara_host::launch::Launch;
 use vistara_host::mounts::Bind;
 use vistara_host::netns::{NetworkNamespace, Tap};
@@ -61,14 +68,16 @@ const LOOK: Duration = Duration::from_millis(1);
 /// Bytes of the longest answer.
 const ANSWER_MAX: u64 = 4 << 10;
 /// What holds for the helper, in words.
-pub(super) const FENCES: &str = "its network, slirp4netns: user 0 without capabilities but that for low ports, in the host's network and the machine's process namespace, a file system with nothing in it but name servers, a seccomp filter";
+pub(super) const FENCES: &str = "its network, slirp4netns: user 0 without capabilities but that for low ports, in the host's network and the machine's process namespace, a file system with nothing in it but name servers, a seccomp filter; no frame to 127.0.0.0/8 or 0.0.0.0/8 comes to it";
 /// Step of a launch in which it is made.
 const STEP: &str = "making its network";
 
 /// `slirp4netns`, where it can be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) struct UserNetwork {
     program: PathBuf,
+    /// For each machine's tap. Loaded once: it is checked and compiled then, and some kernels count it against a limit.
+    filter: Arc<FrameFilter>,
 }
 
 /// The helper of a running machine, in its record.
@@ -107,14 +116,18 @@ impl UserNetwork {
             ));
         }
         let tried = tokio::task::spawn_blocking(|| {
-            let namespace = NetworkNamespace::new()?;
-            namespace.make_joined_taps(BRIDGE, &taps(0))
+            let filter = FrameFilter::no_loopback().map_err(|error| {
+                format!(
+                    "guests could not be kept from the host's loopback: loading a filter for taps (the kernel needs CONFIG_BPF_SYSCALL, the node CAP_BPF): {error}"
+                )
+            })?;
+            NetworkNamespace::new()
+                .and_then(|namespace| namespace.make_joined_taps(BRIDGE, &taps(0, &filter)))
+                .map_err(|error| format!("no network can be made for a machine: {error}"))?;
+            Ok::<_, String>(Arc::new(filter))
         });
-        match tried.await {
-            Ok(Ok(())) => Ok(UserNetwork { program }),
-            Ok(Err(error)) => Err(format!("no network can be made for a machine: {error}")),
-            Err(error) => Err(error.to_string()),
-        }
+        let filter = tried.await.map_err(|error| error.to_string())??;
+        Ok(UserNetwork { program, filter })
     }
 
     /// Makes the taps of the machine whose Firecracker is `process`, and starts the helper, where anybody is to be reached by
@@ -133,7 +146,7 @@ impl UserNetwork {
         };
         let namespace = NetworkNamespace::of(process).map_err(|error| failed(error.to_string()))?;
         namespace
-            .make_joined_taps(BRIDGE, &taps(uid))
+            .make_joined_taps(BRIDGE, &taps(uid, &self.filter))
             .map_err(|error| failed(error.to_string()))?;
         if plan.capturable {
             return Ok(None);
@@ -178,15 +191,18 @@ impl UserNetwork {
     }
 }
 
-fn taps(uid: u32) -> [Tap<'static>; 2] {
+fn taps(uid: u32, filter: &FrameFilter) -> [Tap<'_>; 2] {
     [
         Tap {
             name: TAP,
-            owner: Some(uid),
+            owner: uid,
+            filter: None,
         },
         Tap {
             name: HELPERS_TAP,
-            owner: None,
+            // The kernel lets everybody open one that is nobody's.
+            owner: 0,
+            filter: Some(filter),
         },
     ]
 }

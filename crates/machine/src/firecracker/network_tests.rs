@@ -212,6 +212,81 @@ fn walk(root: &Path) -> Vec<String> {
     found
 }
 
+/// Whether somebody in the namespace reaches this listener at this address.
+fn reaches(process: &ProcessHandle, address: &str, listener: &std::net::TcpListener) -> bool {
+    let port = listener.local_addr().unwrap().port();
+    let dial = format!("echo in | timeout 2 busybox nc {address} {port}");
+    inside(process, &dial).status().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    match listener.accept() {
+        Ok(_) => true,
+        Err(error) => {
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            false
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_in_a_guest_does_not_reach_the_hosts_loopback_whatever_it_sends() {
+    let Some(network) = network().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let process = stand_in();
+    let plan = plan(dir.path(), vec![free_port()]);
+    let helper = start(&network, &plan, &process);
+    let ports = &plan.nic.as_ref().unwrap().ports;
+    helper.publish(dir.path(), ports).await.unwrap();
+    // A host whose name server is its own: 10.0.2.3 leads to it, but to no other port there.
+    let resolver = dir.path().join(DIR).join(RESOLVER);
+    std::fs::write(resolver, "nameserver 127.0.0.1\n").unwrap();
+    become_guest(&process);
+    // What a guest's root can do to its own kernel, to have it send what no kernel sends by itself.
+    let script = format!(
+        "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet; ip route add 127.0.0.0/8 via 10.0.2.2 src {GUEST}"
+    );
+    assert!(inside(&process, &script).status().unwrap().success());
+    let own = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let any = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    for address in ["127.0.0.1", "10.0.2.2", "10.0.2.3"] {
+        assert!(!reaches(&process, address, &own), "{address}");
+    }
+    assert!(!reaches(&process, "127.9.9.9", &any));
+    // There is no IPv6 at all: neither an address of the guest's, nor anybody who would answer.
+    let pid = process.identity().pid;
+    let addresses = std::fs::read_to_string(format!("/proc/{pid}/net/if_inet6"));
+    assert_eq!(addresses.unwrap_or_default(), "");
+    process.kill().unwrap();
+    process.wait().await.unwrap();
+    // It is the filter that holds: with a tap that has none, the helper connects to the host's 127.0.0.1.
+    let process = stand_in();
+    let namespace = NetworkNamespace::of(&process).unwrap();
+    let open = taps(61_004, &network.filter).map(|tap| Tap {
+        filter: None,
+        ..tap
+    });
+    namespace.make_joined_taps(BRIDGE, &open).unwrap();
+    let mut unfenced = Command::new(&network.program)
+        .args(["--disable-host-loopback", "--ready-fd=1"])
+        .args([&process.identity().pid.to_string(), HELPERS_TAP])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut ready = [0];
+    let mut said = unfenced.stdout.take().unwrap();
+    std::io::Read::read_exact(&mut said, &mut ready).unwrap();
+    become_guest(&process);
+    assert!(inside(&process, &script).status().unwrap().success());
+    assert!(reaches(&process, "127.0.0.1", &own));
+    assert!(reaches(&process, "127.9.9.9", &any));
+    unfenced.kill().unwrap();
+    unfenced.wait().unwrap();
+    process.kill().unwrap();
+    process.wait().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_taken_port_is_named_and_a_helper_that_cannot_work_says_why() {
     let Some(network) = network().await else {
@@ -236,6 +311,7 @@ async fn a_taken_port_is_named_and_a_helper_that_cannot_work_says_why() {
     // Another program in its place ends at once, or does not understand.
     let odd = UserNetwork {
         program: "/bin/false".into(),
+        ..network
     };
     let process = stand_in();
     let helper = start(&odd, &plan, &process);
