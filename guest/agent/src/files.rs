@@ -25,6 +25,7 @@ pub(crate) fn refusal(what: &str, error: &io::Error) -> Refusal {
         | K::InvalidData
         | K::AlreadyExists => RefusalKind::Invalid,
         K::Unsupported => RefusalKind::Unsupported,
+        K::TimedOut | K::ResourceBusy => RefusalKind::Busy,
         _ => RefusalKind::Failed,
     };
     let message = if what.is_empty() {

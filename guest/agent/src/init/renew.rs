@@ -56,8 +56,20 @@ impl Machine {
             }
         };
         warn("setting the clock", on_time);
+        // Nothing runs that could use the moment in which it may be written.
+        let read_only = root::is_read_only()
+            .map_err(|error| refusal("looking at the root of a fork", &error))?;
+        if read_only {
+            root::make_writable()
+                .map_err(|error| refusal("writing to the read-only root of a fork", &error))?;
+        }
         warn("writing names to /etc", root::write_names(config, false));
-        warn("the machine's id", new_machine_id());
+        let identified = new_machine_id();
+        if read_only {
+            root::make_read_only(Path::new("/"))
+                .map_err(|error| refusal("making the root of a fork read-only again", &error))?;
+        }
+        identified.map_err(|error| refusal("replacing the machine's id in a fork", &error))?;
         warn("the boot's id", new_boot_id());
         Ok(warnings)
     }

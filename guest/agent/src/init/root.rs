@@ -177,6 +177,18 @@ pub(super) fn mount_volume(tag: &str, path: &Path, read_only: bool) -> io::Resul
     Ok(mount(tag, path, "virtiofs", flags, c"")?)
 }
 
+/// Whether the root can only be read.
+pub(super) fn is_read_only() -> io::Result<bool> {
+    let flags = rustix::fs::statvfs("/")?.f_flag;
+    Ok(flags.contains(rustix::fs::StatVfsMountFlags::RDONLY))
+}
+
+/// Lets the root be written that [`make_read_only`] has closed.
+pub(super) fn make_writable() -> io::Result<()> {
+    let flags = MountFlags::BIND | MountFlags::NOATIME;
+    Ok(mount_remount("/", flags, c"")?)
+}
+
 /// Makes a mount read-only, its file system's other mounts not.
 pub(super) fn make_read_only(path: &Path) -> io::Result<()> {
     match mount_remount(
