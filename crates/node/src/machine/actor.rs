@@ -380,8 +380,10 @@ impl Actor {
                 }
                 self.unsaved = true;
                 self.publish().await;
-                // The session may have gone.
-                let _ = saved.send(());
+                if !self.unsaved {
+                    // The session may have gone.
+                    let _ = saved.send(());
+                }
             }
             News::Trouble(trouble) => {
                 self.trouble = trouble;
@@ -587,7 +589,7 @@ impl Actor {
         }
     }
 
-    /// Puts the record on disk, then shows it.
+    /// Puts the record on disk, then shows it. Where that failed, `unsaved` says so.
     async fn publish(&mut self) {
         if self.unsaved {
             let (record, dir) = (self.record.clone(), self.dir.clone());

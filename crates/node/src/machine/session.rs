@@ -43,7 +43,7 @@ pub(super) enum News {
     /// Processes that an earlier node had held for a snapshot go on.
     Thawed,
     /// The guest of a machine that goes on from another knows who it is; what of its output was the other's. Answered
-    /// when that is on record.
+    /// when that is on record; where it cannot be written, nobody answers.
     Renewed(LogOffsets, oneshot::Sender<()>),
     /// A provisional run never was.
     Undone {
@@ -169,11 +169,11 @@ impl Session {
         {
             return over;
         }
-        if self.shared.to_thaw.load(Ordering::Relaxed) {
+        if self.shared.to_thaw.swap(false, Ordering::SeqCst) {
             if let Err(error) = agent.thaw().await {
+                self.shared.to_thaw.store(true, Ordering::SeqCst);
                 return Over::Lost(error);
             }
-            self.shared.to_thaw.store(false, Ordering::Relaxed);
             self.tell(News::Thawed).await;
         }
         let highest = welcome
@@ -296,11 +296,19 @@ impl Session {
             stderr: from.stderr,
         });
         self.shared.set_printed_before(before);
-        let (saved, done) = oneshot::channel();
-        self.tell(News::Renewed(before, saved)).await;
-        // Before anything is acknowledged: a later node must know where the log begins.
-        if done.await.is_err() {
-            return Some(Over::ForGood);
+        // Before anything is acknowledged: a later node must know where the log begins, however long the disk has no room.
+        let mut pause = RECONNECT_PAUSE;
+        loop {
+            let (saved, done) = oneshot::channel();
+            self.tell(News::Renewed(before, saved)).await;
+            if done.await.is_ok() {
+                break;
+            }
+            if self.news.is_closed() {
+                return Some(Over::ForGood);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
         self.shared.renewed.store(true, Ordering::Relaxed);
         self.tell(News::Steps(self.host_step("renew", begin))).await;

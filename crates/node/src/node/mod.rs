@@ -14,7 +14,7 @@ use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::mesh::Asker;
 use crate::options::{NodeOptions, TemplateLimits};
-use crate::snapshots::Snapshots;
+use crate::snapshots::{Captures, Snapshots};
 use crate::templates::Templates;
 use crate::volumes::Volumes;
 use std::collections::{HashMap, HashSet};
@@ -97,6 +97,7 @@ pub(crate) struct Node {
     mechanisms: Mechanisms,
     templates: Arc<Templates>,
     snapshots: Snapshots,
+    captures: Captures,
     kvm: Mutex<KvmVerdict>,
     machines: Mutex<Machines>,
     /// Held for the node's life: one node serves a state directory.
@@ -199,6 +200,7 @@ impl Node {
             mechanisms,
             templates: Arc::new(Templates::new(state.join("templates"), limits)),
             snapshots: Snapshots::new(state.join("snapshots")),
+            captures: Captures::new(),
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,

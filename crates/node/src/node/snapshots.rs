@@ -3,10 +3,9 @@
 use super::Node;
 use crate::fault::{Answer, Fault, chain};
 use crate::machine::{Command, Continues, Handle, OVERLAY, Origin, Record, disks, now_ns, plan};
-use crate::snapshots::{About, Listed, Moment, Snapshots, Unusable};
+use crate::snapshots::{About, Listed, Moment, Room, Snapshots, Unusable};
 use futures_util::StreamExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, ForkRequest, RestoreRequest};
@@ -14,12 +13,16 @@ use vistara_control::{LookupError, MEMORY_MIN, lookup};
 use vistara_host::files::clone_sparse;
 use vistara_image::ProgressSink;
 use vistara_machine::{Capture, Start, Vm, VmmError};
-use vistara_model::{Generation, MachineId, MachineSpec, MachineState, Network, Payload};
+use vistara_model::{
+    Bytes, Generation, MachineId, MachineSpec, MachineState, Network, Payload, VmmKind,
+};
 
 /// Most forks of one request.
 const FORKS_MAX: u32 = 1000;
 /// Forks that are launched at once: more than a few take each other's processors.
 const LAUNCHES_AT_ONCE: usize = 4;
+/// How long a guest may take to hold its processes still. Its agent gives up after 2 s; the rest is a busy host's.
+const FREEZE_BOUND: Duration = Duration::from_secs(5);
 
 /// Forks of a machine.
 pub(crate) struct Forks {
@@ -35,6 +38,8 @@ struct Taken {
     capture: Capture,
     pause: Duration,
     record: Record,
+    /// Kept until nothing more is copied.
+    room: Room,
 }
 
 fn random_id() -> Answer<MachineId> {
@@ -73,20 +78,39 @@ impl Node {
         let vm = handle.shared.vm.borrow().clone();
         let vm: Arc<dyn Vm> =
             vm.ok_or_else(|| Fault::conflict(format!("machine {} is not running", handle.id)))?;
-        vm.can_snapshot()?;
+        vm.can_snapshot().map_err(|error| {
+            let fault = Fault::from(error);
+            match vm.record().kind {
+                VmmKind::Qemu | VmmKind::Fake => fault,
+                VmmKind::Firecracker => fault.hint("run it with --hypervisor qemu"),
+            }
+        })?;
+        let room = self.room(&handle.record()).await?;
         handle.ask(|answer| Command::Hold(true, answer)).await?;
         let handle = Arc::clone(handle);
         // A client that goes away in the middle must not leave a machine that stands still.
         let task = tokio::spawn(async move {
             let (disk, to) = (handle.dir.join(OVERLAY), overlay);
             let begin = Arc::new(OnceLock::new());
+            let refused = Arc::new(OnceLock::new());
             let quiet = {
-                let (agent, begin) = (agent.clone(), Arc::clone(&begin));
+                let (begin, refused) = (Arc::clone(&begin), Arc::clone(&refused));
                 Box::pin(async move {
                     let _ = begin.set(Instant::now());
-                    agent.freeze().await.map_err(|error| VmmError::Control {
+                    let fault = match tokio::time::timeout(FREEZE_BOUND, agent.freeze()).await {
+                        Ok(Ok(())) => return Ok(()),
+                        Ok(Err(error)) => Fault::from(error),
+                        Err(_) => Fault::conflict(format!(
+                            "the guest did not hold its processes still within {} s",
+                            FREEZE_BOUND.as_secs()
+                        ))
+                        .hint("try again in a moment"),
+                    };
+                    let message = fault.0.message.clone();
+                    let _ = refused.set(fault);
+                    Err(VmmError::Control {
                         operation: "holding the guest's processes still",
-                        message: chain(&error),
+                        message,
                     })
                 })
             };
@@ -94,29 +118,37 @@ impl Node {
             let taken = vm.snapshot(quiet, at_rest).await;
             let record = handle.record();
             // Also where it was refused: half of it may hold.
-            match agent.thaw().await {
-                Ok(()) => {
-                    let noted = handle.ask(|answer| Command::Hold(false, answer)).await;
-                    if let Err(fault) = noted {
-                        tracing::debug!(machine = %handle.id, message = fault.0.message, "a machine ended while it was captured");
-                    }
+            if handle.shared.thaw().await {
+                let noted = handle.ask(|answer| Command::Hold(false, answer)).await;
+                if let Err(fault) = noted {
+                    tracing::debug!(machine = %handle.id, message = fault.0.message, "a machine ended while it was captured");
                 }
-                Err(error) => {
-                    // The next session does it, or the next node's.
-                    handle.shared.to_thaw.store(true, Ordering::Relaxed);
-                    tracing::warn!(machine = %handle.id, %error, "a guest that was held still for a snapshot does not answer");
-                }
+            } else {
+                // The next session does it, or the next node's, or has done it already.
+                tracing::warn!(machine = %handle.id, "a guest that was held still for a snapshot does not answer");
             }
             let pause = begin.get().map_or(Duration::ZERO, Instant::elapsed);
-            let snapshot = taken?;
+            let snapshot = match (taken, refused.get()) {
+                (Ok(snapshot), _) => snapshot,
+                // The agent's own words, and what kind of an error it is.
+                (Err(_), Some(fault)) => return Err(fault.clone()),
+                (Err(error), None) => return Err(error.into()),
+            };
             tracing::info!(machine = %handle.id, held = ?snapshot.pause, ?pause, "a machine was captured");
             Ok(Taken {
                 capture: snapshot.capture,
                 pause,
                 record: record.as_ref().clone(),
+                room,
             })
         });
         task.await.map_err(|error| Fault::internal(&error))?
+    }
+
+    /// Room for a capture of a machine, as soon as it is its turn.
+    async fn room(&self, record: &Record) -> Answer<Room> {
+        let available = || Bytes(vistara_host::facts::memory_available().unwrap_or(0));
+        self.captures.room(record.spec.memory, available).await
     }
 
     /// The root disk of a machine's image.
@@ -138,16 +170,14 @@ impl Node {
         name: Option<String>,
     ) -> Answer<Listed> {
         let snapshots = self.snapshots.clone();
+        let mut reserved = None;
         if let Some(name) = &name {
             let _: vistara_model::MachineName = name
                 .parse()
                 .map_err(|error: vistara_model::IdError| Fault::user(error.to_string()))?;
             let (all, wanted) = (snapshots.clone(), name.clone());
-            let taken = blocking(move || {
-                let same = |listed: &Listed| listed.name() == Some(&*wanted) || listed.id == wanted;
-                all.list().iter().any(same)
-            });
-            if taken.await? {
+            reserved = blocking(move || all.reserve(&wanted)).await?;
+            if reserved.is_none() {
                 return Err(
                     Fault::conflict(format!("there is a snapshot named {name} already"))
                         .hint(format!("vistara snapshot rm {name}, or another name")),
@@ -167,10 +197,12 @@ impl Node {
         let fresh = fresh.map_err(|error| failed(error.to_string()))?;
         let taken = self.take(handle, fresh.overlay()).await?;
         let (capture, pause, record) = (taken.capture, taken.pause, taken.record);
+        let room = taken.room;
         let finished = blocking(move || {
             let finished = fresh.finish(&capture, &root, name, pause, record);
             drop(capture);
             vistara_host::memory::give_back();
+            drop((reserved, room));
             finished
         });
         finished.await?.map_err(failed)
@@ -224,6 +256,7 @@ impl Node {
         };
         let about: About = listed.about.clone().map_err(unusable)?;
         let root = self.root_of(&about.record).await?;
+        let room = self.room(&about.record).await?;
         let (snapshots, id, disk) = (self.snapshots.clone(), listed.id.clone(), root.clone());
         let parts = blocking(move || {
             let parts = snapshots.read(&id, &disk);
@@ -231,6 +264,7 @@ impl Node {
             parts
         });
         let parts = parts.await?.map_err(unusable)?;
+        drop(room);
         let moment = Arc::new(Moment {
             capture: Arc::new(parts.capture),
             overlay: parts.overlay,
@@ -279,6 +313,7 @@ impl Node {
             let message = format!("the copy of its disk cannot be read: {error}");
             Fault::new(ErrorKind::Host, message)
         })?;
+        drop(taken.room);
         let captured = zero.elapsed();
         let moment = Arc::new(Moment {
             capture: Arc::new(taken.capture),

@@ -128,8 +128,12 @@ pub(super) fn write(
         file.write_all(&text)?;
         file.sync_all()?;
         std::fs::rename(&fresh, dir.join(ABOUT))?;
-        // The name is to be on the disk, too.
-        File::open(dir)?.sync_all()
+        // The names are to be on the disk, too.
+        File::open(dir)?.sync_all()?;
+        match dir.parent() {
+            Some(parent) => File::open(parent)?.sync_all(),
+            None => Ok(()),
+        }
     };
     written().map_err(io("its description"))?;
     Ok(about)
@@ -165,9 +169,9 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether a directory's snapshot was finished, damaged or not.
+/// Whether a directory's snapshot was finished, damaged or not. One of which that cannot be told is kept.
 pub(super) fn is_finished(dir: &Path) -> bool {
-    dir.join(ABOUT).exists()
+    dir.join(ABOUT).try_exists().unwrap_or(true)
 }
 
 /// What the snapshot in `dir` is of; its memory and disks are not looked at.

@@ -12,9 +12,11 @@
 //! A snapshot that is damaged, or of another version, is listed with its reason and stays: it is somebody's.
 
 mod files;
+mod room;
 mod store;
 
 pub(crate) use files::{About, Unusable};
+pub(crate) use room::{Captures, Room};
 pub(crate) use store::{Listed, Snapshots};
 
 use std::fs::File;

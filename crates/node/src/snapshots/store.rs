@@ -2,8 +2,10 @@
 
 use super::files::{self, About, Parts, Unusable, Words};
 use crate::machine::{Record, now_ns};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vistara_machine::Capture;
 
@@ -27,6 +29,30 @@ impl Listed {
 #[derive(Debug, Clone)]
 pub(crate) struct Snapshots {
     dir: PathBuf,
+    names: Names,
+}
+
+/// Names of snapshots that are being made.
+#[derive(Debug, Clone, Default)]
+struct Names(Arc<Mutex<BTreeSet<String>>>);
+
+impl Names {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A name that no other snapshot gets while this lives.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    name: String,
+    names: Names,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.names.lock().remove(&self.name);
+    }
 }
 
 /// A snapshot that is being made. Its directory goes with it unless it was finished.
@@ -80,7 +106,23 @@ impl Fresh {
 
 impl Snapshots {
     pub(crate) fn new(dir: PathBuf) -> Snapshots {
-        Snapshots { dir }
+        let names = Names::default();
+        Snapshots { dir, names }
+    }
+
+    /// Keeps a name for a snapshot that is to be made; nothing where there is one of it, or another is being made. Blocks on
+    /// files.
+    pub(crate) fn reserve(&self, name: &str) -> Option<Reserved> {
+        if !self.names.lock().insert(name.to_owned()) {
+            return None;
+        }
+        let reserved = Reserved {
+            name: name.to_owned(),
+            names: self.names.clone(),
+        };
+        // After it was kept: what was finished before that is listed.
+        let same = |listed: &Listed| listed.name() == Some(name) || listed.id == name;
+        (!self.list().iter().any(same)).then_some(reserved)
     }
 
     /// Removes what an earlier node had not finished.
@@ -143,5 +185,21 @@ impl Snapshots {
     /// Removes a snapshot. Machines restored from it go on. Blocks on files.
     pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
         files::remove(&self.dir.join(id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_for_one_snapshot_at_a_time_and_free_again_where_none_came_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::new(dir.path().to_owned());
+        let first = snapshots.reserve("one").unwrap();
+        assert!(snapshots.clone().reserve("one").is_none());
+        assert!(snapshots.reserve("two").is_some());
+        drop(first);
+        assert!(snapshots.reserve("one").is_some());
     }
 }
