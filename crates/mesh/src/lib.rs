@@ -19,7 +19,7 @@ mod token;
 
 pub use identity::{Identity, IdentityError};
 pub use link::{Accepted, Link, LinkError, LinkOptions, MeshStream, PeerState};
-pub use nonces::{NonceError, Nonces};
+pub use nonces::{NonceError, Nonces, timely};
 pub use peers::{Peer, Peers, PeersError};
 pub use ticket::{Ticket, TicketError};
 pub use token::{Ambient, Authority, Narrowing, Token, TokenError, Verified};

@@ -69,6 +69,11 @@ impl Foreign {
         Foreign { node, verified }
     }
 
+    /// Whether it has shown a token of this node's; [`Foreign::authorize`] says whether that counts.
+    pub(super) fn is_granted(&self) -> bool {
+        self.verified.is_some()
+    }
+
     fn terms(&self) -> Option<&GrantTerms> {
         self.verified.as_ref().map(Verified::terms)
     }

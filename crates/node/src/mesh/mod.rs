@@ -25,11 +25,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use vistara_api::ErrorKind;
-use vistara_control::{Standing, Usage};
+use vistara_control::{Requirement, Standing, Usage};
 use vistara_mesh::frame::Open as FirstFrame;
 use vistara_mesh::{
-    Accepted, Authority, Identity, Link, LinkOptions, MeshStream, Nonces, Peer, PeerState, Peers,
-    Ticket, Token,
+    Accepted, Authority, Identity, Link, LinkOptions, MeshStream, NonceError, Nonces, Peer,
+    PeerState, Peers, Ticket, Token, timely,
 };
 use vistara_model::{GrantId, NodeId};
 
@@ -266,7 +266,12 @@ impl Mesh {
     async fn receive(self: Arc<Self>, open: Arc<Open>, mut accepted: mpsc::Receiver<Accepted>) {
         while let Some(accepted) = accepted.recv().await {
             let caller = match self.judge(&open, accepted.peer, &accepted.open) {
-                Ok(foreign) => Caller::Foreign(Arc::new(foreign)),
+                Ok(foreign) => {
+                    if foreign.is_granted() {
+                        accepted.vouch();
+                    }
+                    Caller::Foreign(Arc::new(foreign))
+                }
                 // As an answer to whatever it asks, so that its user reads why.
                 Err(fault) => Caller::Refused(fault),
             };
@@ -285,7 +290,8 @@ impl Mesh {
         }
     }
 
-    /// Whether a stream is meant for this start of this node and comes for the first time, and whose token it shows.
+    /// Whether a stream is meant for this start of this node, whose token it shows if any, and whether it comes for the first
+    /// time.
     fn judge(&self, open: &Open, peer: NodeId, first: &FirstFrame) -> Answer<Foreign> {
         let denied = |message: &str| Fault::new(ErrorKind::Denied, message);
         if first.target() != open.identity.id() {
@@ -297,16 +303,22 @@ impl Mesh {
             ));
         }
         let now_ms = crate::machine::now_ns() / 1_000_000;
-        lock(&self.nonces)
-            .admit(peer, first.nonce, first.deadline_ms, now_ms)
-            .map_err(|error| denied(&error.to_string()))?;
-        let verified = match &first.token {
-            None => None,
-            Some(bytes) => Some(
-                Token::from_bytes(bytes.clone()).and_then(|token| open.authority.verify(&token))?,
-            ),
+        let untimely = |error: NonceError| denied(&error.to_string());
+        timely(first.deadline_ms, now_ms).map_err(untimely)?;
+        let Some(bytes) = &first.token else {
+            // Nothing will be done for it, so that nothing need be remembered.
+            return Ok(Foreign::new(peer, None));
         };
-        Ok(Foreign::new(peer, verified))
+        let token = Token::from_bytes(bytes.clone())?;
+        let verified = open.authority.verify(&token)?;
+        let holder = verified.terms().holder;
+        let foreign = Foreign::new(peer, Some(verified));
+        // Before anything is remembered of it: a grant that stands, and is this caller's. Each request is looked at again.
+        foreign.authorize(self, open.identity.id(), Requirement::Any)?;
+        lock(&self.nonces)
+            .admit(holder, first.nonce, first.deadline_ms, now_ms)
+            .map_err(untimely)?;
+        Ok(foreign)
     }
 
     /// A stream to a node that was joined, under its id, an unambiguous beginning of it, or its name here.

@@ -68,13 +68,15 @@ impl House {
 async fn a_stream_is_taken_once_and_only_by_whom_and_when_it_is_meant_for() {
     let house = house().await;
     let peer = house.caller.identity.id();
-    let good = house.first(1, None);
+    lock(&house.open.ledger).give(house.terms()).ok().unwrap();
+    let token = house.open.authority.give(&house.terms()).unwrap();
+    let good = house.first(1, Some(&token));
     assert_eq!(house.why(peer, &good), None);
     let again = house.why(peer, &good).unwrap();
     assert!(again.contains("already"), "{again}");
     let elsewhere = FirstFrame {
         target: [9; 32],
-        ..house.first(2, None)
+        ..house.first(2, Some(&token))
     };
     assert!(
         house
@@ -84,19 +86,38 @@ async fn a_stream_is_taken_once_and_only_by_whom_and_when_it_is_meant_for() {
     );
     let earlier = FirstFrame {
         generation: house.open.identity.generation() - 1,
-        ..house.first(3, None)
+        ..house.first(3, Some(&token))
     };
     assert!(house.why(peer, &earlier).unwrap().contains("earlier start"));
-    let late = FirstFrame {
+    let late = |token| FirstFrame {
         deadline_ms: (now_s() - 120) * 1000,
-        ..house.first(4, None)
+        ..house.first(4, token)
     };
-    assert!(house.why(peer, &late).unwrap().contains("deadline"));
+    for late in [late(None), late(Some(&token))] {
+        assert!(house.why(peer, &late).unwrap().contains("deadline"));
+    }
     let garbage = FirstFrame {
         token: Some(vec![0xff; 100]),
         ..house.first(5, None)
     };
     assert!(house.why(peer, &garbage).is_some());
+}
+
+#[tokio::test]
+async fn nothing_is_remembered_of_who_has_no_grant_of_its_own() {
+    let house = house().await;
+    let peer = house.caller.identity.id();
+    lock(&house.open.ledger).give(house.terms()).ok().unwrap();
+    let token = house.open.authority.give(&house.terms()).unwrap();
+    let stranger = NodeId::from_bytes([7; 32]);
+    // Who shows nothing is let in to be told so; who shows another's token is refused.
+    for _ in 0..2 {
+        assert_eq!(house.why(stranger, &house.first(1, None)), None);
+        assert!(house.why(stranger, &house.first(2, Some(&token))).is_some());
+    }
+    let good = house.first(2, Some(&token));
+    assert_eq!(house.why(peer, &good), None, "its nonce was not used up");
+    assert!(house.why(peer, &good).unwrap().contains("already"));
 }
 
 #[tokio::test]
