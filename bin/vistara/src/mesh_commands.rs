@@ -61,7 +61,7 @@ struct GiveOptions {
     /// Most memory of all their machines together, such as 4g
     #[arg(long, value_name = "SIZE")]
     max_memory: Option<Bytes>,
-    /// Most machines at a time
+    /// Most machines at a time; those that have ended count until they are removed
     #[arg(long, value_name = "N")]
     max_machines: Option<u64>,
     /// The grant and its token as JSON

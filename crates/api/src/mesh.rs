@@ -92,13 +92,13 @@ pub struct Grant {
     pub until: String,
     /// Limit of guest memory in bytes.
     pub memory_max_bytes: Option<u64>,
-    /// Limit of machines.
+    /// Limit of machines, ended ones that are kept included.
     pub machines_max: Option<u64>,
     /// `live`, `expired` or `revoked`.
     pub state: String,
     /// Guest memory in use under it, where this node gave it.
     pub memory_used_bytes: Option<u64>,
-    /// Machines under it that have not ended, where this node gave it.
+    /// Machines under it, ended ones that are kept included, where this node gave it.
     pub machines_used: Option<u64>,
 }
 

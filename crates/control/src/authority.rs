@@ -63,9 +63,9 @@ pub enum Standing {
 /// What a grant's machines take now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
-    /// Those that have not ended.
+    /// Those that are there. One that has ended counts until it is removed: its disk and its output stay.
     pub machines: u64,
-    /// Their guests' memory together.
+    /// The guests' memory of those that have not ended, together.
     pub memory: Bytes,
 }
 
@@ -109,7 +109,9 @@ pub enum Refusal {
     #[error("only the node's owner may do this, at the node itself")]
     OwnerOnly,
     /// Too many machines.
-    #[error("the grant allows {allowed} machines at a time, and {used} are there")]
+    #[error(
+        "the grant allows {allowed} machines at a time, and {used} are there, those that have ended and were not removed included"
+    )]
     Machines {
         /// The limit.
         allowed: u64,
@@ -150,7 +152,7 @@ impl Refusal {
             }
             Refusal::OwnerOnly => "ask its owner to do it",
             Refusal::Machines { .. } | Refusal::Memory { .. } => {
-                "stop machines that are not needed, or ask its owner for a larger grant"
+                "remove machines that are not needed (`vistara ps -a`, `vistara rm`; `vistara run --rm` leaves none), or ask its owner for a larger grant"
             }
             Refusal::Network => {
                 "add --network none, or ask its owner for a grant with the right `network`"

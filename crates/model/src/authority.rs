@@ -190,7 +190,7 @@ impl FromStr for Right {
 pub struct GrantLimits {
     /// Guest memory of all its machines together.
     pub memory_max: Option<Bytes>,
-    /// Machines that have not ended.
+    /// Machines that are there, those that have ended and were not removed included: what they wrote stays.
     pub machines_max: Option<u64>,
 }
 

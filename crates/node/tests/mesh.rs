@@ -4,7 +4,6 @@
 // Helpers of tests outside a test function: a failure is the test's.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(dead_code)]
 mod support;
 
 use futures_util::StreamExt;
@@ -315,13 +314,20 @@ async fn a_quota_holds_over_a_restart_and_against_many_at_once() {
     for error in bad {
         assert_eq!(refused(error.unwrap_err()).kind, ErrorKind::Denied);
     }
+    // One that has ended still has its disk.
+    let ended = &good[0].as_ref().unwrap().id;
+    far.kill(ended, &KillRequest::default()).await.unwrap();
+    far.wait(ended).await.unwrap();
+    let body = refused(far.run(&sleep).await.unwrap_err());
+    assert!(body.message.contains("not removed"), "{}", body.message);
+    far.remove_machine(ended, false).await.unwrap();
+    far.run(&sleep).await.unwrap();
     let dir = two.far.dir.clone();
     two.far.vanish();
     let again = TestNode::start(&dir, fake()).await;
-    // Fake machines end with their node; what a record says of a running one is what counts.
-    let active = again.client.machines(false).await.unwrap().len() as u64;
+    // Fake machines end with their node, and count until they are removed.
     let grants = again.client.grants().await.unwrap();
-    assert_eq!(grants[0].machines_used, Some(active));
+    assert_eq!(grants[0].machines_used, Some(2));
     assert_eq!(grants[0].state, "live");
 }
 

@@ -188,13 +188,17 @@ impl Asker {
     }
 }
 
-/// What the machines under a grant take. It is read from their records, so that a restart forgets nothing of it.
+/// What the machines under a grant take, ended ones that are kept included. It is read from their records, so that a restart
+/// forgets nothing of it.
 pub(crate) fn used(grant: &GrantId, records: &[Arc<Record>]) -> Usage {
     let mut usage = Usage::default();
     for record in records {
         let under = (record.owner.as_ref()).is_some_and(|owner| owner.grant == *grant);
-        if under && record.state != MachineState::Ended {
-            usage.machines += 1;
+        if !under {
+            continue;
+        }
+        usage.machines += 1;
+        if record.state != MachineState::Ended {
             let memory = record
                 .spec
                 .memory
