@@ -3,7 +3,6 @@
 // Helpers of tests outside a test function: a failure is the test's.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 // Each file of tests uses a part of it.
-#[allow(dead_code)]
 mod support;
 
 use std::path::{Path, PathBuf};
