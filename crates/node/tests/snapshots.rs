@@ -261,3 +261,56 @@ async fn forks_are_machines_of_their_own_and_what_cannot_be_is_refused() {
         .expect("it goes on")
         .unwrap();
 }
+
+#[tokio::test]
+async fn what_cannot_be_noted_beforehand_is_not_done() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = TestNode::start(dir.path(), fake()).await;
+    node.image("test").await;
+    let machine = node.run(&["sleep", "1000"]).await;
+    // A directory in the place of the file that is written first: root may write to any directory.
+    let in_the_way = dir
+        .path()
+        .join("state/machines")
+        .join(&machine.id)
+        .join("record.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let create = || async {
+        let request = CreateSnapshotRequest::default();
+        node.client.create_snapshot(&machine.id, &request).await
+    };
+    let error = refused(create().await.unwrap_err());
+    assert_eq!(error.kind, ErrorKind::Host, "{error:?}");
+    assert!(error.message.contains("record"), "{error:?}");
+    std::fs::remove_dir(&in_the_way).unwrap();
+    // Nothing is held, and nothing half made stays.
+    assert_eq!(exec_true(&node, &machine.id).await.unwrap(), 0);
+    create().await.unwrap();
+    assert_eq!(node.client.snapshots().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn two_snapshots_of_one_name_at_once_are_one_and_a_refusal() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = TestNode::start(dir.path(), fake()).await;
+    node.image("test").await;
+    let (one, two) = tokio::join!(node.run(&["sleep", "1000"]), node.run(&["sleep", "1000"]));
+    let name = named("same");
+    let (first, second) = tokio::join!(
+        node.client.create_snapshot(&one.id, &name),
+        node.client.create_snapshot(&two.id, &name)
+    );
+    let refusals: Vec<ErrorBody> = [first, second]
+        .into_iter()
+        .filter_map(|made| made.err().map(refused))
+        .collect();
+    assert_eq!(refusals.len(), 1, "{refusals:?}");
+    assert_eq!(refusals[0].kind, ErrorKind::Conflict);
+    assert_eq!(node.client.snapshots().await.unwrap().len(), 1);
+}
