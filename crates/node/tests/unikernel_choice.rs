@@ -4,10 +4,6 @@
 // A test fails by panicking, its helpers included.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(
-    dead_code,
-    reason = "a module of several test binaries, each of which uses a part of it"
-)]
 mod support;
 
 use futures_util::StreamExt;
