@@ -154,7 +154,12 @@ impl UnikernelSession {
             }
         };
         match verdict {
-            Verdict::Stands => self.stand(status, watch.output).await,
+            Verdict::Stands => {
+                if let Some(ExitStatus::Signal(_)) = status {
+                    cut_last_word(&mut watch.output);
+                }
+                self.stand(status, watch.output).await;
+            }
             Verdict::Undone(seen) => {
                 // The machine's task outlives its session.
                 let _ = self.news.send(News::Undone { seen, learned }).await;
@@ -258,6 +263,24 @@ pub(crate) fn clear_held(dir: &Path) {
     }
 }
 
+/// What the kernel prints of a program that a signal ends, without beginning a line of its own for it. It may be cut short,
+/// since the monitor ends at the same moment.
+const LAST_WORDS: [&[u8]; 3] = [b"   terminate\n", b"   core dump\n", b"   stop\n"];
+/// Fewer bytes of them may be the program's.
+const LAST_WORD_MIN: usize = 4;
+
+/// Takes the kernel's last word from the end of what a program that a signal ended has printed.
+fn cut_last_word(output: &mut Vec<u8>) {
+    let cut = LAST_WORDS.iter().find_map(|word| {
+        let begins = (LAST_WORD_MIN..=word.len()).rev();
+        begins
+            .map(|length| &word[..length])
+            .find(|begin| output.ends_with(begin))
+            .map(<[u8]>::len)
+    });
+    output.truncate(output.len() - cut.unwrap_or(0));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,5 +301,19 @@ mod tests {
         }
         clear_held(dir);
         assert_eq!(take_up_held(dir, &log, 0, 3).unwrap(), None);
+    }
+
+    #[test]
+    fn the_kernels_last_word_is_not_the_programs() {
+        let cut = |text: &str| {
+            let mut output = text.as_bytes().to_vec();
+            cut_last_word(&mut output);
+            String::from_utf8(output).unwrap()
+        };
+        assert_eq!(cut("begin 0 1    terminate\n"), "begin 0 1 ");
+        assert_eq!(cut("begin\n   term"), "begin\n");
+        assert_eq!(cut("all is\n   core dump"), "all is\n");
+        assert_eq!(cut("to terminate\n"), "to terminate\n");
+        assert_eq!(cut("   "), "   ");
     }
 }
