@@ -43,6 +43,15 @@ pub(crate) struct Fault(pub(crate) ErrorBody);
 
 pub(crate) type Answer<T> = Result<T, Fault>;
 
+/// Runs work that blocks, off the runtime's threads.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Answer<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Fault::internal(&error))
+}
+
 /// An error with its causes, one after another.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -74,6 +83,18 @@ impl Fault {
 
     pub(crate) fn conflict(message: impl Into<String>) -> Fault {
         Fault::new(ErrorKind::Conflict, message)
+    }
+
+    /// What was typed leads to none of these, which go by these (`ids`, `keys`).
+    pub(crate) fn lookup(error: LookupError, what: &str, by: &str) -> Fault {
+        match error {
+            LookupError::NotFound(typed) => {
+                Fault::new(ErrorKind::NotFound, format!("there is no {what} {typed:?}"))
+            }
+            LookupError::Ambiguous { prefix, count } => Fault::user(format!(
+                "{prefix:?} is the beginning of {count} {what}s' {by}; type more of it"
+            )),
+        }
     }
 
     pub(crate) fn internal(error: &dyn Error) -> Fault {
@@ -184,11 +205,7 @@ impl From<ProgramError> for Fault {
 
 impl From<LookupError> for Fault {
     fn from(error: LookupError) -> Fault {
-        let kind = match &error {
-            LookupError::NotFound(_) => ErrorKind::NotFound,
-            LookupError::Ambiguous { .. } => ErrorKind::User,
-        };
-        Fault::new(kind, error.to_string()).hint("see `vistara ps -a`")
+        Fault::lookup(error, "machine", "ids").hint("see `vistara ps -a`")
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Client, ClientError, empty, encode};
 use crate::mesh::*;
-use hyper::{Method, Request};
+use hyper::Request;
 use hyper_util::rt::TokioIo;
 
 impl Client {
@@ -109,13 +109,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn revoke(&self, grant: &str) -> Result<Grant, ClientError> {
-        self.call(Self::request(
-            Method::DELETE,
-            &format!("/v1/grants/{}", encode(grant)),
-            empty(),
-            "application/json",
-        )?)
-        .await
+        self.delete(&format!("/v1/grants/{}", encode(grant))).await
     }
 
     /// Remembers a token that another node gave to this one.
@@ -132,15 +126,5 @@ impl Client {
     /// [`ClientError`].
     pub async fn narrow(&self, request: &NarrowRequest) -> Result<NarrowedGrant, ClientError> {
         self.post("/v1/grants/narrow", request).await
-    }
-
-    async fn delete(&self, path: &str) -> Result<(), ClientError> {
-        self.call(Self::request(
-            Method::DELETE,
-            path,
-            empty(),
-            "application/json",
-        )?)
-        .await
     }
 }

@@ -1,8 +1,10 @@
 //! A client of a node's interface over its Unix socket.
 
+mod kernels;
 mod mesh;
 mod snapshots;
 mod streams;
+mod templates;
 mod volumes;
 
 pub use streams::{StreamItem, Streams, StreamsInput, StreamsOutput};
@@ -237,6 +239,16 @@ impl Client {
         .await
     }
 
+    async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Self::request(
+            Method::DELETE,
+            path,
+            empty(),
+            "application/json",
+        )?)
+        .await
+    }
+
     async fn post<B: Serialize, T: DeserializeOwned>(
         &self,
         path: &str,
@@ -343,13 +355,7 @@ impl Client {
     /// [`ClientError`].
     pub async fn remove_machine(&self, machine: &str, force: bool) -> Result<(), ClientError> {
         let path = format!("/v1/machines/{}?force={force}", encode(machine));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
+        self.delete(&path).await
     }
 
     /// Asks a program to end, and takes its machine down; answers when it is.
@@ -568,13 +574,7 @@ impl Client {
         force: bool,
     ) -> Result<RemovedImage, ClientError> {
         let path = format!("/v1/image?image={}&force={force}", encode(image));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
+        self.delete(&path).await
     }
 
     /// Gives an image another name.
@@ -596,89 +596,6 @@ impl Client {
     /// [`ClientError`].
     pub async fn prune_images(&self, all: bool) -> Result<Pruned, ClientError> {
         self.post(&format!("/v1/images/prune?all={all}"), &()).await
-    }
-
-    /// Guest kernels.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn kernels(&self) -> Result<Vec<Kernel>, ClientError> {
-        self.get("/v1/kernels").await
-    }
-
-    /// Adds a guest kernel; answers when it is unpacked.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn add_kernel(&self, request: &AddKernelRequest) -> Result<Kernel, ClientError> {
-        self.post("/v1/kernels", request).await
-    }
-
-    /// Removes a guest kernel.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn remove_kernel(&self, name: &str) -> Result<(), ClientError> {
-        let path = format!("/v1/kernels/{}", encode(name));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
-    }
-
-    /// Makes a guest kernel the default.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn default_kernel(&self, name: &str) -> Result<Kernel, ClientError> {
-        self.post(&format!("/v1/kernels/{}/default", encode(name)), &())
-            .await
-    }
-
-    /// Templates, newest first.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn templates(&self) -> Result<Vec<Template>, ClientError> {
-        self.get("/v1/templates").await
-    }
-
-    /// Makes a template unless it is there; answers when it is ready, which takes as long as a boot.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn create_template(
-        &self,
-        request: &CreateTemplateRequest,
-    ) -> Result<CreatedTemplate, ClientError> {
-        self.post("/v1/templates", request).await
-    }
-
-    /// Removes a template by its key or an unambiguous beginning of it; gives the whole key.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn remove_template(&self, key: &str) -> Result<String, ClientError> {
-        let path = format!("/v1/templates/{}", encode(key));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
-    }
-
-    /// Removes the templates from which no running machine was forked and that were not used for so long.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn prune_templates(&self, unused_ms: u64, all: bool) -> Result<Pruned, ClientError> {
-        let path = format!("/v1/templates/prune?unused_ms={unused_ms}&all={all}");
-        self.post(&path, &()).await
     }
 
     /// Attaches to a machine's program.

@@ -1,8 +1,7 @@
 //! Machines that are held still, captured, restored and forked.
 
-use super::{Client, ClientError, empty, encode};
+use super::{Client, ClientError, encode};
 use crate::types::{CreateSnapshotRequest, ForkRequest, Forked, Machine, RestoreRequest, Snapshot};
-use hyper::Method;
 
 impl Client {
     /// Holds a machine still.
@@ -50,13 +49,7 @@ impl Client {
     /// [`ClientError`].
     pub async fn remove_snapshot(&self, snapshot: &str) -> Result<String, ClientError> {
         let path = format!("/v1/snapshots/{}", encode(snapshot));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
+        self.delete(&path).await
     }
 
     /// A new machine that goes on from a snapshot; answers when it runs.

@@ -1,8 +1,7 @@
 //! Requests about named volumes.
 
-use super::{Client, ClientError, empty, encode};
+use super::{Client, ClientError, encode};
 use crate::types::{CreateVolumeRequest, Volume};
-use hyper::Method;
 
 impl Client {
     /// Named volumes, by name.
@@ -30,12 +29,6 @@ impl Client {
     /// [`ClientError`]; a conflict where a machine has it.
     pub async fn remove_volume(&self, name: &str) -> Result<String, ClientError> {
         let path = format!("/v1/volumes/{}", encode(name));
-        self.call(Self::request(
-            Method::DELETE,
-            &path,
-            empty(),
-            "application/json",
-        )?)
-        .await
+        self.delete(&path).await
     }
 }

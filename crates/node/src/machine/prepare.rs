@@ -110,10 +110,7 @@ pub(super) fn told(fault: Fault) -> String {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, String> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| error.to_string())?
-        .map_err(told)
+    crate::fault::blocking(work).await.flatten().map_err(told)
 }
 
 /// Makes everything ready and launches. The message of a failure is for the user.

@@ -15,7 +15,7 @@ mod ledger;
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
 pub(crate) use ledger::{Given, Ledger};
 
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -80,15 +80,6 @@ pub(crate) fn now_s() -> u64 {
     crate::machine::now_ns() / 1_000_000_000
 }
 
-/// Runs work on files off the runtime's threads.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Answer<T> + Send + 'static,
-) -> Answer<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Fault::internal(&error))?
-}
-
 impl Open {
     fn read(dir: &Path) -> Answer<Open> {
         std::fs::DirBuilder::new()
@@ -150,7 +141,7 @@ impl Mesh {
             return Ok(Arc::clone(open));
         }
         let dir = self.dir.clone();
-        let open = Arc::new(blocking(move || Open::read(&dir)).await?);
+        let open = Arc::new(blocking(move || Open::read(&dir)).await??);
         *lock(&self.open) = Some(Arc::clone(&open));
         Ok(open)
     }
@@ -203,7 +194,7 @@ impl Mesh {
             Some(wish) => wish,
             None => {
                 let path = path.clone();
-                blocking(move || read_listen(&path)).await?
+                blocking(move || read_listen(&path)).await??
             }
         };
         let knows = Arc::clone(&open);
@@ -215,7 +206,9 @@ impl Mesh {
         .await?;
         // The same port after a restart: tickets go on to be right.
         let listen = SocketAddr::new(listen.ip(), link.port().unwrap_or(listen.port()));
-        let kept = blocking(move || write_listen(&path, listen)).await;
+        let kept = blocking(move || write_listen(&path, listen))
+            .await
+            .flatten();
         if let Err(fault) = kept {
             link.close().await;
             return Err(fault);
@@ -247,7 +240,7 @@ impl Mesh {
                 _ => Ok(()),
             }
         })
-        .await?;
+        .await??;
         let link = lock(&self.link).take();
         if let Some(link) = link {
             link.close().await;
@@ -368,7 +361,9 @@ impl Mesh {
             return Err(Fault::from(error));
         }
         let (books, put) = (Arc::clone(&open), peer.clone());
-        let kept = blocking(move || Ok(lock(&books.peers).put(put)?)).await;
+        let kept = blocking(move || Ok(lock(&books.peers).put(put)?))
+            .await
+            .flatten();
         if let Err(fault) = kept {
             undo();
             return Err(fault);
@@ -380,7 +375,7 @@ impl Mesh {
     pub(crate) async fn forget(&self, typed: &str) -> Answer<()> {
         let open = self.open().await?;
         let id = find(&open, typed)?.id;
-        blocking(move || Ok(lock(&open.peers).remove(&id)?)).await?;
+        blocking(move || lock(&open.peers).remove(&id)).await??;
         if let Some(link) = self.link() {
             link.forget(&id);
         }
@@ -404,7 +399,7 @@ impl Mesh {
         };
         peer.grant = Some(token.to_string());
         let (books, put) = (Arc::clone(&open), peer.clone());
-        blocking(move || Ok(lock(&books.peers).put(put)?)).await?;
+        blocking(move || lock(&books.peers).put(put)).await??;
         Ok((open, peer))
     }
 
@@ -412,7 +407,7 @@ impl Mesh {
     pub(crate) async fn revoke(&self, id: GrantId) -> Answer<(Arc<Open>, Given)> {
         let open = self.open().await?;
         let books = Arc::clone(&open);
-        let given = blocking(move || lock(&books.ledger).revoke(&id, now_s())).await?;
+        let given = blocking(move || lock(&books.ledger).revoke(&id, now_s())).await??;
         self.revocations.send_modify(|count| *count += 1);
         Ok((open, given))
     }

@@ -1,7 +1,7 @@
 //! Snapshots and forks as users ask for them: a machine that runs is held still for a moment, and others go on from there.
 
 use super::Node;
-use crate::fault::{Answer, Fault, chain};
+use crate::fault::{Answer, Fault, blocking, chain};
 use crate::machine::{Command, Continues, Handle, OVERLAY, Origin, Record, disks, now_ns, plan};
 use crate::snapshots::{About, Listed, Moment, Room, Snapshots, Unusable};
 use futures_util::StreamExt;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, ForkRequest, RestoreRequest};
-use vistara_control::{LookupError, MEMORY_MIN, lookup};
+use vistara_control::{MEMORY_MIN, lookup};
 use vistara_host::files::clone_sparse;
 use vistara_image::ProgressSink;
 use vistara_machine::{Capture, Start, Vm, VmmError};
@@ -46,11 +46,6 @@ fn random_id() -> Answer<MachineId> {
     let mut random = [0; 16];
     getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
     Ok(MachineId::from_random(random))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Answer<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| Fault::internal(&error))
 }
 
 /// Why no moment of a machine can be taken, whatever its state.
@@ -219,16 +214,7 @@ impl Node {
             .iter()
             .map(|listed| (listed.id.as_str(), listed.name().unwrap_or(&listed.id)));
         let id = lookup(typed, names).map_err(|error| {
-            let fault = match error {
-                LookupError::NotFound(typed) => Fault::new(
-                    ErrorKind::NotFound,
-                    format!("there is no snapshot {typed:?}"),
-                ),
-                LookupError::Ambiguous { prefix, count } => Fault::user(format!(
-                    "{prefix:?} is the beginning of {count} snapshots' ids; type more of it"
-                )),
-            };
-            fault.hint("see `vistara snapshot ls`")
+            Fault::lookup(error, "snapshot", "ids").hint("see `vistara snapshot ls`")
         })?;
         let id = id.to_owned();
         let found = all.into_iter().find(|listed| listed.id == id);
@@ -354,22 +340,17 @@ impl Node {
             handle.wait_started().await;
         }
         // Those that were made are told; where there is none, why.
-        match refused {
-            Some(fault) if machines.is_empty() => Err(fault),
-            Some(fault) => {
-                tracing::warn!(message = fault.0.message, "not every fork was made");
-                Ok(Forks {
-                    machines,
-                    pause: taken.pause,
-                    captured,
-                })
+        if let Some(fault) = refused {
+            if machines.is_empty() {
+                return Err(fault);
             }
-            None => Ok(Forks {
-                machines,
-                pause: taken.pause,
-                captured,
-            }),
+            tracing::warn!(message = fault.0.message, "not every fork was made");
         }
+        Ok(Forks {
+            machines,
+            pause: taken.pause,
+            captured,
+        })
     }
 
     /// A new machine that goes on from a moment of the one whose record this is.

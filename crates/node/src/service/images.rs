@@ -1,9 +1,8 @@
 //! Images: listing, pulling, importing, naming, removing.
 
 use super::App;
-use super::system::blocking;
 use super::templates;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use crate::mesh::Caller;
 use crate::{images, view};
 use axum::body::Body;

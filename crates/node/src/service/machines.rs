@@ -3,8 +3,7 @@
 use super::App;
 use super::foreign::tame;
 use super::images::sse;
-use super::system::blocking;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
 use crate::mesh::Caller;

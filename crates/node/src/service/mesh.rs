@@ -1,8 +1,7 @@
 //! Other nodes: who this one is, which it has joined, what it has granted, and streams to them. For the owner only.
 
 use super::App;
-use super::system::blocking;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use crate::mesh::{Given, Open, lock, now_s, used};
 use crate::view;
 use axum::Json;

@@ -1,8 +1,7 @@
 //! Snapshots and forks: taking, listing, removing, going on from them.
 
 use super::App;
-use super::system::blocking;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use crate::machine::Handle;
 use crate::view;
 use axum::Json;

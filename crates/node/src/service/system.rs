@@ -2,7 +2,7 @@
 
 use super::App;
 use crate::doctor;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, Fault, blocking};
 use crate::node::Mechanisms;
 use crate::view;
 use axum::Json;
@@ -12,15 +12,6 @@ use utoipa::IntoParams;
 use vistara_api::{API_VERSION, AddKernelRequest, DoctorReport, ErrorBody, Kernel, Version};
 use vistara_machine::boot::BootError;
 use vistara_model::Payload;
-
-/// Runs work that blocks, off the runtime's threads.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Answer<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Fault::internal(&error))
-}
 
 /// Version and state of the node.
 #[utoipa::path(get, path = "/v1/version", responses((status = 200, body = Version)))]

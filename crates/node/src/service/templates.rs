@@ -12,8 +12,8 @@ use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Instant;
 use utoipa::IntoParams;
-use vistara_api::{CreateTemplateRequest, CreatedTemplate, ErrorBody, ErrorKind, Pruned, Template};
-use vistara_control::{Held, LookupError, lookup, unused_since};
+use vistara_api::{CreateTemplateRequest, CreatedTemplate, ErrorBody, Pruned, Template};
+use vistara_control::{Held, lookup, unused_since};
 
 fn shown(node: &Node, listed: &Listed) -> Template {
     view::template(listed, node.forks_of(&listed.kept.key))
@@ -75,16 +75,7 @@ pub(super) async fn remove(
         .iter()
         .map(|listed| (listed.kept.key.as_str(), listed.kept.key.as_str()));
     let key = lookup(&typed, keys).map_err(|error| {
-        let fault = match error {
-            LookupError::NotFound(typed) => Fault::new(
-                ErrorKind::NotFound,
-                format!("there is no template {typed:?}"),
-            ),
-            LookupError::Ambiguous { prefix, count } => Fault::user(format!(
-                "{prefix:?} is the beginning of {count} templates' keys; type more of it"
-            )),
-        };
-        fault.hint("see `vistara template ls`")
+        Fault::lookup(error, "template", "keys").hint("see `vistara template ls`")
     })?;
     templates.remove(key).await;
     Ok(Json(key.to_owned()))

@@ -1,7 +1,7 @@
 //! Named volumes: listing, making, removing.
 
 use super::App;
-use crate::fault::{Answer, Fault};
+use crate::fault::{Answer, blocking};
 use crate::node::Node;
 use crate::view;
 use crate::volumes::Kept;
@@ -20,19 +20,11 @@ fn shown(node: &Node, kept: Kept) -> Volume {
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Answer<T> + Send + 'static,
-) -> Answer<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Fault::internal(&error))?
-}
-
 /// All named volumes, by name.
 #[utoipa::path(get, path = "/v1/volumes", responses((status = 200, body = Vec<Volume>), (status = "5XX", body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>) -> Answer<Json<Vec<Volume>>> {
     let volumes = app.node.volumes();
-    let all = blocking(move || volumes.list()).await?;
+    let all = blocking(move || volumes.list()).await??;
     let shown = all.into_iter().map(|kept| shown(&app.node, kept));
     Ok(Json(shown.collect()))
 }
@@ -54,7 +46,7 @@ pub(super) async fn create(
         volumes.get_or_make(&name)?;
         volumes.find(&name)
     })
-    .await?;
+    .await??;
     Ok(Json(shown(&app.node, made)))
 }
 
@@ -73,10 +65,10 @@ pub(super) async fn remove(
     let held = Arc::clone(&app.node).hold_volume(&name)?;
     let removed = name.clone();
     blocking(move || {
-        volumes.remove(&removed)?;
+        let done = volumes.remove(&removed);
         drop(held);
-        Ok(())
+        done
     })
-    .await?;
+    .await??;
     Ok(Json(name))
 }

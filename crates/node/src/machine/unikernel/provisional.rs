@@ -7,7 +7,9 @@
 use super::session::{UnikernelSession, outcome, recorded_exit};
 use super::sort::Sorter;
 use crate::logbook::{LogBook, Stream};
+use crate::machine::recording::until_room;
 use crate::machine::session::News;
+use bytes::Bytes;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -29,8 +31,6 @@ const READ: usize = 64 << 10;
 /// How long a beginning that might become a kernel's line waits for the rest.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
 
-/// Pause before output that the disk had no room for is set aside again.
-const KEEP_AGAIN: Duration = Duration::from_secs(1);
 /// How often it is looked whether somebody wants the run ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -158,7 +158,7 @@ impl UnikernelSession {
                 if let Some(ExitStatus::Signal(_)) = status {
                     cut_last_word(&mut watch.output);
                 }
-                self.stand(status, watch.output).await;
+                self.stand(status, watch.output.into()).await;
             }
             Verdict::Undone(seen) => {
                 // The machine's task outlives its session.
@@ -168,7 +168,7 @@ impl UnikernelSession {
     }
 
     /// Makes the run stand, and shows it.
-    async fn stand(&self, status: Option<ExitStatus>, output: Vec<u8>) {
+    async fn stand(&self, status: Option<ExitStatus>, output: Bytes) {
         if let Some(status) = status
             && !self.keep(status, &output).await
         {
@@ -192,30 +192,17 @@ impl UnikernelSession {
 
     /// Sets the end and the output aside, however long the disk takes to have room for them: should the node die while they are
     /// shown, the next one would take the run for undone. False where the runtime ends first.
-    async fn keep(&self, status: ExitStatus, output: &[u8]) -> bool {
-        let mut troubled = false;
-        loop {
-            let (dir, bytes) = (self.dir.clone(), output.to_owned());
-            let kept = tokio::task::spawn_blocking(move || keep(&dir, status, &bytes)).await;
-            match kept {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) if !troubled => {
-                    let message = format!(
-                        "its output cannot be set aside and waits until it can ({error}); free some disk space"
-                    );
-                    let _ = self.news.send(News::Trouble(Some(message))).await;
-                    troubled = true;
-                }
-                Ok(Err(_)) => {}
-                // Only the runtime's own end cancels blocking work.
-                Err(_) => return false,
-            }
-            tokio::time::sleep(KEEP_AGAIN).await;
-        }
-        if troubled {
-            let _ = self.news.send(News::Trouble(None)).await;
-        }
-        true
+    async fn keep(&self, status: ExitStatus, output: &Bytes) -> bool {
+        let trouble = |error: &io::Error| {
+            format!(
+                "its output cannot be set aside and waits until it can ({error}); free some disk space"
+            )
+        };
+        until_room(&self.news, trouble, || {
+            let (dir, output) = (self.dir.clone(), output.clone());
+            move || keep(&dir, status, &output)
+        })
+        .await
     }
 }
 

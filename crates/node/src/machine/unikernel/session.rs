@@ -8,6 +8,7 @@ use super::super::session::News;
 use super::sort::{Sorted, Sorter, signal};
 use crate::fault::chain;
 use crate::logbook::{LogBook, Stream};
+use bytes::Bytes;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -183,7 +184,7 @@ impl UnikernelSession {
             }
             if !program.is_empty() {
                 let offset = self.log.offsets().stdout;
-                self.record_held(offset, program).await;
+                self.record_held(offset, program.into()).await;
                 if let Some(zero) = first.take() {
                     self.first_output(zero, Instant::now()).await;
                 }
@@ -194,8 +195,8 @@ impl UnikernelSession {
         }
     }
 
-    pub(super) async fn record_held(&self, offset: u64, bytes: Vec<u8>) {
-        record_output(&self.log, &self.news, Stream::Stdout, offset, bytes.into()).await;
+    pub(super) async fn record_held(&self, offset: u64, bytes: Bytes) {
+        record_output(&self.log, &self.news, Stream::Stdout, offset, bytes).await;
     }
 
     pub(super) async fn first_output(&self, zero: Instant, begin: Instant) {
