@@ -190,10 +190,28 @@ fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Counts a JUnit report. It is made by nextest, so only what that writes is understood.
-pub(crate) fn read_junit(text: &str) -> Tally {
-    let mut tally = Tally::default();
-    for case in text.split("<testcase ").skip(1) {
+/// How one test ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Passed,
+    /// With the end of what it printed.
+    Failed(String),
+    /// It could not run here, for this reason.
+    Skipped(String),
+}
+
+/// One test of a report.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Case {
+    /// The program that it is part of, as nextest names it.
+    pub(crate) binary: String,
+    pub(crate) name: String,
+    pub(crate) outcome: Outcome,
+}
+
+/// Reads a JUnit report. It is made by nextest, so only what that writes is understood.
+pub(crate) fn cases(text: &str) -> Vec<Case> {
+    let case = |case: &str| {
         let (head, rest) = case.split_once('>').unwrap_or((case, ""));
         let body = if head.ends_with('/') {
             ""
@@ -204,23 +222,39 @@ pub(crate) fn read_junit(text: &str) -> Tally {
             let (_, value) = head.split_once(&format!("{name}=\""))?;
             Some(unescape(value.split('"').next()?))
         };
-        let name = format!(
-            "{} {}",
-            attribute("classname").unwrap_or_default(),
-            attribute("name").unwrap_or_default()
-        );
+        let binary = attribute("classname").unwrap_or_default();
+        let name = attribute("name").unwrap_or_default();
         let skipped = body.lines().find_map(|line| {
             // The first line of the output follows its tag directly.
             let line = line.rsplit('>').next().unwrap_or(line);
             Some(unescape(skip_reason(line.trim())?))
         });
-        if body.contains("<failure") || body.contains("<error") {
-            tally.words.push(last_words(&name, body));
-            tally.failed.push(name);
-        } else if let Some(reason) = skipped {
-            tally.skipped.push(format!("{name}: {reason}"));
+        let outcome = if body.contains("<failure") || body.contains("<error") {
+            Outcome::Failed(last_words(&format!("{binary} {name}"), body))
         } else {
-            tally.passed += 1;
+            skipped.map_or(Outcome::Passed, Outcome::Skipped)
+        };
+        Case {
+            binary,
+            name,
+            outcome,
+        }
+    };
+    text.split("<testcase ").skip(1).map(case).collect()
+}
+
+/// Counts a JUnit report.
+pub(crate) fn read_junit(text: &str) -> Tally {
+    let mut tally = Tally::default();
+    for case in cases(text) {
+        let name = format!("{} {}", case.binary, case.name);
+        match case.outcome {
+            Outcome::Passed => tally.passed += 1,
+            Outcome::Failed(words) => {
+                tally.words.push(words);
+                tally.failed.push(name);
+            }
+            Outcome::Skipped(reason) => tally.skipped.push(format!("{name}: {reason}")),
         }
     }
     tally

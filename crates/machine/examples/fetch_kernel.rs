@@ -1,4 +1,4 @@
-//! Puts Debian's kernel into the store in the directory given, unless it holds one; the real-machine tests boot it.
+//! Puts Debian's kernel into the store in the directory given, unless it holds one that has all this version wants; the real-machine tests boot it.
 
 use std::error::Error;
 use vistara_machine::boot::KernelStore;
@@ -9,7 +9,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         .ok_or("usage: fetch_kernel DIRECTORY")?;
     let store = KernelStore::open(dir.as_ref())?;
     let kernel = match store.default_kernel()? {
-        Some(kernel) => kernel,
+        Some(kernel) if kernel.stages_not_looked_for().is_empty() => kernel,
+        Some(kernel) => {
+            eprintln!(
+                "{} was added without looking for modules of {}: fetching Debian's kernel again",
+                kernel.record.name,
+                kernel.stages_not_looked_for().join(", ")
+            );
+            let fresh = store.fetch_debian(None)?;
+            store.set_default(&fresh.record.name)?;
+            fresh
+        }
         None => store.fetch_debian(None)?,
     };
     println!("{}", kernel.record.name);

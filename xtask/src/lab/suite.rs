@@ -4,7 +4,7 @@ use super::Lab;
 use super::host;
 use super::options::Options;
 use crate::lint::{cargo, has_subcommand};
-use crate::tests::{KERNELS_VARIABLE, kernel_store, read_junit};
+use crate::tests::{Case, KERNELS_VARIABLE, Outcome, cases, kernel_store, read_junit};
 use anyhow::{Context as _, Result, bail};
 use std::fs;
 use std::path::Path;
@@ -40,6 +40,7 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
         "--message-format=json",
     ];
     written(root, &list, &binaries)?;
+    freeze(&binaries, &dir.join("bin"))?;
 
     let mut environment = vec![];
     let mut default = |name: &str, value: String| {
@@ -72,8 +73,69 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
         bail!("nextest ended with {status} in the lab, without a report");
     };
     let tally = read_junit(&text);
+    print!("{}", by_combination(&cases(&text)));
     let failed = tally.finish().is_err();
     Ok(if failed && status == 0 { 1 } else { status })
+}
+
+/// What runs what, by the program of its tests; each must be there, or the run says which is not.
+const COMBINATIONS: [(&str, &str); 4] = [
+    ("firecracker, linux", "vm_firecracker"),
+    ("firecracker, nanos", "vm_firecracker_nanos"),
+    ("qemu-kvm, linux", "vm_qemu"),
+    ("qemu-kvm, nanos", "vm_nanos"),
+];
+
+/// A table of how the tests of each combination ended.
+fn by_combination(cases: &[Case]) -> String {
+    let mut text = format!(
+        "== {:<22}{:>8}{:>8}{:>8}\n",
+        "combination", "passed", "failed", "skipped"
+    );
+    for (name, binary) in COMBINATIONS {
+        let own = |case: &&Case| case.binary.rsplit("::").next() == Some(binary);
+        let count = |wanted: fn(&Outcome) -> bool| {
+            let those = cases.iter().filter(own);
+            those.filter(|case| wanted(&case.outcome)).count()
+        };
+        let passed = count(|outcome| matches!(outcome, Outcome::Passed));
+        let failed = count(|outcome| matches!(outcome, Outcome::Failed(_)));
+        let skipped = count(|outcome| matches!(outcome, Outcome::Skipped(_)));
+        let remark = match (passed, failed, skipped) {
+            (0, 0, 0) => "  NOT RUN",
+            (0, 0, _) => "  SKIPPED AS A WHOLE",
+            _ => "",
+        };
+        text.push_str(&format!(
+            "== {name:<22}{passed:>8}{failed:>8}{skipped:>8}{remark}\n"
+        ));
+    }
+    text
+}
+
+/// Copies the tests' programs to `to` and names the copies in nextest's list of them: a run takes long, and a build
+/// meanwhile would take the programs from under it.
+fn freeze(list: &Path, to: &Path) -> Result<()> {
+    let _ = fs::remove_dir_all(to);
+    fs::create_dir_all(to).with_context(|| format!("make {to:?}"))?;
+    let text = fs::read_to_string(list).with_context(|| format!("read {list:?}"))?;
+    let mut metadata: serde_json::Value = serde_json::from_str(&text).context("nextest's list")?;
+    let binaries = metadata["rust-binaries"].as_object_mut();
+    for binary in binaries
+        .context("nextest's list names no programs")?
+        .values_mut()
+    {
+        let path = binary["binary-path"]
+            .as_str()
+            .context("a program without a path")?;
+        let name = Path::new(path)
+            .file_name()
+            .context("a program without a name")?;
+        let copy = to.join(name);
+        fs::copy(path, &copy).with_context(|| format!("copy {path} to {copy:?}"))?;
+        binary["binary-path"] = copy.display().to_string().into();
+    }
+    fs::write(list, metadata.to_string()).with_context(|| format!("write {list:?}"))
 }
 
 /// Runs cargo with its standard output going to a file.
@@ -88,4 +150,43 @@ fn written(root: &Path, arguments: &[&str], path: &Path) -> Result<()> {
         bail!("cargo {} failed", arguments.join(" "));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_counts_each_combination_and_says_what_did_not_run() {
+        let case = |binary: &str, outcome| Case {
+            binary: binary.to_owned(),
+            name: "x".to_owned(),
+            outcome,
+        };
+        let table = by_combination(&[
+            case("a::vm_firecracker", Outcome::Passed),
+            case("a::vm_firecracker", Outcome::Failed("why".to_owned())),
+            case(
+                "a::vm_firecracker_nanos",
+                Outcome::Skipped("no KVM".to_owned()),
+            ),
+            case("a::vm_qemu", Outcome::Passed),
+        ]);
+        let words = |line: &str| {
+            line.split_whitespace()
+                .skip(3)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let lines: Vec<String> = table.lines().skip(1).map(words).collect();
+        assert_eq!(
+            lines,
+            [
+                "1 1 0",
+                "0 0 1 SKIPPED AS A WHOLE",
+                "1 0 0",
+                "0 0 0 NOT RUN"
+            ]
+        );
+    }
 }

@@ -35,6 +35,11 @@ const STAGES: &[(&str, &[&str])] = &[
 ];
 const REQUIRED_STAGE: &str = "boot";
 
+/// The names of all stages.
+pub(crate) fn stages() -> impl Iterator<Item = &'static str> {
+    STAGES.iter().map(|(stage, _)| *stage)
+}
+
 /// Most modules looked at in a kernel's directory. Debian's full kernel has about 4,000.
 const MODULES_MAX: usize = 50_000;
 

@@ -6,7 +6,7 @@
 //! <root>/<name>/record.json    what is recorded of it
 //! ```
 
-use super::modules::{ModuleIndex, StagedModule};
+use super::modules::{ModuleIndex, StagedModule, stages};
 use super::shelf::{Shelf, check_name, now_unix_s, write_synced};
 use super::unpack::{self, KERNEL_BYTES_MAX, bzimage_payload, decompress, read_bounded};
 use super::{BootError, debian, elf};
@@ -36,6 +36,9 @@ pub struct KernelRecord {
     pub modules: Vec<StagedModule>,
     /// Modules that some machines would want (network, shares, …) and that this kernel does not have.
     pub missing: Vec<String>,
+    /// The stages whose modules were looked for when it was added; none are recorded of kernels added before this field.
+    #[serde(default)]
+    pub stages: Vec<String>,
     /// When it was added, in seconds since 1970.
     pub added_unix_s: u64,
 }
@@ -59,6 +62,12 @@ impl Kernel {
     /// The directory of its modules, each `<name>.ko`.
     pub fn modules(&self) -> PathBuf {
         self.dir.join("modules")
+    }
+    /// The stages that this version loads modules for and that were not looked for when the kernel was added. To add it again
+    /// mends that.
+    pub fn stages_not_looked_for(&self) -> Vec<&'static str> {
+        let known = |stage: &&str| self.record.stages.iter().any(|known| known == stage);
+        stages().filter(|stage| !known(stage)).collect()
     }
 }
 
@@ -130,6 +139,7 @@ impl KernelStore {
             vmlinux_bytes: vmlinux.len() as u64,
             modules: resolved.modules.into_iter().map(|(m, _)| m).collect(),
             missing: resolved.missing,
+            stages: stages().map(str::to_owned).collect(),
             added_unix_s: now_unix_s(),
         };
         self.shelf.put(&fresh, &name, &record)?;

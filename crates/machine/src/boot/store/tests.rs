@@ -59,6 +59,29 @@ fn a_debian_package_becomes_a_kernel_and_the_first_is_the_default() {
 }
 
 #[test]
+fn a_kernel_of_an_older_version_tells_what_was_not_looked_for() {
+    let bench = bench();
+    let deb = bench.deb("6.1.0-9-cloud");
+    let kernel = bench.store.add(&deb, None, None).unwrap();
+    assert_eq!(kernel.stages_not_looked_for(), [] as [&str; 0]);
+    // A record as it was written before there was the stage, and one from before stages were recorded at all.
+    let path = kernel.dir.join("record.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let stages = record["stages"].as_array_mut().unwrap();
+    stages.retain(|stage| stage != "vsock");
+    fs::write(&path, record.to_string()).unwrap();
+    let kernel = bench.store.get("6.1.0-9-cloud").unwrap();
+    assert_eq!(kernel.stages_not_looked_for(), ["vsock"]);
+    record.as_object_mut().unwrap().remove("stages");
+    fs::write(&path, record.to_string()).unwrap();
+    let kernel = bench.store.get("6.1.0-9-cloud").unwrap();
+    assert!(kernel.stages_not_looked_for().contains(&"boot"));
+    let kernel = bench.store.add(&deb, None, None).unwrap();
+    assert_eq!(kernel.stages_not_looked_for(), [] as [&str; 0]);
+}
+
+#[test]
 fn a_bzimage_and_a_vmlinux_of_ones_own_need_no_modules() {
     let bench = bench();
     let vmlinux = fixtures::vmlinux("6.12.1", true);
