@@ -10,6 +10,7 @@ mod host;
 mod ids;
 mod image;
 mod machine;
+mod placing;
 mod quantity;
 mod signal;
 mod spec;
@@ -24,6 +25,10 @@ pub use host::{Accelerator, HostFacts, KvmVerdict, Need, NeedState, VmmKind};
 pub use ids::{Digest, Generation, IdError, MachineId, MachineName};
 pub use image::{Architecture, ImageConfig, ImageRef, ImageRefError};
 pub use machine::MachineState;
+pub use placing::{
+    Constraints, FactsError, ImageMark, LABEL_BYTES_MAX, LABELS_MAX, MARKS_MAX, NodeFacts,
+    OwnerTerms, Stock, Wanted,
+};
 pub use quantity::{Bytes, Cpus, QuantityError};
 pub use signal::{Signal, SignalError};
 pub use spec::{

@@ -33,7 +33,9 @@ pub enum SpecError {
 }
 
 /// The hypervisor as users name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Hypervisor {
     /// The system chooses.
