@@ -13,6 +13,7 @@ mod lifecycle;
 mod lookup;
 mod provisional;
 mod retry;
+mod stock;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
 pub use authority::{
@@ -30,3 +31,4 @@ pub use provisional::{
     rerun_follows,
 };
 pub use retry::{AfterUnikernel, Ended, after_unikernel};
+pub use stock::{Arrivals, Bustle, Memory, QUIET, Room, Want, allot, may_fill};
