@@ -11,6 +11,7 @@ mod eviction;
 mod idle;
 mod lifecycle;
 mod lookup;
+pub mod placement;
 mod provisional;
 mod retry;
 mod stock;
