@@ -20,6 +20,8 @@ pub(crate) struct Failure {
     pub(crate) code: Option<u8>,
     /// The node's word for it.
     pub(crate) kind: Option<ErrorKind>,
+    /// Whether the connection to the node was lost, so that nobody knows how it went.
+    pub(crate) lost: bool,
 }
 
 impl Failure {
@@ -30,6 +32,7 @@ impl Failure {
             hint: None,
             code: None,
             kind: None,
+            lost: false,
         }
     }
 
@@ -65,6 +68,40 @@ impl Failure {
             hint: body.hint.clone().or_else(|| usual_hint(body.kind)),
             code: body.exit_code,
             kind: Some(body.kind),
+            lost: false,
+        }
+    }
+
+    /// The connection broke off.
+    pub(crate) fn lost(self) -> Failure {
+        Failure { lost: true, ..self }
+    }
+
+    /// The same, of a request that went to another node, for whose troubles this host's doctor and log are of no use.
+    pub(crate) fn on(self, node: &str) -> Failure {
+        if self.lost {
+            return Failure {
+                message: format!("the node {node} is lost: {}", self.message),
+                hint: Some(format!(
+                    "its machines go on without it: `vistara nodes` says when it answers again, `vistara --on {node} ps` lists them then"
+                )),
+                ..self
+            };
+        }
+        let usual = self.kind.and_then(usual_hint);
+        match self.kind {
+            Some(kind @ (ErrorKind::Host | ErrorKind::Internal)) if self.hint == usual => {
+                let word = match kind {
+                    ErrorKind::Host => "`vistara doctor`, typed there, says what its host lacks",
+                    _ => "the end of node.log in its state directory there says more",
+                };
+                Failure {
+                    message: format!("the node {node}: {}", self.message),
+                    hint: Some(word.to_owned()),
+                    ..self
+                }
+            }
+            _ => self,
         }
     }
 
@@ -115,9 +152,11 @@ impl From<ClientError> for Failure {
             ClientError::Refused(body) => Failure::refused(body),
             ClientError::Unreachable { source, .. } => Failure::because(&error, source)
                 .hint("is the node running? `vistara version` shows it"),
-            ClientError::Broken { .. } => Failure::new(error.to_string()).hint(
-                "machines go on without the node; `vistara ps` starts one again and lists them",
-            ),
+            ClientError::Broken { .. } => Failure::new(error.to_string())
+                .hint(
+                    "machines go on without the node; `vistara ps` starts one again and lists them",
+                )
+                .lost(),
         }
     }
 }
@@ -159,6 +198,30 @@ mod tests {
         });
         assert_eq!(failure.code, Some(127));
         assert_eq!(failure.hint.as_deref(), Some("look"));
+    }
+
+    #[test]
+    fn what_fails_on_another_node_is_not_looked_for_here() {
+        let lost = || {
+            Failure::from(ClientError::Broken {
+                operation: "reading",
+                message: "end".to_owned(),
+            })
+        };
+        assert!(lost().hint.is_some_and(|hint| !hint.contains("--on")));
+        let lost = lost().on("far");
+        assert!(lost.message.contains("far") && lost.message.contains("end"));
+        assert!(lost.hint.is_some_and(|hint| hint.contains("--on far ps")));
+        let body = |hint: Option<&str>| ErrorBody {
+            kind: ErrorKind::Internal,
+            message: "broken".to_owned(),
+            hint: hint.map(str::to_owned),
+            exit_code: None,
+        };
+        let internal = Failure::refused(&body(None)).on("far");
+        assert!(internal.hint.is_some_and(|hint| hint.contains("there")));
+        let own = Failure::refused(&body(Some("look"))).on("far");
+        assert_eq!(own.hint.as_deref(), Some("look"));
     }
 
     #[test]

@@ -132,11 +132,15 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
         command => {
-            let target = match on {
+            let target = match &on {
                 Some(node) => client.on(node),
                 None => client.clone(),
             };
-            with_node(command, &target, begin.elapsed()).await
+            let done = with_node(command, &target, begin.elapsed()).await;
+            match &on {
+                Some(node) => done.map_err(|failure| failure.on(node)),
+                None => done,
+            }
         }
     };
     connect::warn_of_other_version(&client);

@@ -112,7 +112,7 @@ impl Report {
             End::Left(number) => Err(Failure::silent(128u8.saturating_add(*number))),
             End::Lost(why) => Err(Failure::because("lost the program's output", why).hint(
                 format!("it may still run: `vistara ps` shows it, `vistara attach {name}` comes back to it"),
-            )),
+            ).lost()),
         }
     }
 }

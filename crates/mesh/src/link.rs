@@ -459,10 +459,24 @@ impl Link {
             deadline_ms: now_ms().saturating_add(REQUEST_VALID.as_millis() as u64),
             token: token.map(|token| token.as_bytes().to_vec()),
         };
+        self.begin(node, &open).await
+    }
+
+    /// Opens a stream whose first word is the caller's own, whatever it says: what a peer does that is not well-meaning, for
+    /// tests of those that are asked.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub async fn begin(&self, node: &NodeId, open: &Open) -> Result<MeshStream, LinkError> {
+        let away = |message: String| LinkError::Away {
+            node: node.short(),
+            message,
+        };
+        let live = self.live(node).await?;
         let begin = async {
             let pair = live.connection.open_bi().await.map_err(io::Error::other)?;
             let mut stream = MeshStream::new(pair);
-            frame::write(&mut stream, &open).await?;
+            frame::write(&mut stream, open).await?;
             Ok::<_, FrameError>(stream)
         };
         match tokio::time::timeout(STEP_BOUND, begin).await {
