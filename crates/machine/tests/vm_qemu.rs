@@ -113,6 +113,7 @@ fn left_of(record: &VmRecord) -> Vec<String> {
 }
 
 conformance!(Qemu);
+killed!(Qemu);
 
 /// A running machine with its lines, from a plan that the test has changed.
 struct Running {

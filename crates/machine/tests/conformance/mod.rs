@@ -6,6 +6,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 pub(crate) mod guest;
+pub(crate) mod killed;
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -526,6 +527,23 @@ pub(crate) async fn a_capture_is_refused_where_it_was_not_planned_or_does_not_fi
     let refused = soon("launching", vmm.launch(&plan)).await.err().unwrap();
     assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
     assert_eq!(files_in(dir.path()), [] as [&str; 0]);
+}
+
+/// The tests for one subject whose machines end at any moment: `killed!(subject_expression)`. They are of real monitors only.
+#[macro_export]
+macro_rules! killed {
+    ($subject:expr) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn machines_that_end_at_any_moment_leave_nothing() {
+            conformance::killed::machines_that_end_at_any_moment_leave_nothing(&$subject).await;
+        }
+
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        #[ignore = "the other process of the test above"]
+        async fn a_node_that_is_killed_as_it_launches() {
+            conformance::killed::a_node_that_is_killed_as_it_launches(&$subject).await;
+        }
+    };
 }
 
 /// The suite's tests for one subject: `conformance!(subject_expression)`.
