@@ -548,6 +548,10 @@ pub(crate) struct NodeArguments {
     /// Leave once nothing has run and nobody has asked for so long; stay where not given
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) idle_exit: Option<Duration>,
+    /// Memory for machines that are kept ready for images which are run again and again; 0 for none [default: a thirty-second
+    /// of the host's, at most 1g]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) warm_memory: Option<vistara_model::Bytes>,
     /// Leave the terminal's session first (the CLI starts nodes so)
     #[arg(long, hide = true)]
     pub(crate) background: bool,

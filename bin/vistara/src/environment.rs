@@ -3,7 +3,9 @@
 //! `docs/guide/environment.md` is made from [`VARIABLES`]; a test fails when the two differ. No other file calls
 //! `std::env::var`, except that `run --env NAME` copies a variable of the caller's choosing through [`of_caller`].
 
+use crate::failure::Failure;
 use std::path::PathBuf;
+use vistara_model::Bytes;
 
 /// Socket of the node.
 pub(crate) const SOCKET: &str = "VISTARA_SOCKET";
@@ -22,6 +24,8 @@ pub(crate) const FIRECRACKER: &str = "VISTARA_FIRECRACKER";
 pub(crate) const JAILER: &str = "VISTARA_JAILER";
 /// slirp4netns's program.
 pub(crate) const SLIRP4NETNS: &str = "VISTARA_SLIRP4NETNS";
+/// What machines that are kept ready may take.
+pub(crate) const WARM_MEMORY: &str = "VISTARA_WARM_MEMORY";
 
 /// One variable and its meaning, for the reference page.
 #[derive(Debug)]
@@ -67,6 +71,10 @@ pub(crate) const VARIABLES: &[Variable] = &[
         meaning: "slirp4netns's program, where it is not on the node's `PATH`; the network of Firecracker's machines needs it.",
     },
     Variable {
+        name: WARM_MEMORY,
+        meaning: "Memory that the node may use for machines that it keeps ready for images which are run again and again, as `node --warm-memory`: `512m`, `2g`, or `0` for none.",
+    },
+    Variable {
         name: "XDG_RUNTIME_DIR",
         meaning: "Where the socket of an ordinary user is by default: `$XDG_RUNTIME_DIR/vistara/node.sock`. Not used when it belongs to somebody else; then, and where it is not set, it is `/tmp/vistara-<uid>/node.sock`.",
     },
@@ -105,6 +113,15 @@ pub(crate) fn path(name: &str) -> Option<PathBuf> {
     std::env::var_os(name)
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
+}
+
+/// A variable of [`VARIABLES`] that holds a number of bytes; an empty one counts as not set.
+pub(crate) fn bytes(name: &str) -> Result<Option<Bytes>, Failure> {
+    let Some(text) = of_caller(name).filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    let parsed = text.parse().map(Some);
+    parsed.map_err(|error| Failure::because(format!("{name} is {text:?}"), error))
 }
 
 /// The caller's value of a variable, where it has one that is UTF-8.

@@ -7,6 +7,7 @@ use crate::mesh_commands;
 use crate::output::{print, print_json};
 use crate::places::Places;
 use std::time::Duration;
+use vistara_model::Bytes;
 
 /// What the daemon needs to know.
 #[derive(Debug)]
@@ -15,12 +16,18 @@ pub(crate) struct NodeOptions {
     pub(crate) places: Places,
     /// How long it stays without work; for ever where absent.
     pub(crate) idle_exit: Option<Duration>,
+    /// What machines that are kept ready may take; what suits the host where absent.
+    pub(crate) warm_memory: Option<Bytes>,
 }
 
 /// Runs the daemon until it is asked to leave. Called outside any runtime; leaving because another node holds the lock
 /// is no failure.
 fn run_node(options: NodeOptions) -> Result<(), Failure> {
-    let NodeOptions { places, idle_exit } = options;
+    let NodeOptions {
+        places,
+        idle_exit,
+        warm_memory,
+    } = options;
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env(crate::environment::LOG)
@@ -46,6 +53,7 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         slirp4netns: crate::environment::path(crate::environment::SLIRP4NETNS),
         boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
         template_limits: None,
+        warm_memory,
     };
     match runtime.block_on(vistara_node::run(options)) {
         Ok(()) => Ok(()),
@@ -65,9 +73,14 @@ pub(crate) fn become_node(arguments: &NodeArguments, places: Places) -> Result<u
         let _ = rustix::process::setsid();
     }
     places.prepare()?;
+    let warm_memory = match arguments.warm_memory {
+        Some(bytes) => Some(bytes),
+        None => crate::environment::bytes(crate::environment::WARM_MEMORY)?,
+    };
     run_node(NodeOptions {
         places,
         idle_exit: arguments.idle_exit,
+        warm_memory,
     })?;
     Ok(0)
 }

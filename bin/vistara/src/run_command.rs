@@ -3,6 +3,7 @@
 use crate::environment;
 use crate::failure::{Failure, eprint_line};
 use crate::image_commands;
+use crate::image_transfer;
 use crate::output::{print, print_json};
 use crate::run_options::{ImageSource, PullPolicy, RunOptions, Surroundings, callers};
 use crate::session::signals::{Came, Signals};
@@ -115,6 +116,14 @@ fn may_pull(error: &ClientError, options: &RunOptions) -> bool {
 }
 
 async fn fetch(client: &Client, options: &RunOptions, image: &str) -> Result<(), Failure> {
+    // What is here need not come from a registry, which the other node may not even reach.
+    if client.node().is_some()
+        && image_transfer::send_own(client, image, options.quiet)
+            .await?
+            .is_some()
+    {
+        return Ok(());
+    }
     if !options.quiet {
         eprint_line(&format!(
             "image {} is not here yet: pulling it",
@@ -371,8 +380,10 @@ async fn summarize(
         }
     }
     let template = detail.as_ref().and_then(|detail| detail.template.clone());
+    let warm = detail.as_ref().is_some_and(|detail| detail.warm);
     if options.timings {
         eprint_line(&match &template {
+            Some(key) if warm => format!("warm, from the stock of template {key}"),
             Some(key) => format!("forked from template {key}"),
             None => "booted".to_owned(),
         });
@@ -397,6 +408,7 @@ async fn summarize(
             "message": message,
             "choice": last.choice,
             "template": template,
+            "warm": warm,
             "started_at": last.started_at,
             "ended_at": last.ended_at,
             "timings": steps,

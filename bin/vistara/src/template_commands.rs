@@ -180,13 +180,14 @@ fn list(templates: &[Template], quiet: bool, json: bool) -> Result<u8, Failure> 
                 Bytes(template.resident_bytes).to_string(),
                 ago(&template.used_at, now),
                 template.machines.to_string(),
+                template.warm.to_string(),
             ]
         })
         .collect();
     print(&table(
         &[
             "KEY", "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "STORED", "RESIDENT", "USED",
-            "MACHINES",
+            "MACHINES", "WARM",
         ],
         &rows,
     ))?;

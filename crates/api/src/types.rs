@@ -233,6 +233,9 @@ pub struct MachineDetail {
     pub kernel: Option<String>,
     /// The template it was forked from; absent where it booted.
     pub template: Option<String>,
+    /// Whether it was forked before it was asked for, and kept ready.
+    #[serde(default)]
+    pub warm: bool,
     /// The machine or snapshot that it goes on from; absent where its program began in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
@@ -522,6 +525,9 @@ pub struct Template {
     pub resident_bytes: u64,
     /// Machines forked from it that have not ended. They do not need it any more.
     pub machines: u64,
+    /// Machines forked from it that are kept ready for requests to come.
+    #[serde(default)]
+    pub warm: u32,
 }
 
 /// `POST /v1/templates`: what the machines are like that are to be forked. Everything but the image has `run`'s default.

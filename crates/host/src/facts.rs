@@ -229,6 +229,28 @@ pub fn process_usage(pid: u32) -> Option<ProcessUsage> {
     })
 }
 
+/// Memory of a process that it shares with no other and that no file holds, in bytes; absent once it is gone.
+pub fn private_memory(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Percentage of the last ten seconds in which something on this host waited for memory; absent where the kernel does not
+/// tell (`CONFIG_PSI`).
+pub fn memory_stalled() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/pressure/memory").ok()?;
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    let mut words = some.split_whitespace();
+    words
+        .find_map(|word| word.strip_prefix("avg10="))?
+        .parse()
+        .ok()
+}
+
 /// The processor as programs see it: its name and a digest-like list of what it can do, so that two hosts with the same text
 /// show guests the same processor.
 pub fn cpu_model() -> String {
@@ -273,7 +295,12 @@ mod tests {
     fn a_process_is_known_by_its_start_and_its_use() {
         let pid = std::process::id();
         assert!(start_ticks(pid).unwrap() > 0);
-        assert!(process_usage(pid).unwrap().resident_bytes > 100_000);
+        let resident = process_usage(pid).unwrap().resident_bytes;
+        assert!(resident > 100_000);
+        let private = private_memory(pid).unwrap();
+        assert!((1..=resident + (1 << 20)).contains(&private), "{private}");
+        assert_eq!(private_memory(u32::MAX), None);
+        assert!(memory_stalled().is_none_or(|percent| (0.0..=100.0).contains(&percent)));
         // Beyond the largest number that a kernel gives.
         assert_eq!(start_ticks(u32::MAX), None);
         assert_eq!(process_usage(u32::MAX), None);

@@ -17,6 +17,7 @@ mod options;
 mod request;
 mod service;
 mod snapshots;
+mod stock;
 mod templates;
 mod view;
 mod volumes;

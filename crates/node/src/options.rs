@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use vistara_machine::Vmm;
+use vistara_model::Bytes;
 
 /// Where monitors come from.
 #[derive(Clone)]
@@ -41,6 +42,9 @@ pub struct NodeOptions {
     pub boot_bound: Duration,
     /// What templates may take together; absent for what suits this host.
     pub template_limits: Option<TemplateLimits>,
+    /// Most of the host's memory for machines that are kept ready for requests to come; zero for none, absent for what suits
+    /// this host.
+    pub warm_memory: Option<Bytes>,
 }
 
 /// What templates may take together.
@@ -67,7 +71,20 @@ impl TemplateLimits {
     }
 }
 
+/// Share of the host's memory that ready machines may take where nobody says otherwise, and the most of it: a burst's
+/// worth on a server, a few on a laptop.
+const WARM_MEMORY_SHARE: u64 = 32;
+const WARM_MEMORY_MAX: u64 = 1 << 30;
+
 impl NodeOptions {
+    /// What ready machines may take.
+    pub(crate) fn warm_budget(&self) -> Bytes {
+        self.warm_memory.unwrap_or_else(|| {
+            let total = vistara_host::facts::memory_total().unwrap_or(0);
+            Bytes((total / WARM_MEMORY_SHARE).min(WARM_MEMORY_MAX))
+        })
+    }
+
     /// How long a guest may take to boot unless the options say otherwise. Under emulation on a host with many more
     /// machines than processors a boot takes many seconds; one that needs two minutes is stuck.
     pub const BOOT_BOUND: Duration = Duration::from_secs(120);

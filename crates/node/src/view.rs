@@ -108,6 +108,7 @@ pub(crate) fn detail(snapshot: &Snapshot, dir: &std::path::Path) -> MachineDetai
         auto_remove: spec.auto_remove,
         kernel: record.kernel.clone(),
         template: record.template.clone(),
+        warm: record.warm,
         parent: record.continues.as_ref().map(|from| from.parent.clone()),
         vmm_pid: record.vm.as_ref().map(|vm| vm.pid),
         fences: record
@@ -141,7 +142,7 @@ pub(crate) fn image(image: &vistara_image::Image, machines: u64) -> Image {
     }
 }
 
-pub(crate) fn template(listed: &Listed, machines: u64) -> Template {
+pub(crate) fn template(listed: &Listed, machines: u64, warm: u32) -> Template {
     let kept = &listed.kept;
     Template {
         key: kept.key.clone(),
@@ -159,6 +160,7 @@ pub(crate) fn template(listed: &Listed, machines: u64) -> Template {
         stored_bytes: listed.disk_bytes,
         resident_bytes: listed.resident_bytes,
         machines,
+        warm,
     }
 }
 

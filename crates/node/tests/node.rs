@@ -682,6 +682,7 @@ async fn an_image_in_use_stays_and_a_second_node_leaves_the_first_alone() {
         slirp4netns: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
+        warm_memory: None,
     })
     .await;
     assert!(
@@ -707,6 +708,7 @@ async fn a_node_without_work_leaves_and_takes_its_socket_with_it() {
         slirp4netns: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
+        warm_memory: None,
     };
     let socket = options.socket.clone();
     tokio::time::timeout(BOUND, vistara_node::run(options))

@@ -4,7 +4,7 @@ mod again;
 mod hold;
 
 use super::handle::{COMMANDS_MAX, Shared};
-use super::prepare::{Launched, go_on, prepare};
+use super::prepare::{Launched, go_on, go_on_warm, prepare};
 use super::record::now_ns;
 use super::session::{News, Session};
 use super::unikernel::{Undone, UnikernelSession, clear_held};
@@ -13,6 +13,7 @@ use crate::fault::chain;
 use crate::logbook::LogBook;
 use crate::node::{Fate, Node};
 use crate::snapshots::Moment;
+use crate::stock::Warm;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vistara_control::{Effect, Event, Lifecycle, VmGone};
+use vistara_guest_client::{Agent, Welcome};
 use vistara_machine::{Vm, VmEnd, VmmError};
 use vistara_model::{MachineState, Payload, Signal};
 
@@ -57,6 +59,8 @@ pub(crate) enum Origin {
         attach: bool,
         /// What it goes on from, if it is not to begin anew.
         moment: Option<Arc<Moment>>,
+        /// The machine of the stock that it is.
+        warm: Option<Warm>,
     },
     /// An earlier node, when it had not ended yet.
     Earlier,
@@ -87,6 +91,10 @@ pub(crate) struct Actor {
     attach: bool,
     /// What it goes on from, until it does.
     moment: Option<Arc<Moment>>,
+    /// The machine of the stock that it is, until it goes on.
+    warm: Option<Warm>,
+    /// A session with the agent that was begun before the machine was asked for, until it is taken up.
+    greeted: Option<(Agent, Welcome)>,
     /// Why a provisional run never was.
     undone: Option<Undone>,
     trouble: Option<String>,
@@ -176,6 +184,8 @@ impl Actor {
             zero: None,
             attach: false,
             moment: None,
+            warm: None,
+            greeted: None,
             undone: None,
             trouble: None,
             unsaved: false,
@@ -190,10 +200,12 @@ impl Actor {
                 at: zero,
                 attach,
                 moment,
+                warm,
             } => {
                 self.zero = Some(zero);
                 self.attach = attach;
                 self.moment = moment;
+                self.warm = warm;
                 self.prepare(zero);
             }
             Origin::Earlier => self.find_out().await,
@@ -261,7 +273,9 @@ impl Actor {
             result = joined(&mut self.prepared) => match result.and_then(|result| result) {
                 Ok(launched) => {
                     self.add_steps(launched.steps);
+                    self.record.warm &= launched.greeted.is_some();
                     self.record.template = launched.template;
+                    self.greeted = launched.greeted;
                     self.take_up(launched.vm);
                     self.on(Event::Launched).await;
                 }
@@ -305,6 +319,7 @@ impl Actor {
                     news,
                     boot_bound: self.node.boot_bound(),
                     zero,
+                    greeted: self.greeted.take(),
                 }
                 .run(),
             ),
@@ -475,10 +490,12 @@ impl Actor {
             self.dir.clone(),
         );
         let (cancel, moment) = (self.cancel.clone(), self.moment.take());
+        let warm = self.warm.take().and_then(Warm::give);
         self.prepared = Some(tokio::spawn(async move {
-            match moment {
-                Some(moment) => go_on(&node, &record, &dir, zero, &moment).await,
-                None => prepare(&node, &record, &dir, zero, &cancel).await,
+            match (moment, warm) {
+                (_, Some(warm)) => go_on_warm(&node, &record, &dir, zero, &cancel, warm).await,
+                (Some(moment), None) => go_on(&node, &record, &dir, zero, &moment).await,
+                (None, None) => prepare(&node, &record, &dir, zero, &cancel).await,
             }
         }));
     }

@@ -6,13 +6,14 @@ use super::unikernel;
 use crate::fault::{Fault, chain};
 use crate::node::Node;
 use crate::snapshots::Moment;
+use crate::stock::Ready;
 use crate::templates::{Blueprint, Shape, Template};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
-use vistara_guest_client::{GuestConfig, NetworkConfig, VolumeMount};
+use vistara_guest_client::{Agent, GuestConfig, NetworkConfig, VolumeMount, Welcome};
 use vistara_host::files::clone_sparse_file;
 use vistara_image::ProgressSink;
 use vistara_machine::boot::UpperLayer;
@@ -94,6 +95,8 @@ pub(crate) struct Launched {
     pub(crate) steps: Vec<Step>,
     /// The template it was forked from, if it did not boot.
     pub(crate) template: Option<String>,
+    /// The session with its agent, where there is one already.
+    pub(crate) greeted: Option<(Agent, Welcome)>,
 }
 
 /// Why a machine that nobody wants any more does not start; whoever asked it to end hears their own reason.
@@ -141,6 +144,7 @@ pub(crate) async fn prepare(
             vm,
             steps: watch.into_steps(),
             template: None,
+            greeted: None,
         });
     }
     let root = mechanisms
@@ -178,12 +182,15 @@ pub(crate) async fn prepare(
         };
         if let Some(template) = template {
             watch.note("template", begin);
-            match fork(vmm.as_ref(), &plan, &template, &mut watch).await {
+            let begin = Instant::now();
+            match fork(vmm.as_ref(), &plan, &template).await {
                 Ok(vm) => {
+                    watch.note("fork", begin);
                     return Ok(Launched {
                         vm: Arc::from(vm),
                         steps: watch.into_steps(),
                         template: Some(template.key().to_owned()),
+                        greeted: None,
                     });
                 }
                 // Booting would not help.
@@ -213,6 +220,7 @@ pub(crate) async fn prepare(
         vm: Arc::from(vm),
         steps: watch.into_steps(),
         template: None,
+        greeted: None,
     })
 }
 
@@ -246,6 +254,7 @@ pub(crate) async fn go_on(
         vm: Arc::from(vm),
         steps: watch.into_steps(),
         template: None,
+        greeted: None,
     })
 }
 
@@ -264,13 +273,11 @@ pub(crate) fn disks(root: PathBuf, overlay: PathBuf) -> Vec<Disk> {
 }
 
 /// Starts the machine from a template: with a copy of its disk, and its memory as it was.
-async fn fork(
+pub(crate) async fn fork(
     vmm: &dyn Vmm,
     plan: &LaunchPlan,
     template: &Arc<Template>,
-    watch: &mut Stopwatch,
 ) -> Result<Box<dyn Vm>, VmmError> {
-    let begin = Instant::now();
     for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
         let (template, to) = (Arc::clone(template), disk.path.clone());
         let io = |source: std::io::Error| VmmError::Io {
@@ -283,13 +290,40 @@ async fn fork(
             .unwrap_or_else(|error| Err(std::io::Error::other(error)))
             .map_err(io)?;
     }
-    watch.note("writable disk", begin);
-    let begin = Instant::now();
     let mut plan = plan.clone();
     plan.start = Start::Fork(Arc::clone(&template.capture));
-    let vm = vmm.launch(&plan).await?;
-    watch.note("fork", begin);
-    Ok(vm)
+    vmm.launch(&plan).await
+}
+
+/// Lets a machine of the stock go on. Where that fails another is made in its place.
+pub(crate) async fn go_on_warm(
+    node: &Node,
+    record: &Record,
+    dir: &Path,
+    zero: Instant,
+    cancel: &CancellationToken,
+    warm: Ready,
+) -> Result<Launched, String> {
+    let mut watch = Stopwatch::new(zero);
+    let begin = Instant::now();
+    match warm.vm.resume().await {
+        Ok(()) => {
+            watch.note("from the stock", begin);
+            Ok(Launched {
+                vm: warm.vm,
+                steps: watch.into_steps(),
+                template: Some(warm.template.key().to_owned()),
+                greeted: Some((warm.agent, warm.welcome)),
+            })
+        }
+        Err(error) => {
+            tracing::warn!(machine = %record.id, error = chain(&error), "a machine of the stock does not go on, and another is forked");
+            warm.vm.kill().await.map_err(|error| chain(&error))?;
+            // It may not be there any more.
+            let _ = std::fs::remove_file(dir.join(OVERLAY));
+            prepare(node, record, dir, zero, cancel).await
+        }
+    }
 }
 
 pub(crate) fn plan(
@@ -323,6 +357,7 @@ pub(crate) fn plan(
                 read_only: volume.read_only,
             })
             .collect(),
+        rates: spec.rates,
         fence: Fence {
             uid_gid: (node.mechanisms().is_root)
                 .then_some((UID_BASE + record.slot, UID_BASE + record.slot)),

@@ -83,6 +83,9 @@ pub(crate) struct Record {
     /// The template it was forked from, if it did not boot.
     #[serde(default)]
     pub(crate) template: Option<String>,
+    /// Whether it was forked before it was asked for.
+    #[serde(default)]
+    pub(crate) warm: bool,
     /// What it goes on from, if it is a fork of a machine that ran, or was restored.
     #[serde(default)]
     pub(crate) continues: Option<Continues>,

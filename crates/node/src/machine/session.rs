@@ -64,6 +64,8 @@ pub(super) struct Session {
     pub(super) boot_bound: Duration,
     /// When the request arrived, for a machine that this node launched itself.
     pub(super) zero: Option<Instant>,
+    /// A session that was begun before, with a guest that has stood still since.
+    pub(super) greeted: Option<(Agent, Welcome)>,
 }
 
 /// Why a connection is over.
@@ -76,11 +78,26 @@ enum Over {
 
 impl Session {
     /// Runs until the program's end is known or the monitor is gone.
-    pub(super) async fn run(self) {
+    pub(super) async fn run(mut self) {
         let mut bound = self.boot_bound;
         let mut greeted = false;
         let mut pause = RECONNECT_PAUSE;
         let begin = Instant::now();
+        if let Some((agent, welcome)) = self.greeted.take() {
+            (bound, greeted) = (RECONNECT_BOUND, true);
+            // In this order, and without waiting for the answer in between.
+            let (set, over) = tokio::join!(
+                agent.set_clock(now_ns()),
+                self.converse(&agent, welcome, true)
+            );
+            if let Err(error) = set {
+                tracing::warn!(machine = %self.record.id, %error, "the clock of a machine of the stock was not set");
+            }
+            match over {
+                Over::ForGood => return,
+                Over::Lost(error) => self.session_lost(&error),
+            }
+        }
         loop {
             let attempt = Instant::now();
             let stream = match self.vm.open_channel().await {
@@ -116,9 +133,7 @@ impl Session {
                     bound = RECONNECT_BOUND;
                     let over = self.converse(&agent, welcome, first).await;
                     if let Over::Lost(error) = over {
-                        self.shared.agent.send_replace(None);
-                        self.shared.process.send_replace(None);
-                        tracing::info!(machine = %self.record.id, %error, "the session with a guest was lost");
+                        self.session_lost(&error);
                     } else {
                         // The agent stays reachable: the machine may still be asked to write back what it holds.
                         return;
@@ -149,6 +164,12 @@ impl Session {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
+    }
+
+    fn session_lost(&self, error: &AgentError) {
+        self.shared.agent.send_replace(None);
+        self.shared.process.send_replace(None);
+        tracing::info!(machine = %self.record.id, %error, "the session with a guest was lost");
     }
 
     async fn tell(&self, news: News) {

@@ -4,6 +4,7 @@ mod adopt;
 mod choice;
 mod detect;
 mod snapshots;
+mod stock;
 mod templates;
 
 pub(crate) use adopt::Fate;
@@ -15,6 +16,7 @@ use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_
 use crate::mesh::Asker;
 use crate::options::{NodeOptions, TemplateLimits};
 use crate::snapshots::{Captures, Snapshots};
+use crate::stock::Stock;
 use crate::templates::Templates;
 use crate::volumes::Volumes;
 use std::collections::{HashMap, HashSet};
@@ -98,6 +100,7 @@ pub(crate) struct Node {
     templates: Arc<Templates>,
     snapshots: Snapshots,
     captures: Captures,
+    stock: Arc<Stock>,
     kvm: Mutex<KvmVerdict>,
     machines: Mutex<Machines>,
     /// Held for the node's life: one node serves a state directory.
@@ -114,6 +117,17 @@ struct Machines {
 }
 
 impl Machines {
+    /// The lowest number that no machine has from which its user follows.
+    fn free_slot(&self) -> u32 {
+        let records = self.by_id.values().map(|handle| handle.record());
+        let used: HashSet<u32> = records
+            .filter(|record| record.state != MachineState::Ended)
+            .map(|record| record.slot)
+            .chain(self.slots.iter().copied())
+            .collect();
+        (0..).find(|slot| !used.contains(slot)).unwrap_or(0)
+    }
+
     /// The machine that has this volume, or what else does, in words.
     fn user_of_volume(&self, name: &str) -> Option<String> {
         let records = self.by_id.values().map(|handle| handle.record());
@@ -194,6 +208,7 @@ impl Node {
         let limits = options
             .template_limits
             .unwrap_or_else(TemplateLimits::of_this_host);
+        let stock = Arc::new(Stock::new(options.warm_budget()));
         let node = Arc::new(Node {
             options,
             started_ns: now_ns(),
@@ -201,6 +216,7 @@ impl Node {
             templates: Arc::new(Templates::new(state.join("templates"), limits)),
             snapshots: Snapshots::new(state.join("snapshots")),
             captures: Captures::new(),
+            stock,
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,
@@ -215,6 +231,7 @@ impl Node {
         node.templates.take_stock(&node.all_vmms(), is_there).await;
         node.snapshots.sweep().await;
         node.adopt_all().await;
+        node.begin_stock();
         Ok(node)
     }
 
@@ -339,7 +356,13 @@ impl Node {
     ) -> Answer<Arc<Handle>> {
         let decision = self.decide(request, Look::IfItMatters).await?;
         let host = self.facts();
-        self.admit(&decision, &host)?;
+        if let Err(fault) = self.admit(&decision, &host) {
+            // What only may be of use goes before anybody is refused.
+            if !self.empty_stock().await {
+                return Err(fault);
+            }
+            self.admit(&decision, &self.facts())?;
+        }
         let memory = decision.spec.memory.max(decision.linux_memory);
         let records = || self.all().iter().map(|handle| handle.record()).collect();
         // Held until the record is there, from which what the machine takes is counted.
@@ -360,21 +383,23 @@ impl Node {
         let (for_id, for_name) = random.split_at(16);
         let id = MachineId::from_random(for_id.try_into().unwrap_or([0; 16]));
         let for_name = for_name.try_into().unwrap_or([0; 4]);
-        let (name, slot) = self.reserve(&spec, for_name)?;
-        let record = Record {
+        let mut record = Record {
             format: Record::FORMAT,
-            id: id.clone(),
-            name: name.clone(),
+            hostname: spec
+                .hostname
+                .clone()
+                .unwrap_or_else(|| id.short().to_owned()),
+            id,
+            // Reserved below, with the slot.
+            name: made_up_name(for_name, |_| false)
+                .parse()
+                .map_err(|error: vistara_model::IdError| Fault::internal(&error))?,
             generation: Generation(1),
             image_id: image.id.clone(),
             argv: program.argv,
             env: program.env,
             user: program.user,
             working_dir: program.working_dir,
-            hostname: spec
-                .hostname
-                .clone()
-                .unwrap_or_else(|| id.short().to_owned()),
             stop_signal: program.stop_signal,
             hypervisor: choice.hypervisor,
             backend: choice.backend,
@@ -383,7 +408,7 @@ impl Node {
             program_file: facts.map(|facts| facts.program.file),
             linux_memory: Some(linux_memory),
             owner,
-            slot,
+            slot: 0,
             spec,
             state: MachineState::Preparing,
             end: None,
@@ -397,14 +422,38 @@ impl Node {
             retried: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,
+            warm: false,
             continues: None,
             held: false,
             timings: Vec::new(),
         };
+        let taken = self.from_stock(&record).await;
+        let reserved = self.reserve(&record.spec, for_name);
+        let (name, slot) = match (reserved, &taken) {
+            (Ok(reserved), _) => reserved,
+            (Err(fault), _) => {
+                if let Some(taken) = taken {
+                    self.stock.put_back(&taken.key, taken.warm);
+                }
+                return Err(fault);
+            }
+        };
+        (record.name, record.slot) = (name, slot);
+        let mut warm = None;
+        if let Some(taken) = taken
+            && let Some((id, its_slot)) = taken.warm.identity()
+        {
+            // It is who it is already.
+            self.release_slot(slot);
+            record.hostname = id.short().to_owned();
+            (record.id, record.slot, record.warm) = (id, its_slot, true);
+            warm = Some(taken.warm);
+        }
         let origin = Origin::Request {
             at: zero,
             attach: request.attach,
             moment: None,
+            warm,
         };
         self.begin(record, origin).await
     }
@@ -412,6 +461,7 @@ impl Node {
     /// Gives a machine whose name and slot are reserved its directory and its task.
     async fn begin(self: &Arc<Self>, record: Record, origin: Origin) -> Answer<Arc<Handle>> {
         let (id, name, slot) = (record.id.clone(), record.name.clone(), record.slot);
+        let warm = record.warm;
         let volumes: Vec<String> = (record.spec.named_volumes.iter())
             .map(|volume| volume.name.clone())
             .collect();
@@ -419,10 +469,14 @@ impl Node {
         let made = {
             let (dir, record) = (dir.clone(), record.clone());
             tokio::task::spawn_blocking(move || {
-                let result = make_dir(&dir)
+                let made = match record.warm {
+                    true => Ok(()),
+                    false => make_dir(&dir),
+                };
+                let result = made
                     .and_then(|()| record.save(&dir))
                     .and_then(|()| LogBook::open(&dir.join("log"), Limits::default()));
-                if result.is_err() {
+                if result.is_err() && !record.warm {
                     // Half a directory is nobody's machine. That it cannot be removed changes nothing of the error.
                     let _ = std::fs::remove_dir_all(&dir);
                 }
@@ -433,7 +487,10 @@ impl Node {
         };
         let mut machines = self.machines();
         machines.names.remove(&name);
-        machines.slots.remove(&slot);
+        if made.is_ok() || !warm {
+            // That of a machine of the stock is free once its monitor is gone.
+            machines.slots.remove(&slot);
+        }
         machines.volumes.retain(|volume| !volumes.contains(volume));
         let log = made.map_err(|error| {
             Fault::new(
@@ -485,13 +542,7 @@ impl Node {
                 .parse()
                 .map_err(|error: vistara_model::IdError| Fault::internal(&error))?,
         };
-        let used: HashSet<u32> = records
-            .iter()
-            .filter(|record| record.state != MachineState::Ended)
-            .map(|record| record.slot)
-            .chain(machines.slots.iter().copied())
-            .collect();
-        let slot = (0..).find(|slot| !used.contains(slot)).unwrap_or(0);
+        let slot = machines.free_slot();
         machines.names.insert(name.clone());
         machines.slots.insert(slot);
         let volumes = spec.named_volumes.iter();

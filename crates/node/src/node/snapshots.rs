@@ -393,6 +393,7 @@ impl Node {
             provisional: false,
             log_base: crate::logbook::Offsets::default(),
             template: None,
+            warm: false,
             continues: Some(Continues {
                 parent: parent.clone(),
                 renewed: false,
@@ -424,6 +425,7 @@ impl Node {
             at: zero,
             attach: false,
             moment: Some(moment),
+            warm: None,
         };
         self.begin(record(name, slot), origin).await
     }

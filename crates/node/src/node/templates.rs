@@ -52,7 +52,7 @@ impl Node {
     }
 
     /// The kernel of a machine that names none is the default one.
-    async fn boot_of(&self, spec: &MachineSpec) -> Answer<(Option<String>, LinuxBoot)> {
+    pub(super) async fn boot_of(&self, spec: &MachineSpec) -> Answer<(Option<String>, LinuxBoot)> {
         let (mechanisms, kernel) = (self.mechanisms(), spec.kernel.clone());
         let kernel = kernel.or_else(|| self.facts().linux_kernel);
         let boot = {
@@ -167,7 +167,9 @@ impl Node {
         // The key does not depend on where the root disk lies.
         let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();
         let known = self.templates.list().await;
-        Ok(if known.iter().any(|listed| listed.kept.key == key) {
+        Ok(if self.is_in_stock(decision, &key) {
+            format!("warm, from the stock of template {key}")
+        } else if known.iter().any(|listed| listed.kept.key == key) {
             format!("forked from template {key}")
         } else {
             format!("forked from template {key}, which is made first")

@@ -32,12 +32,16 @@ pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
     }
     let _ = writeln!(
         text,
-        "# HELP vistara_monitors_resident_bytes Memory of all monitors with their guests.\n\
+        "# HELP vistara_machines_warm Machines that are kept ready for requests to come.\n\
+         # TYPE vistara_machines_warm gauge\n\
+         vistara_machines_warm {}\n\
+         # HELP vistara_monitors_resident_bytes Memory of all monitors with their guests.\n\
          # TYPE vistara_monitors_resident_bytes gauge\n\
          vistara_monitors_resident_bytes {resident}\n\
          # HELP vistara_node_uptime_seconds Time since the node started.\n\
          # TYPE vistara_node_uptime_seconds counter\n\
          vistara_node_uptime_seconds {}",
+        app.node.stock().count(),
         since(app.node.started_ns).as_secs()
     );
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)

@@ -224,6 +224,7 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
         let _ = tokio::time::timeout(LEAVE_BOUND, served).await;
     }
     mesh.close().await;
+    node.close_stock().await;
     Ok(())
 }
 

@@ -16,7 +16,8 @@ use vistara_api::{CreateTemplateRequest, CreatedTemplate, ErrorBody, Pruned, Tem
 use vistara_control::{Held, lookup, unused_since};
 
 fn shown(node: &Node, listed: &Listed) -> Template {
-    view::template(listed, node.forks_of(&listed.kept.key))
+    let key = &listed.kept.key;
+    view::template(listed, node.forks_of(key), node.stock().count_of(key))
 }
 
 /// All templates, newest first.

@@ -324,6 +324,7 @@ mod tests {
             undone_boot_id: None,
             log_base: crate::logbook::Offsets::default(),
             template: None,
+            warm: false,
             continues: None,
             held: false,
             timings: Vec::new(),

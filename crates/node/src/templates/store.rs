@@ -9,6 +9,7 @@ use crate::options::TemplateLimits;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vistara_control::{Held, evict, unused_since};
@@ -34,11 +35,17 @@ pub(crate) struct Template {
     pub(crate) overlay: File,
     /// Held while its directory is written.
     writing: Arc<tokio::sync::Mutex<()>>,
+    /// Whether it was removed: nothing that was forked from it before is to be given to anybody from then on.
+    retired: AtomicBool,
 }
 
 impl Template {
     pub(crate) fn key(&self) -> &str {
         &self.kept.key
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
     }
 
     fn image_id(&self) -> &Digest {
@@ -216,6 +223,21 @@ impl Templates {
         all
     }
 
+    /// The template of this key, where it is in memory.
+    pub(crate) async fn in_memory(&self, key: &str) -> Option<Arc<Template>> {
+        let slot = self.slot(key);
+        let slot = slot.lock().await;
+        slot.template.clone()
+    }
+
+    /// Notes that a template was of use, without anybody having asked for it here.
+    pub(crate) fn was_used(&self, key: &str) {
+        self.known().used_ns.insert(key.to_owned(), now_ns());
+        let dir = self.dir.join(key);
+        // Nobody waits for it, and nobody misses it.
+        tokio::task::spawn_blocking(move || files::note_use(&dir));
+    }
+
     /// The template of this blueprint: the one in memory, the one on disk, or a new one, for which whoever asks first waits
     /// as long as a boot takes. `None` where it cannot be had now; why is logged, and the machine should boot.
     pub(crate) async fn get_or_make(
@@ -263,9 +285,7 @@ impl Templates {
         }
         let dir = self.dir.join(&key);
         if let Some(template) = &slot.template {
-            self.known().used_ns.insert(key, now_ns());
-            // Nobody waits for it, and nobody misses it.
-            tokio::task::spawn_blocking(move || files::note_use(&dir));
+            self.was_used(&key);
             return Ok((Arc::clone(template), false));
         }
         if let Err(message) =
@@ -293,6 +313,7 @@ impl Templates {
                     capture: Arc::new(capture),
                     overlay,
                     writing: Arc::default(),
+                    retired: AtomicBool::new(false),
                 });
                 (template, false)
             }
@@ -379,6 +400,7 @@ impl Templates {
             capture: Arc::new(capture),
             overlay,
             writing: Arc::default(),
+            retired: AtomicBool::new(false),
         }))
     }
 
@@ -412,6 +434,9 @@ impl Templates {
 
     async fn clear(&self, slot: &mut Slot, key: &str) -> bool {
         let template = slot.template.take();
+        if let Some(template) = &template {
+            template.retired.store(true, Ordering::Release);
+        }
         slot.failed = None;
         self.known().used_ns.remove(key);
         let writing = match &template {
@@ -468,8 +493,11 @@ impl Templates {
                 .is_some_and(|template| template.writing.try_lock().is_ok());
             if written {
                 tracing::info!(template = key, "a template is dropped from memory");
-                // What is on disk is read again when it is wanted.
-                held.template = None;
+                // What is on disk is read again when it is wanted. Its stock goes, too: whoever removes the files now would
+                // not find it.
+                if let Some(template) = held.template.take() {
+                    template.retired.store(true, Ordering::Release);
+                }
             }
         }
     }

@@ -78,6 +78,8 @@ impl TestNode {
             slirp4netns: None,
             boot_bound: Duration::from_secs(30),
             template_limits: None,
+            // No stock where a test does not ask for it: machines are counted.
+            warm_memory: Some(vistara_model::Bytes(0)),
         };
         change(&mut options);
         let client = Client::new(options.socket.clone());
