@@ -27,7 +27,7 @@ impl ImageStore {
         image: &Image,
         asked: &Asked<'_>,
     ) -> Result<ImageFacts, ImageError> {
-        if let Some(known) = read(&self.files, &image.id)?.get(asked) {
+        if let Some(known) = self.known_program_facts(image, asked)? {
             return Ok(known);
         }
         let _work = self.files.work_blocking()?;
@@ -45,6 +45,18 @@ impl ImageStore {
         cache
             .get(asked)
             .ok_or_else(|| ImageError::Internal("facts were lost on the way".to_owned()))
+    }
+
+    /// What [`ImageStore::program_facts`] found before, if it did: at the price of reading a small file.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    pub fn known_program_facts(
+        &self,
+        image: &Image,
+        asked: &Asked<'_>,
+    ) -> Result<Option<ImageFacts>, ImageError> {
+        Ok(read(&self.files, &image.id)?.get(asked))
     }
 
     /// Remembers that practice showed a program to need what its facts did not say. `file` is

@@ -2,8 +2,8 @@
 
 use std::io::{self, Read, Seek, SeekFrom};
 
-/// Bytes read at once.
-const WINDOW_BYTES: usize = 1 << 20;
+/// Bytes read at once, where less is asked for.
+const WINDOW_BYTES: usize = 256 << 10;
 
 /// Reads from `R` in large pieces. Seeking costs nothing until the next read, and then only outside the piece at hand.
 #[derive(Debug)]
@@ -29,13 +29,20 @@ impl<R: Read + Seek> Ahead<R> {
         }
     }
 
-    /// Reads the piece that begins at the position.
-    fn fill(&mut self) -> io::Result<()> {
+    /// Puts the input where the next read begins. Where it stands is unknown until that read has told.
+    fn approach(&mut self) -> io::Result<()> {
         if self.stands_at != Some(self.position) {
             self.input.seek(SeekFrom::Start(self.position))?;
         }
         self.stands_at = None;
+        Ok(())
+    }
+
+    /// Reads the piece that begins at the position.
+    fn fill(&mut self) -> io::Result<()> {
+        self.approach()?;
         self.window.clear();
+        self.window.reserve_exact(WINDOW_BYTES);
         self.window_at = self.position;
         let mut piece = (&mut self.input).take(WINDOW_BYTES as u64);
         piece.read_to_end(&mut self.window)?;
@@ -56,6 +63,14 @@ impl<R: Read + Seek> Ahead<R> {
 impl<R: Read + Seek> Read for Ahead<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.at_hand().is_empty() && !buffer.is_empty() {
+            if buffer.len() >= WINDOW_BYTES {
+                // More than would be kept: it is copied once only.
+                self.approach()?;
+                let count = self.input.read(buffer)?;
+                self.position += count as u64;
+                self.stands_at = Some(self.position);
+                return Ok(count);
+            }
             self.fill()?;
         }
         let at_hand = self.at_hand();

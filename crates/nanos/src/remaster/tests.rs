@@ -278,14 +278,18 @@ proptest! {
 
     #[test]
     fn reading_ahead_reads_what_is_there(
-        seeks in prop::collection::vec((0_u64..3_000_000, 0_usize..200_000), 1..12),
+        seeks in prop::collection::vec((0_u64..3_000_000, 0_usize..700_000), 1..12),
     ) {
         let bytes = (0..=250).collect::<Vec<u8>>().repeat(10_000);
         let mut ahead = Ahead::new(Cursor::new(&bytes));
         for (at, length) in seeks {
             ahead.seek(SeekFrom::Start(at)).unwrap();
-            let mut found = Vec::new();
-            (&mut ahead).take(length as u64).read_to_end(&mut found).unwrap();
+            let mut found = vec![0; length];
+            let mut count = 0;
+            while let more @ 1.. = ahead.read(&mut found[count..]).unwrap() {
+                count += more;
+            }
+            found.truncate(count);
             let start = (at as usize).min(bytes.len());
             prop_assert_eq!(&found[..], &bytes[start..(start + length).min(bytes.len())]);
         }

@@ -153,6 +153,9 @@ impl Node {
         );
         let looked = tokio::task::spawn_blocking(move || {
             let asked = Asked::new(&program.argv, &program.env, &program.working_dir);
+            if let Some(known) = images.known_program_facts(&image, &asked)? {
+                return Ok(known);
+            }
             let facts = images.program_facts(&image, &asked);
             // Layers and programs were in memory.
             vistara_host::memory::give_back();

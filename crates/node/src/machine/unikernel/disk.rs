@@ -4,7 +4,7 @@ use super::super::Record;
 use super::super::prepare::{GATEWAY, GUEST_ADDRESS, NAME_SERVER, PREFIX};
 use super::provisional::CALLS;
 use std::fs::File;
-use std::io::{BufReader, BufWriter};
+use std::io::BufWriter;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use vistara_model::{NamedVolume, Network};
@@ -16,7 +16,7 @@ use vistara_nanos::{Changes, calls, klog, remaster};
 /// Codes with which the kernel itself ends: after a fault, on an impossible manifest, in its debugger. They end the monitor,
 /// so that they are told from the program's, which restart the machine and are on the disk.
 const KERNELS_OWN: std::ops::RangeInclusive<u8> = 125..=127;
-/// Bytes of a buffer for reading and writing disks.
+/// Bytes of the buffer for writing disks.
 const BUFFER: usize = 1 << 20;
 
 /// What a kernel needs on the disk to tell of its program's calls.
@@ -66,7 +66,7 @@ pub(crate) fn write(
             .map(|Telling { kernel, module }| calls::tell(&mut manifest, &CALLS, kernel, module)),
     };
     let written = remaster(
-        BufReader::with_capacity(BUFFER, from),
+        from,
         BufWriter::with_capacity(BUFFER, file),
         &options,
         &manifest,
