@@ -359,6 +359,8 @@ pub(crate) enum ImagesCommand {
     Ls(ListImagesOptions),
     /// Fetch an image from a registry
     Pull(PullOptions),
+    /// Fetch an image from nodes that were joined, from all that have it at once
+    Fetch(FetchOptions),
     /// Take in an image: an OCI layout, a `docker save` archive or a root file system
     #[command(alias = "load")]
     Import(ImportOptions),
@@ -384,6 +386,23 @@ pub(crate) struct ListImagesOptions {
     /// Whole ids
     #[arg(long)]
     pub(crate) no_trunc: bool,
+}
+
+/// `images fetch`.
+#[derive(Debug, Args)]
+pub(crate) struct FetchOptions {
+    /// From these only: names, or beginnings of ids
+    #[arg(long, value_name = "NODE", value_delimiter = ',')]
+    pub(crate) from: Vec<String>,
+    /// Print the image's id and nothing else
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// The image as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Name, id, or unambiguous beginning of an id, as the nodes that have it know it
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
 }
 
 /// `images pull`.

@@ -7,6 +7,7 @@ use crate::arguments::{
 use crate::copy::pack;
 use crate::environment;
 use crate::failure::Failure;
+use crate::image_transfer;
 use crate::output::{print, print_json};
 use crate::progress;
 use crate::text::{ago, short_id, table, visible};
@@ -20,6 +21,11 @@ pub(crate) async fn images(client: &Client, options: ImagesOptions) -> Result<u8
         None => list(client, &options.list).await,
         Some(ImagesCommand::Ls(options)) => list(client, &options).await,
         Some(ImagesCommand::Pull(options)) => pull(client, &options).await,
+        Some(ImagesCommand::Fetch(options)) => {
+            let image =
+                image_transfer::fetch(client, &options.image, &options.from, options.quiet).await?;
+            print_image(&image, options.json)
+        }
         Some(ImagesCommand::Import(options)) => import(client, &options).await,
         Some(ImagesCommand::Rm(options)) => remove(client, &options).await,
         Some(ImagesCommand::Prune(options)) => prune(client, &options).await,

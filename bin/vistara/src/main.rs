@@ -15,6 +15,7 @@ mod exec_command;
 mod failure;
 mod image_commands;
 mod kernel_commands;
+mod image_transfer;
 mod logs_command;
 mod machine_commands;
 mod mesh_commands;

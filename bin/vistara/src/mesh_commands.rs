@@ -64,6 +64,9 @@ struct GiveOptions {
     /// Most machines at a time; those that have ended count until they are removed
     #[arg(long, value_name = "N")]
     max_machines: Option<u64>,
+    /// Most of images' layers brought in under it, such as 10g
+    #[arg(long, value_name = "SIZE")]
+    max_disk: Option<Bytes>,
     /// The grant and its token as JSON
     #[arg(long)]
     json: bool,
@@ -105,6 +108,9 @@ enum GrantCommand {
         /// At most so many machines
         #[arg(long, value_name = "N")]
         max_machines: Option<u64>,
+        /// At most so much of images
+        #[arg(long, value_name = "SIZE")]
+        max_disk: Option<Bytes>,
         /// For somebody else: only the holder can pass it on, and only once
         #[arg(long, value_name = "KEY")]
         to: Option<String>,
@@ -209,6 +215,7 @@ pub(crate) async fn grant(client: &Client, options: GrantOptions) -> Result<u8, 
             until,
             max_memory,
             max_machines,
+            max_disk,
             to,
             token,
         }) => {
@@ -218,6 +225,7 @@ pub(crate) async fn grant(client: &Client, options: GrantOptions) -> Result<u8, 
                 until: until.map(|time| time.to_string()),
                 memory: max_memory.map(|bytes| bytes.0.to_string()),
                 machines: max_machines,
+                disk: max_disk.map(|bytes| bytes.0.to_string()),
                 to,
             };
             print(&format!("{}\n", client.narrow(&request).await?.token))?;
@@ -236,6 +244,7 @@ async fn give(client: &Client, options: &GiveOptions) -> Result<u8, Failure> {
             .unwrap_or_default(),
         memory: options.max_memory.map(|bytes| bytes.0.to_string()),
         machines: options.max_machines,
+        disk: options.max_disk.map(|bytes| bytes.0.to_string()),
     };
     let given = client.grant(&request).await?;
     if options.json {
@@ -270,12 +279,16 @@ async fn list(client: &Client, json: bool) -> Result<u8, Failure> {
                 grant.memory_used_bytes.map(size),
                 grant.memory_max_bytes.map(size),
             ),
+            of(
+                grant.disk_used_bytes.map(size),
+                grant.disk_max_bytes.map(size),
+            ),
         ]
     };
     let rows: Vec<Vec<String>> = grants.iter().map(row).collect();
     print(&table(
         &[
-            "GRANT", "HOLDER", "FOR", "STATE", "UNTIL", "MACHINES", "MEMORY",
+            "GRANT", "HOLDER", "FOR", "STATE", "UNTIL", "MACHINES", "MEMORY", "IMAGES",
         ],
         &rows,
     ))?;

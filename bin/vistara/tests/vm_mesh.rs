@@ -143,6 +143,15 @@ fn a_program_runs_on_another_node_as_if_it_were_here() {
     );
     let words = [&run[..], &[&archive, "python3", "-c", "print(6*7)"]].concat();
     assert_eq!(said(near, &words), "42");
+    let id = said(far, &["images", "-q", "--no-trunc"]);
+    assert_eq!(said(near, &["images", "fetch", "-q", &id]), id);
+    said(far, &["images", "rm", "-f", &id]);
+    said(near, &["images", "tag", &id, "only/here"]);
+    // An image that only this side has goes by itself, in pieces and checked.
+    let words = [&run[..], &["only/here", "python3", "-c", "print(7*7)"]].concat();
+    assert_eq!(said(near, &words), "49");
+    assert!(said(far, &["images"]).contains("only/here"));
+    said(far, &["images", "rm", "-f", &id]);
     let archive = target().join("demo/python3.oci.tar");
     let words = ["import", archive.to_str().unwrap(), "--name", IMAGE];
     said(far, &[&["images"][..], &words].concat());
@@ -245,6 +254,106 @@ fn a_node_that_is_killed_is_named_and_its_machines_are_there_when_it_is_back() {
         let again = near.vistara(&["--on", "far", "exec", &machine, "echo", "still here"]);
         text(&again.stdout) == "still here\n"
     });
+}
+
+/// A root file system as an archive, of files that do not compress.
+fn archive(path: &std::path::Path, bytes: usize) {
+    let mut noise = vec![0; bytes];
+    std::fs::File::open("/dev/urandom")
+        .unwrap()
+        .read_exact(&mut noise)
+        .unwrap();
+    let mut tar = tar::Builder::new(std::fs::File::create(path).unwrap());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes as u64);
+    header.set_mode(0o755);
+    header.set_cksum();
+    tar.append_data(&mut header, "noise", noise.as_slice())
+        .unwrap();
+    tar.finish().unwrap();
+}
+
+#[test]
+fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() {
+    let two = Two::without_machines("images");
+    let (far, near) = (&two.far, &two.near);
+    let third = Two {
+        ticket: said(
+            &bare("mesh-images-third"),
+            &["node", "ticket", "--listen", "127.0.0.1:0"],
+        ),
+        far: bare("mesh-images-third"),
+        near: bare("mesh-images-near"),
+        id: two.id.clone(),
+    };
+    said(near, &["node", "join", &third.ticket]);
+    let file = near.state.join("noise.tar");
+    archive(&file, 12 << 20);
+    let file = file.to_str().unwrap();
+    for node in [far, &third.far] {
+        said(node, &["images", "import", "-q", file, "--name", "noise"]);
+    }
+    let id = |ticket: &str| ticket.split_once('@').unwrap().0.to_owned();
+    let refused = complained(near, &["images", "fetch", "noise"]);
+    assert!(refused.contains("no node that was joined"), "{refused}");
+    two.grant("run,images", &["--max-disk", "13m"]);
+    third.grant("run", &[]);
+    let fetched = near.vistara(&["images", "fetch", "noise"]);
+    let words = text(&fetched.stderr);
+    assert!(fetched.status.success(), "{words}");
+    assert!(
+        words.contains("MiB from ") && words.contains(", "),
+        "{words}"
+    );
+    let image = text(&fetched.stdout).trim().to_owned();
+    assert_eq!(said(far, &["images", "-q", "--no-trunc"]), image);
+
+    // Nobody takes what the grant does not say, or more than it says.
+    let on = |ticket: &str| ["--on".to_owned(), id(ticket)];
+    let [option, target] = on(&third.ticket);
+    let refused = complained(near, &[&option, &target, "images", "fetch", "noise"]);
+    assert!(
+        refused.contains("there") || refused.contains("right to images"),
+        "{refused}"
+    );
+    archive(near.state.join("more.tar").as_path(), 12 << 20);
+    let more = near.state.join("more.tar");
+    said(
+        near,
+        &[
+            "images",
+            "import",
+            "-q",
+            more.to_str().unwrap(),
+            "--name",
+            "more",
+        ],
+    );
+    let [option, target] = on(&two.ticket);
+    said(near, &[&option, &target, "images", "fetch", "-q", "more"]);
+    archive(&more, 2 << 20);
+    said(
+        near,
+        &[
+            "images",
+            "import",
+            "-q",
+            more.to_str().unwrap(),
+            "--name",
+            "again",
+        ],
+    );
+    let refused = complained(near, &[&option, &target, "images", "fetch", "again"]);
+    assert!(
+        refused.contains("the grant allows 13.0 MiB of images"),
+        "{refused}"
+    );
+    let words = ["import", more.to_str().unwrap(), "--name", "again"];
+    let refused = complained(
+        near,
+        &[&[option.as_str(), &target, "images"], &words[..]].concat(),
+    );
+    assert!(refused.contains("larger than what the grant"), "{refused}");
 }
 
 #[test]

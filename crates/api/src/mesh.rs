@@ -75,6 +75,8 @@ pub struct GrantRequest {
     pub memory: Option<String>,
     /// Machines at a time; no limit where absent.
     pub machines: Option<u64>,
+    /// Bytes of images' layers brought in under it, such as `"10g"`; no limit where absent.
+    pub disk: Option<String>,
 }
 
 /// A grant.
@@ -94,12 +96,18 @@ pub struct Grant {
     pub memory_max_bytes: Option<u64>,
     /// Limit of machines, ended ones that are kept included.
     pub machines_max: Option<u64>,
+    /// Limit of images' layers brought in under it, in bytes.
+    #[serde(default)]
+    pub disk_max_bytes: Option<u64>,
     /// `live`, `expired` or `revoked`.
     pub state: String,
     /// Guest memory in use under it, where this node gave it.
     pub memory_used_bytes: Option<u64>,
     /// Machines under it, ended ones that are kept included, where this node gave it.
     pub machines_used: Option<u64>,
+    /// Bytes of images' layers that were brought in under it and are there, where this node gave it.
+    #[serde(default)]
+    pub disk_used_bytes: Option<u64>,
 }
 
 /// The answer to `POST /v1/grants`.
@@ -133,6 +141,8 @@ pub struct NarrowRequest {
     pub memory: Option<String>,
     /// At most so many machines.
     pub machines: Option<u64>,
+    /// At most so many bytes of images.
+    pub disk: Option<String>,
     /// For this node instead of its holder, which must be the node that is asked.
     pub to: Option<String>,
 }

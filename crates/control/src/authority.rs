@@ -37,8 +37,13 @@ pub fn requirement(method: &str, path: &[&str]) -> Requirement {
             ],
         )
         | ("GET" | "PUT", ["machines", _, "archive"]) => Requirement::OwnMachine,
-        ("GET", ["images" | "image"]) => Requirement::Right(Right::Run),
-        ("POST", ["images", "pull" | "import"]) => Requirement::Right(Right::Images),
+        // Who may run an image may read it.
+        ("GET", ["images" | "image"] | ["image", "parts"] | ["blobs", _]) => {
+            Requirement::Right(Right::Run)
+        }
+        ("POST", ["images", "pull" | "import" | "offer" | "assemble"]) | ("PUT", ["blobs", _]) => {
+            Requirement::Right(Right::Images)
+        }
         ("DELETE", ["image"])
         | ("POST", ["images", "tag" | "prune"])
         | ("GET", ["doctor" | "metrics" | "kernels" | "templates"])
@@ -130,6 +135,18 @@ pub enum Refusal {
         /// What is asked for.
         asked: Bytes,
     },
+    /// Too much disk.
+    #[error(
+        "the grant allows {allowed} of images, {used} were brought in under it and are there, and {asked} more are to come"
+    )]
+    Disk {
+        /// The limit.
+        allowed: Bytes,
+        /// What is there.
+        used: Bytes,
+        /// What is to come.
+        asked: Bytes,
+    },
     /// The network.
     #[error("the grant does not give the right to use the node's network")]
     Network,
@@ -153,6 +170,9 @@ impl Refusal {
             Refusal::OwnerOnly => "ask its owner to do it",
             Refusal::Machines { .. } | Refusal::Memory { .. } => {
                 "remove machines that are not needed (`vistara ps -a`, `vistara rm`; `vistara run --rm` leaves none), or ask its owner for a larger grant"
+            }
+            Refusal::Disk { .. } => {
+                "ask its owner for a larger grant (`vistara grant --max-disk …`), or to remove images that you sent"
             }
             Refusal::Network => {
                 "add --network none, or ask its owner for a grant with the right `network`"
@@ -222,6 +242,22 @@ pub fn within_quota(terms: &GrantTerms, usage: Usage, asked: Bytes) -> Result<Us
         Some(allowed) if after.memory > allowed => Err(Refusal::Memory {
             allowed,
             used: usage.memory,
+            asked,
+        }),
+        _ => Ok(after),
+    }
+}
+
+/// Whether so many more bytes of images stay within a grant; gives how many there are afterwards.
+///
+/// # Errors
+/// [`Refusal::Disk`].
+pub fn within_disk(terms: &GrantTerms, used: Bytes, asked: Bytes) -> Result<Bytes, Refusal> {
+    let after = Bytes(used.0.saturating_add(asked.0));
+    match terms.limits.disk_max {
+        Some(allowed) if after > allowed => Err(Refusal::Disk {
+            allowed,
+            used,
             asked,
         }),
         _ => Ok(after),

@@ -19,7 +19,7 @@ mod stock;
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};
 pub use authority::{
     Question, Refusal, Requirement, Standing, Usage, authorize, has_right, leaves_host_alone,
-    requirement, right, within_quota,
+    requirement, right, within_disk, within_quota,
 };
 pub use choice::{Choice, ChoiceError, Request, choose};
 pub use command::{Program, ProgramError, program};

@@ -28,7 +28,7 @@ const CHUNKS_QUEUED: usize = 64;
 /// Bytes between two progress reports of a layer.
 const REPORT_BYTES: u64 = 256 << 10;
 /// Bytes of the root disk expected for each byte of compressed layers, for the check of free space.
-const DISK_RATIO: u64 = 2;
+pub(crate) const DISK_RATIO: u64 = 2;
 
 /// Brings an image's blobs into the store.
 pub(crate) async fn pull(
@@ -50,6 +50,14 @@ pub(crate) async fn pull(
     let subject = name.familiar();
     let refused = |why| ImageError::refused(subject.clone(), why);
     check(&chosen.manifest, limits).map_err(refused)?;
+    if let Some(limit) = options.bytes_max {
+        let layers = chosen.manifest.layers.iter().map(|layer| layer.size);
+        // The check has bounded their sum.
+        if layers.sum::<u64>() > limit {
+            let what = "bytes of layers, as many as may be taken";
+            return Err(refused(Refusal::Limit { what, limit }));
+        }
+    }
     let descriptor = &chosen.manifest.config;
     let config = match files.blob_bytes(&descriptor.digest) {
         Some(_) => files.read_blob(&descriptor.digest, limits.manifest_bytes_max.0)?,
@@ -292,10 +300,10 @@ struct Fetch {
 }
 
 /// A download's file, and what is known of what it holds.
-struct Sink {
+pub(crate) struct Sink {
     file: File,
-    hash: Sha256,
-    bytes: u64,
+    pub(crate) hash: Sha256,
+    pub(crate) bytes: u64,
 }
 
 impl Fetch {
@@ -457,7 +465,7 @@ impl Fetch {
 }
 
 impl Sink {
-    fn write(&mut self, chunk: &[u8]) -> std::io::Result<()> {
+    pub(crate) fn write(&mut self, chunk: &[u8]) -> std::io::Result<()> {
         self.file.write_all(chunk)?;
         self.hash.update(chunk);
         self.bytes += chunk.len() as u64;
@@ -477,7 +485,7 @@ impl Sink {
 }
 
 /// Opens what an earlier pull left, reads it once for its hash, and stands at its end.
-fn open_partial(path: &Path, size: u64) -> Result<Sink, ImageError> {
+pub(crate) fn open_partial(path: &Path, size: u64) -> Result<Sink, ImageError> {
     let failed = |error| ImageError::io("open", path, error);
     let mut file = OpenOptions::new()
         .create(true)

@@ -132,6 +132,9 @@ impl Token {
         if let Some(machines) = narrowing.limits.machines_max {
             let _ = writeln!(code, "check if machines($n), $n <= {};", whole(machines));
         }
+        if let Some(disk) = narrowing.limits.disk_max {
+            let _ = writeln!(code, "check if disk($d), $d <= {};", whole(disk.0));
+        }
         let narrowed = match narrowing.to {
             None => {
                 let block = BlockBuilder::new().code(&code).map_err(making)?;
@@ -208,6 +211,8 @@ pub struct Ambient {
     pub memory: Bytes,
     /// Machines under this grant afterwards; zero where the request starts none.
     pub machines: u64,
+    /// Bytes of images brought in under this grant afterwards; zero where the request brings none.
+    pub disk: Bytes,
 }
 
 /// A token that this node has signed; whether it allows something is another question.
@@ -237,12 +242,13 @@ impl Verified {
             .map(|right| format!("uses(\"{right}\"); "))
             .collect();
         let code = format!(
-            "time_s({}); caller(\"{}\"); at(\"{}\"); {uses}memory({}); machines({}); allow if true;",
+            "time_s({}); caller(\"{}\"); at(\"{}\"); {uses}memory({}); machines({}); disk({}); allow if true;",
             whole(ambient.now_s),
             ambient.caller,
             self.terms.node,
             whole(ambient.memory.0),
             whole(ambient.machines),
+            whole(ambient.disk.0),
         );
         let limits = AuthorizerLimits {
             max_facts: FACTS_MAX,
@@ -315,6 +321,9 @@ impl Authority {
         if let Some(machines) = terms.limits.machines_max {
             let _ = writeln!(code, "machines_max({});", whole(machines));
         }
+        if let Some(disk) = terms.limits.disk_max {
+            let _ = writeln!(code, "disk_max({});", whole(disk.0));
+        }
         let _ = write!(
             code,
             "check if time_s($t), $t <= {until};\n\
@@ -367,7 +376,7 @@ fn read_terms(source: &str) -> Result<GrantTerms, TokenError> {
         value.parse().map_err(|_| TokenError::Terms)
     }
     let (mut id, mut node, mut holder, mut until) = (None, None, None, None);
-    let (mut memory, mut machines) = (None, None);
+    let (mut memory, mut machines, mut disk) = (None, None, None);
     let mut rights = BTreeSet::new();
     for line in source.lines() {
         let fact = line
@@ -384,6 +393,7 @@ fn read_terms(source: &str) -> Result<GrantTerms, TokenError> {
             "until" => once(&mut until, number(value)?)?,
             "memory_max" => once(&mut memory, Bytes(number(value)?))?,
             "machines_max" => once(&mut machines, number(value)?)?,
+            "disk_max" => once(&mut disk, Bytes(number(value)?))?,
             "right" => {
                 rights.insert(text::<Right>(value)?);
             }
@@ -400,6 +410,7 @@ fn read_terms(source: &str) -> Result<GrantTerms, TokenError> {
         limits: GrantLimits {
             memory_max: memory,
             machines_max: machines,
+            disk_max: disk,
         },
     })
 }

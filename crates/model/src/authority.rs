@@ -192,6 +192,9 @@ pub struct GrantLimits {
     pub memory_max: Option<Bytes>,
     /// Machines that are there, those that have ended and were not removed included: what they wrote stays.
     pub machines_max: Option<u64>,
+    /// Bytes of images' layers that were brought in under it and are still there.
+    #[serde(default)]
+    pub disk_max: Option<Bytes>,
 }
 
 /// What a node has promised to the holder of a key.

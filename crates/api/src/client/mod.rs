@@ -2,6 +2,7 @@
 
 mod kernels;
 mod mesh;
+mod parts;
 mod snapshots;
 mod streams;
 mod templates;

@@ -59,6 +59,11 @@ fn each_request_needs_what_the_table_says() {
         ("GET", "images", run),
         ("POST", "images/pull", images),
         ("POST", "images/import", images),
+        ("POST", "images/offer", images),
+        ("POST", "images/assemble", images),
+        ("PUT", "blobs/sha256:0", images),
+        ("GET", "blobs/sha256:0", run),
+        ("GET", "image/parts", run),
         ("DELETE", "image", admin),
         ("POST", "images/prune", admin),
         ("GET", "doctor", admin),
@@ -148,6 +153,7 @@ fn a_quota_is_for_all_machines_of_a_grant_together() {
     terms.limits = GrantLimits {
         memory_max: Some(Bytes(300)),
         machines_max: Some(3),
+        disk_max: Some(Bytes(1000)),
     };
     let after = within_quota(&terms, usage, Bytes(100)).unwrap();
     assert_eq!((after.machines, after.memory), (3, Bytes(300)));
@@ -163,4 +169,11 @@ fn a_quota_is_for_all_machines_of_a_grant_together() {
     );
     // Nothing overflows into what is allowed.
     assert!(within_quota(&terms, usage, Bytes(u64::MAX)).is_err());
+    assert_eq!(within_disk(&terms, Bytes(1), Bytes(999)), Ok(Bytes(1000)));
+    for (used, asked) in [(1, 1000), (u64::MAX, u64::MAX), (1, u64::MAX)] {
+        let refusal = within_disk(&terms, Bytes(used), Bytes(asked)).unwrap_err();
+        assert!(matches!(refusal, Refusal::Disk { .. }));
+    }
+    terms.limits.disk_max = None;
+    assert!(within_disk(&terms, Bytes(1), Bytes(u64::MAX)).is_ok());
 }

@@ -5,6 +5,7 @@
 
 mod complete;
 mod files;
+mod parts;
 mod programs;
 mod records;
 mod sweep;
@@ -12,6 +13,7 @@ mod unikernel_disk;
 
 pub(crate) use complete::{Added, Arrived, ArrivedConfig, blocking, complete};
 pub(crate) use files::{Files, Guard, publish_path};
+pub use parts::{Missing, Parts};
 pub use unikernel_disk::UnikernelDisk;
 
 use crate::disk;

@@ -36,6 +36,7 @@ impl House {
             limits: GrantLimits {
                 memory_max: Some(Bytes(1 << 30)),
                 machines_max: Some(3),
+                disk_max: Some(Bytes(5 << 30)),
             },
         }
     }
@@ -51,6 +52,7 @@ impl House {
             right: Some(Right::Run),
             memory: Bytes(0),
             machines: 0,
+            disk: Bytes(0),
         }
     }
 
@@ -213,6 +215,7 @@ fn narrowing_takes_away_and_never_adds() {
     let limits = GrantLimits {
         memory_max: Some(Bytes(100)),
         machines_max: Some(1),
+        disk_max: Some(Bytes(10)),
     };
     let small = narrow(Narrowing {
         limits,
@@ -242,6 +245,10 @@ fn narrowing_takes_away_and_never_adds() {
             ..good
         }
     ));
+    for (bytes, allowed) in [(10, true), (11, false)] {
+        let disk = Bytes(bytes);
+        assert_eq!(house.allows(&small, Ambient { disk, ..good }), allowed);
+    }
     // The terms stay those of the first block.
     assert_eq!(
         *house.authority.verify(&small).unwrap().terms(),

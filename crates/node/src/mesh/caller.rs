@@ -74,7 +74,7 @@ impl Foreign {
         self.verified.is_some()
     }
 
-    fn terms(&self) -> Option<&GrantTerms> {
+    pub(super) fn terms(&self) -> Option<&GrantTerms> {
         self.verified.as_ref().map(Verified::terms)
     }
 
@@ -100,6 +100,24 @@ impl Foreign {
 
     /// Whether what holders have added to the token allows it, too.
     fn permits(&self, right: Option<Right>, after: Usage) -> Result<(), vistara_mesh::TokenError> {
+        self.permits_all(right, after, Bytes(0))
+    }
+
+    /// The same, of somebody who brings images.
+    pub(super) fn permits_disk(
+        &self,
+        right: Right,
+        disk: Bytes,
+    ) -> Result<(), vistara_mesh::TokenError> {
+        self.permits_all(Some(right), Usage::default(), disk)
+    }
+
+    fn permits_all(
+        &self,
+        right: Option<Right>,
+        after: Usage,
+        disk: Bytes,
+    ) -> Result<(), vistara_mesh::TokenError> {
         match &self.verified {
             None => Ok(()),
             Some(verified) => verified.permits(&Ambient {
@@ -108,6 +126,7 @@ impl Foreign {
                 right,
                 memory: after.memory,
                 machines: after.machines,
+                disk,
             }),
         }
     }

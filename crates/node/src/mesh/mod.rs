@@ -8,6 +8,8 @@
 //!   where each request is authorized → the same handlers that the owner's requests reach
 //! ```
 
+mod bring;
+mod brought;
 mod caller;
 mod faults;
 mod ledger;
@@ -60,6 +62,8 @@ pub(crate) struct Mesh {
     nonces: Mutex<Nonces>,
     /// What machines that are being made will take, by grant.
     held: Mutex<HashMap<GrantId, Usage>>,
+    /// Images that others brought in.
+    brought: Mutex<brought::Brought>,
     /// Counts revocations, for visits that are under way.
     revocations: watch::Sender<u64>,
     visits: mpsc::Sender<Visit>,
@@ -116,6 +120,7 @@ impl Mesh {
             turning: tokio::sync::Mutex::default(),
             nonces: Mutex::default(),
             held: Mutex::default(),
+            brought: Mutex::new(brought::Brought::at(&state_dir.join("mesh"))),
             revocations: watch::Sender::new(0),
             visits,
         };

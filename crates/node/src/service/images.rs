@@ -3,7 +3,8 @@
 use super::App;
 use super::templates;
 use crate::fault::{Answer, Fault, blocking};
-use crate::mesh::Caller;
+use crate::mesh::{Caller, Mesh};
+use crate::node::Node;
 use crate::{images, view};
 use axum::body::Body;
 use axum::extract::{Query, State};
@@ -111,7 +112,9 @@ pub(super) async fn pull(
     Json(request): Json<PullRequest>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>> + Send>> {
     let image = name(&request.image)?;
+    let bytes_max = app.mesh.may_bring_at_most(&app.node, &caller).await?;
     let options = PullOptions {
+        bytes_max,
         insecure_registries: if request.insecure {
             vec![image.registry.clone()]
         } else {
@@ -125,10 +128,26 @@ pub(super) async fn pull(
         },
         ..PullOptions::default()
     };
+    let mesh = app.mesh;
     Ok(sse(images::events(
         app.node,
-        move |node, sink| async move { node.mechanisms().images.pull(&image, &options, &sink).await },
+        move |node, sink| async move {
+            let store = node.mechanisms().images;
+            let image = store.pull(&image, &options, &sink).await?;
+            note(&mesh, &node, &caller, &image).await;
+            Ok(image)
+        },
     )))
+}
+
+/// Takes note of who brought an image.
+async fn note(mesh: &Arc<Mesh>, node: &Arc<Node>, caller: &Caller, image: &vistara_image::Image) {
+    if let Err(fault) = mesh.has_brought(node, caller, image).await {
+        tracing::warn!(
+            error = fault.0.message,
+            "who brought an image could not be noted"
+        );
+    }
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -148,10 +167,12 @@ pub(super) struct ImportQuery {
 )]
 pub(super) async fn import(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<ImportQuery>,
     body: Body,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>> + Send>> {
     let image_name = query.name.as_deref().map(name).transpose()?;
+    let bytes_max = app.mesh.may_bring_at_most(&app.node, &caller).await?;
     let spool = images::spool(&app.node)?;
     let mut file =
         tokio::fs::File::from_std(spool.reopen().map_err(|error| Fault::internal(&error))?);
@@ -163,19 +184,31 @@ pub(super) async fn import(
         )
         .hint("free some disk space: vistara images prune --all")
     };
+    let mut bytes = 0_u64;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk
             .map_err(|error| Fault::user(format!("the archive did not arrive whole: {error}")))?;
+        bytes += chunk.len() as u64;
+        if bytes_max.is_some_and(|most| bytes > most) {
+            return Err(Fault::new(
+                ErrorKind::Denied,
+                "the archive is larger than what the grant still allows of images",
+            )
+            .hint("ask the node's owner for a larger grant: vistara grant --max-disk …"));
+        }
         file.write_all(&chunk).await.map_err(no_room)?;
     }
     file.flush().await.map_err(no_room)?;
+    let mesh = app.mesh;
     Ok(sse(images::events(
         app.node,
         move |node, sink| async move {
-            node.mechanisms()
-                .images
+            let store = node.mechanisms().images;
+            let image = store
                 .import(spool.path(), image_name.as_ref(), None, &sink)
-                .await
+                .await?;
+            note(&mesh, &node, &caller, &image).await;
+            Ok(image)
         },
     )))
 }

@@ -44,18 +44,25 @@ fn rights(words: &[String]) -> Answer<BTreeSet<Right>> {
         .collect()
 }
 
-fn limits(memory: Option<&String>, machines: Option<u64>) -> Answer<GrantLimits> {
-    let memory_max = memory
-        .map(|text| text.parse::<Bytes>())
-        .transpose()
-        .map_err(|error| Fault::user(error.to_string()))?;
+fn limits(
+    memory: Option<&String>,
+    machines: Option<u64>,
+    disk: Option<&String>,
+) -> Answer<GrantLimits> {
+    let bytes = |text: Option<&String>| {
+        text.map(|text| text.parse::<Bytes>())
+            .transpose()
+            .map_err(|error| Fault::user(error.to_string()))
+    };
     Ok(GrantLimits {
-        memory_max,
+        memory_max: bytes(memory)?,
         machines_max: machines,
+        disk_max: bytes(disk)?,
     })
 }
 
-fn grant(terms: &GrantTerms, standing: Standing, usage: Option<Usage>) -> Grant {
+fn grant(terms: &GrantTerms, standing: Standing, usage: Option<(Usage, Bytes)>) -> Grant {
+    let (usage, disk) = (usage.map(|(usage, _)| usage), usage.map(|(_, disk)| disk));
     let state = match standing {
         Standing::Revoked => "revoked",
         Standing::Unknown => "unknown",
@@ -70,13 +77,15 @@ fn grant(terms: &GrantTerms, standing: Standing, usage: Option<Usage>) -> Grant 
         until: instant(terms.until_s),
         memory_max_bytes: terms.limits.memory_max.map(|bytes| bytes.0),
         machines_max: terms.limits.machines_max,
+        disk_max_bytes: terms.limits.disk_max.map(|bytes| bytes.0),
         state: state.to_owned(),
         memory_used_bytes: usage.map(|usage| usage.memory.0),
         machines_used: usage.map(|usage| usage.machines),
+        disk_used_bytes: disk.map(|bytes| bytes.0),
     }
 }
 
-fn given(app: &App, given: &Given) -> Grant {
+async fn given(app: &App, given: &Given) -> Answer<Grant> {
     let records: Vec<_> = app
         .node
         .all()
@@ -87,11 +96,9 @@ fn given(app: &App, given: &Given) -> Grant {
         Some(_) => Standing::Revoked,
         None => Standing::Live,
     };
-    grant(
-        &given.terms,
-        standing,
-        Some(used(&given.terms.id, &records)),
-    )
+    let usage = used(&given.terms.id, &records);
+    let disk = app.mesh.brought_under(&app.node, &given.terms.id).await?;
+    Ok(grant(&given.terms, standing, Some((usage, disk))))
 }
 
 fn peer(app: &App, peer: &Peer) -> PeerNode {
@@ -277,7 +284,11 @@ pub(super) async fn stream(
 pub(super) async fn grants(State(app): State<App>) -> Answer<Json<Vec<Grant>>> {
     let open = app.mesh.open().await?;
     let all = lock(&open.ledger).all().to_vec();
-    Ok(Json(all.iter().map(|one| given(&app, one)).collect()))
+    let mut listed = Vec::with_capacity(all.len());
+    for one in &all {
+        listed.push(given(&app, one).await?);
+    }
+    Ok(Json(listed))
 }
 
 /// Lets somebody in.
@@ -314,13 +325,17 @@ pub(super) async fn give(
         holder,
         rights,
         until_s,
-        limits: limits(request.memory.as_ref(), request.machines)?,
+        limits: limits(
+            request.memory.as_ref(),
+            request.machines,
+            request.disk.as_ref(),
+        )?,
     };
     let token = open.authority.give(&terms)?;
     let books = Arc::clone(&open);
     let entered = blocking(move || lock(&books.ledger).give(terms)).await??;
     Ok(Json(GivenGrant {
-        grant: given(&app, &entered),
+        grant: given(&app, &entered).await?,
         token: token.to_string(),
     }))
 }
@@ -334,7 +349,7 @@ pub(super) async fn give(
 )]
 pub(super) async fn revoke(State(app): State<App>, Path(id): Path<String>) -> Answer<Json<Grant>> {
     let (_, revoked) = app.mesh.revoke(id.parse()?).await?;
-    Ok(Json(given(&app, &revoked)))
+    Ok(Json(given(&app, &revoked).await?))
 }
 
 /// Remembers a token that another node gave to this one.
@@ -368,7 +383,11 @@ pub(super) async fn narrow(
     let narrowing = Narrowing {
         rights: request.rights.as_deref().map(rights).transpose()?,
         until_s: request.until.as_deref().map(moment).transpose()?,
-        limits: limits(request.memory.as_ref(), request.machines)?,
+        limits: limits(
+            request.memory.as_ref(),
+            request.machines,
+            request.disk.as_ref(),
+        )?,
         to: request.to.as_deref().map(str::parse).transpose()?,
     };
     let narrowed = token.narrow(&narrowing, &open.identity)?;

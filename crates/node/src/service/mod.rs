@@ -6,6 +6,7 @@ mod listener;
 mod machines;
 mod mesh;
 mod metrics;
+mod parts;
 mod snapshots;
 mod streams;
 mod system;
@@ -110,6 +111,10 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(images::import))
         .routes(routes!(images::tag))
         .routes(routes!(images::prune))
+        .routes(routes!(parts::show))
+        .routes(routes!(parts::offer))
+        .routes(routes!(parts::assemble))
+        .routes(routes!(parts::piece, parts::receive))
         .routes(routes!(system::kernels, system::add_kernel))
         .routes(routes!(system::remove_kernel))
         .routes(routes!(system::default_kernel))

@@ -1,0 +1,373 @@
+//! Images from nodes to a node: what it lacks, by digest, in pieces from all that have it, gone on from after a cut.
+//!
+//! The bytes go through here, the caller's host: the nodes need not know one another. What arrives is checked where it
+//! arrives; a source that sends anything else costs its transfer, never the image.
+
+use crate::failure::{Failure, eprint_line};
+use crate::progress;
+use crate::text::visible;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use vistara_api::{Client, ClientError, ErrorKind, Image, ImageEvent, ImageParts, WantedLayer};
+
+/// Bytes of one piece: a fraction of a second on most lines, and some tens of milliseconds on fast ones.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Pieces asked for ahead: for each source, and all together (64 MiB of memory).
+const AHEAD_EACH: usize = 2;
+const AHEAD_MAX: usize = 8;
+/// Layers on their way at a time.
+const LAYERS_AT_ONCE: usize = 2;
+/// Times that a layer is taken up again without anything having arrived.
+const ATTEMPTS_MAX: u32 = 6;
+/// First pause before that, doubled each time.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Longest that a node is asked whether it has an image.
+const ASK_BOUND: Duration = Duration::from_secs(5);
+/// From so many bytes on other nodes are asked, too.
+const SEVERAL_MIN: u64 = 8 << 20;
+/// Events on their way to the screen.
+const EVENTS_MAX: usize = 64;
+
+struct Source {
+    called: String,
+    client: Client,
+    /// Pieces asked of it and not yet here.
+    busy: AtomicUsize,
+    failed: AtomicBool,
+}
+
+/// Nodes that have an image.
+struct Sources(Vec<Source>);
+
+impl Sources {
+    fn of(list: impl IntoIterator<Item = (String, Client)>) -> Sources {
+        let source = |(called, client)| Source {
+            called,
+            client,
+            busy: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+        };
+        Sources(list.into_iter().map(source).collect())
+    }
+
+    /// One piece, from whichever source has least to do; from another where that one fails.
+    async fn piece(&self, digest: &str, from: u64, length: u64) -> io::Result<Bytes> {
+        let mut last = io::Error::other("nobody has it");
+        for _ in 0..self.0.len() {
+            let usable = |source: &&Source| !source.failed.load(Ordering::Relaxed);
+            let busy = |source: &&Source| source.busy.load(Ordering::Relaxed);
+            let Some(source) = self.0.iter().filter(usable).min_by_key(busy) else {
+                break;
+            };
+            source.busy.fetch_add(1, Ordering::Relaxed);
+            let piece = source.client.blob(digest, from, length).await;
+            source.busy.fetch_sub(1, Ordering::Relaxed);
+            match piece {
+                Ok(piece) if piece.len() as u64 == length => return Ok(piece),
+                Ok(_) => last = io::Error::other(format!("{}: it sent too little", source.called)),
+                Err(error) => last = io::Error::other(format!("{}: {error}", source.called)),
+            }
+            source.failed.store(true, Ordering::Relaxed);
+        }
+        Err(last)
+    }
+
+    /// Lets those that failed try again.
+    fn forgive(&self) {
+        for source in &self.0 {
+            source.failed.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// A layer from here on, in order, asked for ahead.
+    fn pieces(
+        self: &Arc<Self>,
+        layer: &WantedLayer,
+        report: impl Fn(u64) + Send + 'static,
+    ) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+        let ahead = (self.0.len() * AHEAD_EACH).min(AHEAD_MAX);
+        let (sources, digest, bytes) = (Arc::clone(self), layer.digest.clone(), layer.bytes);
+        let starts =
+            std::iter::successors(Some(layer.have_bytes), move |from| Some(from + PIECE_BYTES))
+                .take_while(move |from| *from < bytes);
+        futures_util::stream::iter(starts)
+            .map(move |from| {
+                let (sources, digest) = (Arc::clone(&sources), digest.clone());
+                let length = PIECE_BYTES.min(bytes - from);
+                async move {
+                    let piece = sources.piece(&digest, from, length).await?;
+                    Ok((from + length, piece))
+                }
+            })
+            .buffered(ahead)
+            .map_ok(move |(done, piece)| {
+                report(done);
+                piece
+            })
+    }
+}
+
+/// Whether the layer that arrived was not the one that was asked for.
+fn is_garbage(error: &ClientError) -> bool {
+    error
+        .body()
+        .is_some_and(|body| body.kind == ErrorKind::User)
+}
+
+type Report = mpsc::Sender<Result<ImageEvent, ClientError>>;
+
+/// Has a layer arrive.
+async fn send_layer(
+    sources: &Arc<Sources>,
+    target: &Client,
+    parts: &ImageParts,
+    mut layer: WantedLayer,
+    report: &Report,
+) -> Result<(), ClientError> {
+    let mut attempts = 0;
+    loop {
+        let (digest, total_bytes, report) = (layer.digest.clone(), layer.bytes, report.clone());
+        let pieces = sources.pieces(&layer, move |done_bytes| {
+            let event = ImageEvent::Layer {
+                digest: digest.clone(),
+                done_bytes,
+                total_bytes,
+            };
+            // A screen that is slow misses some.
+            let _ = report.try_send(Ok(event));
+        });
+        let sent = target
+            .send_blob(&layer.digest, layer.bytes, layer.have_bytes, pieces)
+            .await;
+        let before = layer.have_bytes;
+        let failure = match sent {
+            Ok(received) if received.have_bytes >= layer.bytes => return Ok(()),
+            Ok(received) => {
+                layer.have_bytes = received.have_bytes;
+                None
+            }
+            Err(error)
+                if error
+                    .body()
+                    .is_some_and(|body| body.kind != ErrorKind::Peer) =>
+            {
+                return Err(error);
+            }
+            Err(error) => Some(error),
+        };
+        if failure.is_none() && layer.have_bytes > before {
+            attempts = 0;
+        }
+        attempts += 1;
+        if attempts >= ATTEMPTS_MAX {
+            let cut = || ClientError::Broken {
+                operation: "sending a layer",
+                message: "it was cut off again and again".to_owned(),
+            };
+            return Err(failure.unwrap_or_else(cut));
+        }
+        tokio::time::sleep(PAUSE * 2_u32.pow(attempts - 1)).await;
+        sources.forgive();
+        // What there is now, after whatever happened.
+        if let Ok(wanted) = target.offer_image(parts).await {
+            match (wanted.layers.into_iter()).find(|wanted| wanted.digest == layer.digest) {
+                None => return Ok(()),
+                Some(wanted) => {
+                    if wanted.have_bytes > before {
+                        attempts = 0;
+                    }
+                    layer = wanted;
+                }
+            }
+        }
+    }
+}
+
+async fn send_all(
+    sources: &Arc<Sources>,
+    target: &Client,
+    parts: &ImageParts,
+    wanted: Vec<WantedLayer>,
+    report: &Report,
+) -> Result<(), ClientError> {
+    futures_util::stream::iter(wanted)
+        .map(|layer| async move {
+            let sent = send_layer(sources, target, parts, layer.clone(), report).await;
+            match sent {
+                // Who of several sent something else is not known: one after another, each by itself.
+                Err(error) if is_garbage(&error) && sources.0.len() > 1 => {
+                    let mut last = error;
+                    for source in &sources.0 {
+                        let alone = [(source.called.clone(), source.client.clone())];
+                        let alone = Arc::new(Sources::of(alone));
+                        let anew = WantedLayer {
+                            have_bytes: 0,
+                            ..layer.clone()
+                        };
+                        match send_layer(&alone, target, parts, anew, report).await {
+                            Ok(()) => return Ok(()),
+                            Err(error) => last = error,
+                        }
+                    }
+                    Err(last)
+                }
+                sent => sent,
+            }
+        })
+        .buffer_unordered(LAYERS_AT_ONCE)
+        .try_collect::<Vec<()>>()
+        .await
+        .map(drop)
+}
+
+/// Of these nodes, those that have this very image.
+async fn who_has(candidates: Vec<(String, Client)>, id: &str) -> Vec<(String, Client)> {
+    let asked = candidates.into_iter().map(|(called, client)| async move {
+        let asked = tokio::time::timeout(ASK_BOUND, client.image(id)).await;
+        matches!(asked, Ok(Ok(image)) if image.id == id).then_some((called, client))
+    });
+    let found = futures_util::future::join_all(asked).await;
+    found.into_iter().flatten().collect()
+}
+
+/// The joined nodes that answer and have granted something, but for the target.
+async fn others(local: &Client, target: &Client) -> Result<Vec<(String, Client)>, ClientError> {
+    let nodes = local.nodes().await?;
+    Ok(nodes
+        .into_iter()
+        .filter(|node| node.state == "connected" && node.grant.is_some())
+        .filter(|node| {
+            target
+                .node()
+                .is_none_or(|on| !(node.id.starts_with(on) || node.name.as_deref() == Some(on)))
+        })
+        .map(|node| {
+            let called = node.name.unwrap_or_else(|| node.id[..12].to_owned());
+            (called, local.on(node.id))
+        })
+        .collect())
+}
+
+/// Gives the target an image that one of the first sources has; these and the further ones send what it lacks.
+async fn transfer(
+    target: &Client,
+    image: &str,
+    first: Vec<(String, Client)>,
+    quiet: bool,
+) -> Result<Image, Failure> {
+    let local = target.local();
+    let mut found = None;
+    let mut refusal = None;
+    for (called, client) in &first {
+        match client.image_parts(image).await {
+            Ok(parts) => {
+                found = Some((called.clone(), client.clone(), parts));
+                break;
+            }
+            Err(error) => refusal = Some(Failure::from(error)),
+        }
+    }
+    let Some((called, client, parts)) = found else {
+        return Err(refusal.unwrap_or_else(|| {
+            Failure::new(format!(
+                "no node that was joined and has granted something has {image}"
+            ))
+            .hint("`vistara nodes` lists them; `--from NODE` says which to ask")
+        }));
+    };
+    let wanted = target.offer_image(&parts).await?.layers;
+    let lacking: u64 = (wanted.iter())
+        .map(|layer| layer.bytes.saturating_sub(layer.have_bytes))
+        .sum();
+    let mut sources = vec![(called.clone(), client)];
+    if lacking >= SEVERAL_MIN {
+        let mut more: Vec<_> = first
+            .into_iter()
+            .filter(|(name, _)| *name != called)
+            .collect();
+        for (name, client) in others(&local, target).await.unwrap_or_default() {
+            let known = |(other, _): &(String, Client)| *other == name;
+            if !more.iter().any(known) && name != called {
+                more.push((name, client));
+            }
+        }
+        sources.extend(who_has(more, &parts.id).await);
+    }
+    if !quiet && lacking > 0 {
+        let names: Vec<&str> = sources.iter().map(|(called, _)| called.as_str()).collect();
+        eprint_line(&format!(
+            "{} from {}",
+            vistara_model::Bytes(lacking),
+            visible(&names.join(", "), false)
+        ));
+    }
+    let (report, mut events) = mpsc::channel(EVENTS_MAX);
+    let target = target.clone();
+    let sources = Arc::new(Sources::of(sources));
+    tokio::spawn(async move {
+        let sent = async {
+            send_all(&sources, &target, &parts, wanted, &report).await?;
+            target.assemble_image(&parts).await
+        };
+        match sent.await {
+            Ok(mut events) => {
+                while let Some(event) = events.next().await {
+                    if report.send(event).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            // Nobody is left to be told where this fails.
+            Err(error) => drop(report.send(Err(error)).await),
+        }
+    });
+    let events = futures_util::stream::poll_fn(move |cx| events.poll_recv(cx));
+    progress::show(Box::pin(events), quiet).await
+}
+
+/// Gives another node an image that this one has; none where this one has it not.
+pub(crate) async fn send_own(
+    target: &Client,
+    image: &str,
+    quiet: bool,
+) -> Result<Option<Image>, Failure> {
+    let local = target.local();
+    match local.image(image).await {
+        Ok(_) => {}
+        Err(error) => {
+            return match error.body().map(|body| body.kind) {
+                Some(ErrorKind::ImageNotFound | ErrorKind::NotFound | ErrorKind::User) => Ok(None),
+                _ => Err(error.into()),
+            };
+        }
+    }
+    let sources = vec![("here".to_owned(), local)];
+    transfer(target, image, sources, quiet).await.map(Some)
+}
+
+/// Gets an image for a node, the local one or another, from these nodes, or from all that have it.
+pub(crate) async fn fetch(
+    target: &Client,
+    image: &str,
+    from: &[String],
+    quiet: bool,
+) -> Result<Image, Failure> {
+    let local = target.local();
+    let sources = if from.is_empty() {
+        let mut sources = others(&local, target).await?;
+        if target.node().is_some() {
+            sources.insert(0, ("here".to_owned(), local));
+        }
+        sources
+    } else {
+        (from.iter())
+            .map(|node| (node.clone(), local.on(node.clone())))
+            .collect()
+    };
+    transfer(target, image, sources, quiet).await
+}
