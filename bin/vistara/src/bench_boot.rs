@@ -17,11 +17,11 @@ use vistara_api::{Client, RunRequest};
 use vistara_model::{Accelerator, Bytes};
 
 /// Name of the image that is made for the measurement and removed after it.
-const IMAGE: &str = "vistara-bench-boot";
+pub(crate) const IMAGE: &str = "vistara-bench-boot";
 /// Where the program lies in it.
-const PROGRAM: &str = "/up";
+pub(crate) const PROGRAM: &str = "/up";
 /// Runs of each kind that are not counted: caches and templates are warm afterwards.
-const WARM_UP: u32 = 1;
+pub(crate) const WARM_UP: u32 = 1;
 
 /// One way of running the program.
 #[derive(Debug, Serialize)]
@@ -97,17 +97,25 @@ pub(crate) async fn boot(
             }
         }
     }
-    import(client).await?;
-    let measured = measure(client, places, &kinds, count).await;
-    // It is a few hundred bytes; the measurement's own failure says more.
-    let _ = client.remove_image(IMAGE, true).await;
-    let report = measured?;
+    let report = with_image(client, measure(client, places, &kinds, count)).await?;
     if json {
         print_json(&report)?;
     } else {
         print(&table(&report))?;
     }
     Ok(0)
+}
+
+/// Measures while the image is there.
+pub(crate) async fn with_image<T>(
+    client: &Client,
+    measure: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    import(client).await?;
+    let measured = measure.await;
+    // It is a few hundred bytes; the measurement's own failure says more.
+    let _ = client.remove_image(IMAGE, true).await;
+    measured
 }
 
 /// Makes an image of one file.

@@ -6,6 +6,7 @@
 //! Invariants: each machine has exactly one task that changes it ([`machine`]); what a user may see of it is published
 //! after it is on disk; no request waits while a lock is held.
 
+mod baseline;
 mod doctor;
 mod fault;
 mod images;
@@ -22,6 +23,8 @@ mod templates;
 mod view;
 mod volumes;
 
+/// The baselines that `vistara bench` measures against.
+pub use baseline::raw_agent_ready;
 pub use fault::NodeError;
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use service::{openapi, run};
@@ -29,5 +32,5 @@ pub use service::{openapi, run};
 pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
-/// The baselines that `vistara bench` measures against.
+pub use vistara_machine::firecracker::RawFirecracker;
 pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};

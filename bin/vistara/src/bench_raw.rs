@@ -1,0 +1,178 @@
+//! `vistara bench boot --vs raw`: from the call of the interface to an agent that answers, against a bare Firecracker with the
+//! same kernel, initramfs, disks and settings. In turn, in one run, so that a noisy host slows both alike.
+
+use crate::bench_boot::{IMAGE, PROGRAM, WARM_UP, with_image};
+use crate::bench_command::{Series, millis, tempdir};
+use crate::environment;
+use crate::failure::Failure;
+use crate::output::{print, print_json};
+use crate::places::Places;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use vistara_api::{Client, MachineDetail, RunRequest};
+
+/// What is measured: the only monitor with a baseline of this kind.
+const HYPERVISOR: &str = "firecracker";
+/// The step that begins when the agent has answered.
+const AFTER_READY: &str = "configure";
+/// How long a machine may take until its program runs, and how often that is looked at. That costs processor time of which
+/// the guest may have need, so it is not often.
+const READY_LIMIT: Duration = Duration::from_secs(120);
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What `--json` prints. Times are milliseconds.
+#[derive(Debug, Serialize)]
+struct Report {
+    count: u32,
+    hypervisor: String,
+    accelerator: String,
+    /// From the call to the agent's answer: as the node tells it from the arrival of the request, and a whole exchange of
+    /// client and node for the way there.
+    ours: Series,
+    /// From the start of a bare Firecracker to the agent's answer.
+    raw: Series,
+    /// The median of `ours` by that of `raw`.
+    ratio: f64,
+    /// Medians of what happens on our way, by name.
+    steps: BTreeMap<String, Series>,
+}
+
+pub(crate) async fn boot(
+    client: &Client,
+    places: &Places,
+    json: bool,
+    count: u32,
+) -> Result<u8, Failure> {
+    let report = with_image(client, measure(client, places, count)).await?;
+    if json {
+        print_json(&report)?;
+    } else {
+        print(&table(&report))?;
+    }
+    Ok(0)
+}
+
+async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report, Failure> {
+    let bare = |error| Failure::because("the bare Firecracker did not come up", error);
+    let scratch = tempdir(places)?;
+    let (mut ours, mut raw) = (Vec::new(), Vec::new());
+    let mut steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let mut baseline = None;
+    let mut accelerator = String::new();
+    for round in 0..WARM_UP + count {
+        let begin = Instant::now();
+        client.version().await?;
+        let exchange = millis(begin.elapsed());
+        let name = format!("bench-raw-{}", std::process::id());
+        let ready = one_run(client, &name).await;
+        if let (Ok(detail), None) = (&ready, &baseline) {
+            let program = environment::path(environment::FIRECRACKER);
+            let like =
+                vistara_node::RawFirecracker::like(detail.dir.as_ref(), program, scratch.as_ref());
+            baseline = Some(like.await);
+        }
+        let removed = client.remove_machine(&name, true).await;
+        let detail = ready?;
+        removed?;
+        let like = match baseline.take() {
+            Some(like) => like.map_err(bare)?,
+            None => return Err(Failure::new("there is nothing to compare with")),
+        };
+        like.reset().map_err(bare)?;
+        let begin = Instant::now();
+        let run = like.start().map_err(bare)?;
+        vistara_node::raw_agent_ready(&run).await.map_err(bare)?;
+        let took = begin.elapsed();
+        drop(run);
+        baseline = Some(Ok(like));
+        accelerator = detail
+            .machine
+            .choice
+            .as_ref()
+            .map(|choice| choice.accelerator.clone())
+            .unwrap_or_default();
+        if round < WARM_UP {
+            continue;
+        }
+        raw.push(millis(took));
+        ours.push(exchange + ready_at(&detail).unwrap_or(f64::NAN));
+        for timing in &detail.timings {
+            let series = steps.entry(timing.step.clone()).or_default();
+            series.push(timing.took_ms);
+        }
+    }
+    let (ours, raw) = (Series::of(ours), Series::of(raw));
+    Ok(Report {
+        count,
+        hypervisor: HYPERVISOR.to_owned(),
+        accelerator,
+        ratio: ours.median / raw.median,
+        ours,
+        raw,
+        steps: steps
+            .into_iter()
+            .map(|(name, series)| (name, Series::of(series)))
+            .collect(),
+    })
+}
+
+/// When the agent had answered, in milliseconds from the request.
+fn ready_at(detail: &MachineDetail) -> Option<f64> {
+    let mut steps = detail.timings.iter();
+    let after = steps.find(|timing| timing.step == AFTER_READY)?;
+    Some(after.begin_ms)
+}
+
+/// A machine whose agent has answered. It may be there also after a failure.
+async fn one_run(client: &Client, name: &str) -> Result<MachineDetail, Failure> {
+    let request = RunRequest {
+        image: IMAGE.to_owned(),
+        command: vec![PROGRAM.to_owned()],
+        name: Some(name.to_owned()),
+        hypervisor: Some(HYPERVISOR.to_owned()),
+        network: Some("none".to_owned()),
+        no_template: true,
+        ..RunRequest::default()
+    };
+    client.run(&request).await?;
+    let begin = Instant::now();
+    loop {
+        let detail = client.machine(name).await?;
+        if ready_at(&detail).is_some() {
+            return Ok(detail);
+        }
+        if let Some(message) = &detail.machine.message
+            && detail.machine.ended_at.is_some()
+        {
+            return Err(Failure::new(format!("a machine did not start: {message}")));
+        }
+        if begin.elapsed() > READY_LIMIT {
+            let limit = READY_LIMIT.as_secs();
+            return Err(Failure::new(format!(
+                "a machine's agent has not answered after {limit} s"
+            )));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn table(report: &Report) -> String {
+    let mut text = format!(
+        "{} with {}, {} runs of each, in turn\n\n{:<34}{:>9}{:>9}{:>9}\n",
+        report.hypervisor, report.accelerator, report.count, "milliseconds", "min", "median", "max"
+    );
+    let mut row = |name: &str, series: &Series| {
+        text.push_str(&format!(
+            "{name:<34}{:>9.1}{:>9.1}{:>9.1}\n",
+            series.min, series.median, series.max
+        ));
+    };
+    row("call to agent ready", &report.ours);
+    row("bare Firecracker to agent ready", &report.raw);
+    for (name, series) in &report.steps {
+        row(&format!("  of ours: {name}"), series);
+    }
+    text.push_str(&format!("\nratio of the medians: {:.3}\n", report.ratio));
+    text
+}

@@ -1,0 +1,186 @@
+//! The least that Firecracker needs to bring a guest's agent up: the baseline that our own start is measured against.
+//!
+//! It is the very machine that a Vistara machine is: its settings are asked of a running one, and its kernel, initramfs and
+//! read-only disks are copies of what that one sees. They are given to a Firecracker without API, jail, cgroup or notes, by its
+//! configuration file; so whatever else a start of ours costs, it is ours.
+
+use super::configure::disk_name;
+use super::{Api, channel, find_program, io_error, state};
+use crate::boot::overlay::OverlayTemplates;
+use crate::{ChannelStream, VmmError};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use vistara_host::files::clone_sparse;
+use vistara_model::Bytes;
+
+/// Name of the configuration file, in the directory where it works.
+const CONFIG: &str = "machine.json";
+/// What a configuration file has of what a running machine tells of itself; of the rest it is the output's place, which is
+/// ours, or nothing.
+const KEPT: [&str; 6] = [
+    "machine-config",
+    "boot-source",
+    "drives",
+    "vsock",
+    "balloon",
+    "entropy",
+];
+
+fn failed(step: &'static str) -> impl Fn(String) -> VmmError {
+    move |message| VmmError::Launch { step, message }
+}
+
+/// A machine that can be started again and again.
+#[derive(Debug)]
+pub struct RawFirecracker {
+    program: PathBuf,
+    dir: PathBuf,
+    writable: Vec<(String, PathBuf)>,
+}
+
+/// One that runs; it is ended when this is dropped.
+#[derive(Debug)]
+pub struct RawRun {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl RawFirecracker {
+    /// The like of the machine that runs in `machine`, a machine's directory, with files in `dir`, an empty directory. It may not have
+    /// a network: there is no tap for it. Its writable disks are empty file systems of the same size, as that one began with.
+    /// `program` is looked for as ever where absent. Takes the right to look into the machine's root directory.
+    ///
+    /// # Errors
+    /// [`VmmError::Absent`], [`VmmError::Launch`], [`VmmError::Io`].
+    pub async fn like(
+        machine: &Path,
+        program: Option<PathBuf>,
+        dir: &Path,
+    ) -> Result<RawFirecracker, VmmError> {
+        let program = program
+            .or_else(|| find_program("firecracker", None))
+            .ok_or_else(|| VmmError::Absent {
+                what: "firecracker".to_owned(),
+                mend: "name it with VISTARA_FIRECRACKER".to_owned(),
+            })?;
+        let step = failed("asking the machine what it is");
+        let record = state::read_launch(machine)
+            .ok_or_else(|| step("it does not run in Firecracker".to_owned()))?;
+        let backend: state::BackendRecord =
+            serde_json::from_value(record.backend).map_err(|error| step(error.to_string()))?;
+        let told = Api::new(&backend.root).settings().await;
+        let told: Value = told.map_err(|error| step(error.to_string()))?;
+        let mut config = serde_json::Map::new();
+        for name in KEPT {
+            if let Some(value) = told.get(name).filter(|value| !value.is_null()) {
+                config.insert(name.to_owned(), value.clone());
+            }
+        }
+        // Where it works is its root directory, or it has none of its own.
+        let sees = PathBuf::from(format!("/proc/{}/cwd", record.pid));
+        let copy = |name: &str| {
+            let (from, to) = (sees.join(name), dir.join(name));
+            clone_sparse(&from, &to).map_err(io_error("copying", &from))
+        };
+        let source = &told["boot-source"];
+        for file in ["kernel_image_path", "initrd_path"] {
+            if let Some(name) = source[file].as_str() {
+                copy(name)?;
+            }
+        }
+        let mut writable = Vec::new();
+        let drives = told["drives"].as_array().map_or(0, Vec::len);
+        for index in 0..drives {
+            let name = disk_name(index);
+            if told["drives"][index]["is_read_only"] == true {
+                copy(&name)?;
+                continue;
+            }
+            let at = sees.join(&name);
+            let size = fs::metadata(&at).map_err(io_error("asking the size of", &at))?;
+            let kept = dir.join(format!("{name}.blank"));
+            OverlayTemplates::open(dir)
+                .and_then(|blanks| blanks.create(Bytes(size.len()), &kept))
+                .map_err(|error| failed("making its writable disk")(error.to_string()))?;
+            writable.push((name, kept));
+        }
+        let path = dir.join(CONFIG);
+        fs::write(&path, Value::Object(config).to_string()).map_err(io_error("writing", &path))?;
+        Ok(RawFirecracker {
+            program,
+            dir: dir.to_owned(),
+            writable,
+        })
+    }
+
+    /// Makes its writable disks anew. Blocks on files.
+    ///
+    /// # Errors
+    /// [`VmmError::Io`].
+    pub fn reset(&self) -> Result<(), VmmError> {
+        for (name, blank) in &self.writable {
+            let disk = self.dir.join(name);
+            match fs::remove_file(&disk) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io_error("removing", &disk)(error));
+                }
+                _ => {}
+            }
+            clone_sparse(blank, &disk).map_err(io_error("copying to", &disk))?;
+        }
+        Ok(())
+    }
+
+    /// Starts it; one at a time.
+    ///
+    /// # Errors
+    /// [`VmmError::Io`].
+    pub fn start(&self) -> Result<RawRun, VmmError> {
+        let child = Command::new(&self.program)
+            .args(["--no-api", "--config-file", CONFIG])
+            .current_dir(&self.dir)
+            .stdin(Stdio::null())
+            // What it logs, and what the guest says, goes where ours goes: to a file.
+            .stdout(self.log()?)
+            .stderr(self.log()?)
+            .spawn()
+            .map_err(io_error("starting", &self.program))?;
+        Ok(RawRun {
+            child,
+            dir: self.dir.clone(),
+        })
+    }
+
+    fn log(&self) -> Result<fs::File, VmmError> {
+        let path = self.dir.join("log");
+        let mut options = fs::File::options();
+        let opened = options.create(true).append(true).open(&path);
+        opened.map_err(io_error("opening", &path))
+    }
+}
+
+impl RawRun {
+    /// Connects to the guest's agent as soon as it listens, with the tries and pauses of our own machines.
+    ///
+    /// # Errors
+    /// [`VmmError::Launch`] with the end of what it said where that takes too long.
+    pub async fn open_channel(&self) -> Result<ChannelStream, VmmError> {
+        channel::open(&self.dir).await.map_err(|error| {
+            let words = fs::read(self.dir.join("log")).unwrap_or_default();
+            let words =
+                String::from_utf8_lossy(&words[words.len().saturating_sub(1_000)..]).into_owned();
+            failed("booting the bare guest")(format!("{error}: {words}"))
+        })
+    }
+}
+
+impl Drop for RawRun {
+    fn drop(&mut self) {
+        // All can only fail where it has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(self.dir.join(super::configure::CHANNEL_SOCKET));
+    }
+}
