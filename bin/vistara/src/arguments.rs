@@ -620,6 +620,13 @@ pub(crate) struct BenchOptions {
     pub(crate) command: BenchCommand,
 }
 
+/// `bench boot --vs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Baseline {
+    /// The monitor by itself
+    Raw,
+}
+
 /// `bench …`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
@@ -661,6 +668,9 @@ pub(crate) enum BenchCommand {
     },
     /// The same static program as a unikernel and in a Linux guest: time to its first line, and memory
     Boot {
+        /// A Linux guest in Firecracker to its agent's answer instead, against a bare Firecracker with the same kernel and disks
+        #[arg(long, value_name = "WHAT", conflicts_with = "hypervisor")]
+        vs: Option<Baseline>,
         /// What is measured: nanovms, linux
         #[arg(
             long,

@@ -2,7 +2,7 @@
 //! monitor needs with the same kernel to print a line. Both are measured in turn, in one run, so that a noisy host slows
 //! both alike.
 
-use crate::arguments::BenchCommand;
+use crate::arguments::{Baseline, BenchCommand};
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::places::Places;
@@ -96,9 +96,16 @@ pub(crate) async fn bench(
             return crate::bench_fork::burst(client, places, image, count, *json).await;
         }
         BenchCommand::Boot {
+            vs: Some(Baseline::Raw),
+            json,
+            count,
+            ..
+        } => return crate::bench_raw::boot(client, places, *json, *count).await,
+        BenchCommand::Boot {
             hypervisor,
             json,
             count,
+            vs: None,
         } => {
             return crate::bench_boot::boot(client, places, hypervisor, *json, *count).await;
         }
