@@ -93,6 +93,15 @@ pub(crate) struct RunOptions {
     /// Network: user (outward through the host) or none
     #[arg(long, alias = "net", value_name = "NAME", value_parser = ["user", "none"])]
     pub(crate) network: Option<String>,
+    /// Most bytes in a second through each disk, such as 20m
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) disk_rate: Option<String>,
+    /// Most reads and writes in a second of each disk
+    #[arg(long, value_name = "N")]
+    pub(crate) disk_ops: Option<u32>,
+    /// Most bytes in a second through the network, each way (takes Firecracker)
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) network_rate: Option<String>,
     /// Label
     #[arg(short, long = "label", value_name = "NAME[=value]")]
     pub(crate) labels: Vec<String>,
@@ -220,6 +229,9 @@ impl RunOptions {
             kernel: self.kernel.clone(),
             no_template: self.no_template,
             retry_safe: self.retry_safe,
+            disk_rate: self.disk_rate.clone(),
+            disk_ops: self.disk_ops,
+            network_rate: self.network_rate.clone(),
             labels: self
                 .labels
                 .iter()

@@ -121,6 +121,15 @@ pub struct RunRequest {
     /// The program may be run a second time, from its beginning, without harm: where a unikernel turns out to be the wrong
     /// choice, it is run again on Linux.
     pub retry_safe: bool,
+    /// Most bytes in a second through each disk: a number with `k`, `m` or `g`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_rate: Option<String>,
+    /// Most reads and writes in a second of each disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_ops: Option<u32>,
+    /// Most bytes in a second through the network, each way. Takes Firecracker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_rate: Option<String>,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
     /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the

@@ -129,6 +129,7 @@ mod tests {
             kernel: None,
             no_template: false,
             retry_safe: false,
+            rates: Default::default(),
             labels: Default::default(),
         }
     }

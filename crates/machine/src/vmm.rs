@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, VmmKind};
+use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, Rates, VmmKind};
 
 /// The host's end of the channel to the agent in a guest.
 pub type ChannelStream = tokio::net::UnixStream;
@@ -38,6 +38,9 @@ pub struct Capabilities {
     pub shares: Result<(), String>,
     /// Whether it can give user-mode networking ([`LaunchPlan::nic`]); the reason where not.
     pub user_network: Result<(), String>,
+    /// Whether it can bound what goes through the network ([`Rates::network_per_s`]); the reason where not. What goes through
+    /// disks every backend can.
+    pub network_rate: Result<(), String>,
     /// Whether machines can be paused.
     pub pause: bool,
     /// Most virtual CPUs in one machine.
@@ -142,6 +145,8 @@ pub struct LaunchPlan {
     pub nic: Option<Nic>,
     /// Host directories.
     pub shares: Vec<GuestShare>,
+    /// Bounds on what it moves: its own, whatever it goes on from.
+    pub rates: Rates,
     /// Fences.
     pub fence: Fence,
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use vistara_machine::fake::{FakeEnd, FakeGuest, FakeVmm, Faults};
 use vistara_machine::{Fence, LaunchPlan, LinuxBoot, Start, Vm, VmEnd, Vmm, VmmError};
-use vistara_model::{Accelerator, Bytes, MachineId};
+use vistara_model::{Accelerator, Bytes, MachineId, Rates};
 
 fn echo(guest: &FakeGuest) -> FakeEnd {
     guest.console(GREETING);
@@ -55,6 +55,7 @@ impl Subject for Fake {
             disks: vec![],
             nic: None,
             shares: vec![],
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: None,
                 memory_max: Bytes::mib(128),

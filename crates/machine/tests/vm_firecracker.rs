@@ -20,7 +20,7 @@ use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_
 use vistara_machine::{
     Adoption, Capture, Disk, Fence, LaunchPlan, Nic, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol, Rates};
 
 /// The user as which machines run when the tests do as root.
 const USER: (u32, u32) = (61_004, 61_005);
@@ -87,6 +87,7 @@ impl Subject for Firecracker {
             // Wherever machines may have a network, the suite's do.
             nic: NETWORKED.load(Ordering::Relaxed).then(|| nic(vec![])),
             shares: vec![],
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: facts::is_root().then_some(USER),
                 memory_max: Bytes(Bytes::mib(256).0 + OVERHEAD_MAX.0),
@@ -144,7 +145,7 @@ fn left_of(record: &VmRecord) -> Vec<String> {
 }
 
 conformance!(Firecracker);
-killed!(Firecracker);
+of_real_monitors!(Firecracker);
 
 /// A running machine with its lines, from a plan that the test has changed.
 struct Running {
@@ -980,6 +981,53 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
         fork.end().await;
     }
     assert_eq!(std::fs::read(&writable).unwrap()[0], b'w');
+}
+
+/// How long 400,000 bytes take out of a machine whose network has this rate.
+async fn fetching(rate: Option<Bytes>) -> Duration {
+    let number = {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().port()
+    };
+    let mut machine = run(|plan| {
+        plan.nic = Some(nic(vec![port(number, 7)]));
+        plan.rates.network_per_s = rate;
+    })
+    .await
+    .unwrap();
+    machine.load_drivers().await;
+    machine
+        .sh(&format!(
+            "{ADDRESS}; nc -ll -p 7 -e head -c 400000 /dev/zero >/dev/null 2>&1 &"
+        ))
+        .await;
+    let fetched = async {
+        loop {
+            let begin = Instant::now();
+            let dialled = tokio::net::TcpStream::connect(("127.0.0.1", number)).await;
+            let mut text = Vec::new();
+            // It is accepted before the guest listens.
+            if dialled.unwrap().read_to_end(&mut text).await.is_ok() && text.len() == 400_000 {
+                return begin.elapsed();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let took = soon("fetching", fetched).await;
+    machine.end().await;
+    took
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_networks_rate_holds() {
+    if networked().await.is_none() {
+        return;
+    }
+    let bounded = fetching(Some(Bytes(100_000))).await;
+    let free = fetching(None).await;
+    println!("bounded {bounded:?}, free {free:?}");
+    assert!(bounded > Duration::from_millis(3_500), "{bounded:?}");
+    assert!(free < bounded / 2, "{free:?}, bounded {bounded:?}");
 }
 
 /// Prints what a start costs: `… --test vm_firecracker -- --ignored --nocapture measure`.

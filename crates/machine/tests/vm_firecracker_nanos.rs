@@ -19,7 +19,7 @@ use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_
 use vistara_machine::{
     Adoption, Disk, Fence, LaunchPlan, NanosBoot, Nic, OutputStream, Start, VmEnd, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol, Rates};
 use vistara_nanos::disk::{BootDisk, DiskOptions};
 use vistara_nanos::manifest::{ExitMatch, Manifest, Network};
 use vistara_nanos::tfs::{Label, VolumeId};
@@ -169,6 +169,7 @@ impl Lab {
             }],
             nic: None,
             shares: vec![],
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: facts::is_root().then_some(USER),
                 memory_max: Bytes(Bytes::mib(64).0 + OVERHEAD_MAX.0),

@@ -33,5 +33,5 @@ pub use quantity::{Bytes, Cpus, QuantityError};
 pub use signal::{Signal, SignalError};
 pub use spec::{
     Backend, EnvVar, Hypervisor, MachineSpec, NamedVolume, Network, Payload, PortMapping, Protocol,
-    SpecError, TtySize, VolumeMount,
+    Rates, SpecError, TtySize, VolumeMount,
 };

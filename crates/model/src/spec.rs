@@ -348,8 +348,36 @@ pub struct MachineSpec {
     /// Whether the program may be run a second time, from its beginning, without harm.
     #[serde(default)]
     pub retry_safe: bool,
+    /// Bounds on what it moves.
+    #[serde(default)]
+    pub rates: Rates,
     /// Free labels.
     pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// Bounds on what a machine may move. Where one is absent there is none but the host's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Bytes in a second through each disk, both ways together.
+    pub disk_per_s: Option<Bytes>,
+    /// Reads and writes in a second of each disk.
+    pub disk_ops_per_s: Option<u32>,
+    /// Bytes in a second through the network, each way.
+    pub network_per_s: Option<Bytes>,
+}
+
+impl Rates {
+    /// The least that a guest still boots with within a minute or two.
+    pub const DISK_PER_S_MIN: Bytes = Bytes::mib(1);
+    /// The same of reads and writes.
+    pub const DISK_OPS_PER_S_MIN: u32 = 50;
+    /// A packet or two in each tenth of a second.
+    pub const NETWORK_PER_S_MIN: Bytes = Bytes(32 << 10);
+
+    /// Whether a disk has a bound.
+    pub fn of_disks(&self) -> bool {
+        self.disk_per_s.is_some() || self.disk_ops_per_s.is_some()
+    }
 }
 
 /// The VMM, payload and accelerator that were chosen for a machine.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 use vistara_api::RunRequest;
 use vistara_model::{
-    Bytes, Cpus, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, TtySize,
+    Bytes, Cpus, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, Rates, TtySize,
 };
 
 /// Memory of a machine whose user names none: enough for an interpreter, little enough for dozens on a laptop.
@@ -45,6 +45,39 @@ where
     T::Err: std::error::Error,
 {
     text.map_or(Ok(default), |text| parse(text))
+}
+
+/// The bounds that were asked for. Below the least of each a guest would not come up in time.
+fn rates(request: &RunRequest, network: Network) -> Answer<Rates> {
+    let rate = |name: &str, text: Option<&String>, least: Bytes| -> Answer<Option<Bytes>> {
+        let rate: Option<Bytes> = text.map(|text| parse(text)).transpose()?;
+        match rate {
+            Some(rate) if rate < least => Err(Fault::user(format!(
+                "{rate} a second is too little for {name}: the least is {least}"
+            ))),
+            rate => Ok(rate),
+        }
+    };
+    if network == Network::None && request.network_rate.is_some() {
+        return Err(Fault::user(
+            "a machine without a network has no network rate; leave out one of the two",
+        ));
+    }
+    let least = Rates::DISK_OPS_PER_S_MIN;
+    if let Some(ops) = request.disk_ops.filter(|ops| *ops < least) {
+        return Err(Fault::user(format!(
+            "{ops} operations a second are too few for a disk: the least is {least}"
+        )));
+    }
+    Ok(Rates {
+        disk_per_s: rate("a disk", request.disk_rate.as_ref(), Rates::DISK_PER_S_MIN)?,
+        disk_ops_per_s: request.disk_ops,
+        network_per_s: rate(
+            "a network",
+            request.network_rate.as_ref(),
+            Rates::NETWORK_PER_S_MIN,
+        )?,
+    })
 }
 
 /// Validates a request for an image that has been found under `image`.
@@ -135,6 +168,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         kernel: request.kernel.clone(),
         no_template: request.no_template,
         retry_safe: request.retry_safe,
+        rates: rates(request, network)?,
         labels: request.labels.clone(),
     })
 }
@@ -142,6 +176,43 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rates_are_read_and_what_no_guest_comes_up_with_is_refused() {
+        let request = RunRequest {
+            disk_rate: Some("10m".to_owned()),
+            disk_ops: Some(500),
+            network_rate: Some("256k".to_owned()),
+            ..RunRequest::default()
+        };
+        let image = || "debian".parse().unwrap();
+        let rates = spec(&request, image()).unwrap().rates;
+        assert_eq!(rates.disk_per_s, Some(Bytes::mib(10)));
+        assert_eq!(rates.disk_ops_per_s, Some(500));
+        assert_eq!(rates.network_per_s, Some(Bytes(256 << 10)));
+        for bad in [
+            RunRequest {
+                disk_rate: Some("10k".to_owned()),
+                ..RunRequest::default()
+            },
+            RunRequest {
+                disk_ops: Some(1),
+                ..RunRequest::default()
+            },
+            RunRequest {
+                network_rate: Some("1k".to_owned()),
+                ..RunRequest::default()
+            },
+        ] {
+            assert!(refused(bad).contains("the least is"));
+        }
+        let neither = RunRequest {
+            network: Some("none".to_owned()),
+            network_rate: Some("1m".to_owned()),
+            ..RunRequest::default()
+        };
+        assert!(refused(neither).contains("leave out one"));
+    }
 
     fn refused(request: RunRequest) -> String {
         spec(&request, "debian".parse().unwrap())

@@ -80,6 +80,8 @@ pub struct Request {
     /// Volumes that the node keeps under names are mounted.
     pub named_volumes: bool,
     /// Ports are published.
+    /// What goes through the network is bounded.
+    pub network_rate: bool,
     pub ports: bool,
     /// Somebody will want to run further programs in the machine.
     pub exec: bool,
@@ -114,6 +116,7 @@ impl Request {
             ports: !spec.ports.is_empty(),
             exec: false,
             gpu: false,
+            network_rate: spec.rates.network_per_s.is_some(),
             user: program.user.clone(),
             stop_signal: program.stop_signal,
             linux_kernel: spec.kernel.clone(),
@@ -148,8 +151,13 @@ pub fn choose(
         Hypervisor::Auto => automatic(request, image, host),
         Hypervisor::Qemu => {
             reasons.push("qemu was asked for".to_owned());
-            let backend = qemu(Payload::Linux, host, &mut reasons)
-                .map_err(|reason| unavailable(reason, "apt-get install qemu-system-x86"))?;
+            let backend = qemu(Payload::Linux, request, host, &mut reasons).map_err(|reason| {
+                let hint = match request.network_rate {
+                    true => "leave out the network rate, or the hypervisor",
+                    false => "apt-get install qemu-system-x86",
+                };
+                unavailable(reason, hint)
+            })?;
             Ok(Choice {
                 hypervisor: Hypervisor::Qemu,
                 backend,
@@ -313,6 +321,9 @@ fn qemu(payload: Payload, host: &HostFacts, reasons: &mut Vec<String>) -> Result
         }
         KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => {
             reasons.push(format!(
+    if request.network_rate {
+        return Err("it has no bound on what goes through the network".to_owned());
+    }
                 "qemu {version} with emulation (TCG), since KVM is no use: {why}"
             ));
             Accelerator::Tcg

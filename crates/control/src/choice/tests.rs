@@ -47,6 +47,7 @@ fn asked(hypervisor: Hypervisor) -> Request {
         memory: Bytes::mib(512),
         unikernel_memory_min: Some(Bytes::mib(64)),
         retry_safe: false,
+        network_rate: false,
     }
 }
 
@@ -655,4 +656,54 @@ fn what_is_tried_provisionally_follows_the_table() {
             assert!(by_name.is_ok_and(|it| !it.provisional) || !tried, "{what}");
         }
     }
+}
+
+/// A server that can fork and is called so that it does not: its published ports are then no matter.
+#[test]
+fn a_server_that_is_known_to_stay_one_process_as_it_is_called_is_a_unikernel() {
+    let nanos = host(absent(), true, false, true);
+    let server = |words: &[&str]| Request {
+        argv: words.iter().map(ToString::to_string).collect(),
+        ports: true,
+        ..asked(Hypervisor::Auto)
+    };
+    let mut facts = plain();
+    facts.program.processes.may_create = MayCreate::Yes;
+    facts.program.processes.evidence = evidence("fork");
+    let alone = server(&["/usr/bin/memcached", "-u", "root"]);
+    let choice = choose(&alone, Some(&facts), &nanos).unwrap();
+    assert_eq!(choice.backend.payload, Payload::Nanos);
+    assert!(!choice.provisional);
+    let why = choice.reasons.join("\n");
+    assert!(
+        why.contains("fork in /usr/bin/p") && why.contains("background"),
+        "{why}"
+    );
+
+    let master = server(&["memcached", "-d"]);
+    let choice = choose(&master, Some(&facts), &nanos).unwrap();
+    assert_eq!(choice.backend.payload, Payload::Linux);
+
+    // What practice showed counts for more than what is known of the program.
+    facts.correction = Some(Correction {
+        seen: "it tried to make a process".to_owned(),
+    });
+    let choice = choose(&alone, Some(&facts), &nanos).unwrap();
+    assert_eq!(choice.backend.payload, Payload::Linux);
+}
+
+#[test]
+fn a_bound_on_the_network_takes_firecracker_and_nothing_stands_in_for_it() {
+    let bounded = |hypervisor| Request {
+        network_rate: true,
+        ..asked(hypervisor)
+    };
+    let both = host(works(), true, true, false);
+    let choice = choose(&bounded(Hypervisor::Auto), None, &both).unwrap();
+    assert_eq!(choice.backend.vmm, VmmKind::Firecracker);
+    let refused = choose(&bounded(Hypervisor::Qemu), None, &both).unwrap_err();
+    assert!(refused.to_string().contains("no bound"), "{refused}");
+    let without = host(works(), true, false, false);
+    let refused = choose(&bounded(Hypervisor::Auto), None, &without).unwrap_err();
+    assert!(refused.to_string().contains("no bound"), "{refused}");
 }

@@ -85,6 +85,7 @@ impl FakeVmm {
                 accelerators: vec![Accelerator::Tcg],
                 shares: Ok(()),
                 user_network: Ok(()),
+                network_rate: Ok(()),
                 pause: true,
                 vcpus_max: 64,
                 capture: Ok(()),

@@ -86,10 +86,27 @@ impl Api {
 
     /// Holds the guest, for a snapshot.
     pub(super) async fn pause(&self) -> Result<(), ApiError> {
-        let body = VmState { state: "Paused" };
-        self.request(Method::PATCH, "/vm", Some(&body), ANSWER_LIMIT)
+        self.patch("/vm", &VmState { state: "Paused" }).await
+    }
+
+    /// Lets a guest go on that was loaded and has not run yet.
+    pub(super) async fn resume(&self) -> Result<(), ApiError> {
+        self.patch("/vm", &VmState { state: "Resumed" }).await
+    }
+
+    /// Changes a setting.
+    pub(super) async fn patch(&self, path: &str, body: &impl Serialize) -> Result<(), ApiError> {
+        self.request(Method::PATCH, path, Some(body), ANSWER_LIMIT)
             .await
             .map(drop)
+    }
+
+    /// All settings, as the machine has them.
+    pub(super) async fn settings(&self) -> Result<serde_json::Value, ApiError> {
+        let answer = self
+            .request(Method::GET, "/vm/config", None::<&()>, ANSWER_LIMIT)
+            .await?;
+        serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
     }
 
     async fn request(

@@ -4,13 +4,15 @@
 //! its working directory where it is not: names are the same in both, and in every fork of a captured machine.
 
 use super::types::{
-    Balloon, BootSource, Drive, Entropy, MachineConfig, Serial, SnapshotLoad, TokenBucket, Vsock,
+    Balloon, BootSource, Drive, Entropy, MachineConfig, RateLimiter, Serial, SnapshotLoad,
+    TokenBucket, Vsock,
 };
 use super::types::{MemoryBackend, NetworkInterface};
 use super::version::Version;
 use crate::{LaunchPlan, LinuxBoot, Start};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
+use vistara_model::Rates;
 
 /// Port on which the agent in a guest listens.
 pub(super) const AGENT_PORT: u32 = 1024;
@@ -25,6 +27,9 @@ pub(super) const SNAPSHOT_STATE: &str = "state";
 pub(super) const SNAPSHOT_MEMORY: &str = "memory";
 /// Where a fork finds the captured memory: its standard input.
 pub(super) const INHERITED_MEMORY: &str = "proc/self/fd/0";
+
+/// Firecracker's name for the network interface.
+const NIC: &str = "net0";
 
 /// How often the guest's balloon reports, in seconds: a report wakes the guest, and nobody asks more often.
 const BALLOON_REPORT_S: u32 = 10;
@@ -55,15 +60,61 @@ pub(super) fn disk_name(index: usize) -> String {
     format!("disk{index}")
 }
 
-/// What a fork loads.
-pub(super) fn load() -> SnapshotLoad {
+/// So much in a second, of which a tenth may come at once, as QEMU has it.
+fn bucket(per_s: u64) -> TokenBucket {
+    // At least one, and then so seldom that the rate is what was asked for.
+    let size = (per_s / 10).max(1);
+    TokenBucket {
+        size,
+        refill_time: (size * 1000).div_ceil(per_s.max(1)),
+        one_time_burst: None,
+    }
+}
+
+fn disk_limiter(rates: &Rates) -> Option<RateLimiter> {
+    rates.of_disks().then(|| RateLimiter {
+        bandwidth: rates.disk_per_s.map(|bytes| bucket(bytes.0)),
+        ops: rates.disk_ops_per_s.map(|ops| bucket(ops.into())),
+    })
+}
+
+fn network_limiter(rates: &Rates) -> Option<RateLimiter> {
+    rates.network_per_s.map(|bytes| RateLimiter {
+        bandwidth: Some(bucket(bytes.0)),
+        ops: None,
+    })
+}
+
+/// The bounds of a fork, which its devices do not have from the machine that it goes on from: they are made before it runs.
+pub(super) fn bounds(plan: &LaunchPlan) -> Vec<Setting> {
+    let mut bounds = Vec::new();
+    if let Some(limiter) = disk_limiter(&plan.rates) {
+        for index in 0..plan.disks.len() {
+            let name = disk_name(index);
+            bounds.push(Setting {
+                path: format!("/drives/{name}"),
+                body: json!({"drive_id": name, "rate_limiter": limiter}),
+            });
+        }
+    }
+    if let (Some(_), Some(limiter)) = (&plan.nic, network_limiter(&plan.rates)) {
+        bounds.push(Setting {
+            path: format!("/network-interfaces/{NIC}"),
+            body: json!({"iface_id": NIC, "rx_rate_limiter": limiter, "tx_rate_limiter": limiter}),
+        });
+    }
+    bounds
+}
+
+/// What a fork loads; it is let go on by that, or afterwards.
+pub(super) fn load(resume_vm: bool) -> SnapshotLoad {
     SnapshotLoad {
         snapshot_path: SNAPSHOT_STATE.to_owned(),
         mem_backend: MemoryBackend {
             backend_type: "File",
             backend_path: INHERITED_MEMORY.to_owned(),
         },
-        resume_vm: true,
+        resume_vm,
     }
 }
 
@@ -118,20 +169,20 @@ pub(super) fn settings(
                 // A writable disk lives as long as its machine: after a crash of the host nobody reads it.
                 cache_type: "Unsafe",
                 io_engine: "Sync",
-                rate_limiter: None,
+                rate_limiter: disk_limiter(&plan.rates),
             },
         )?;
     }
     if let (Some(nic), Some(tap)) = (&plan.nic, tap) {
         let mac: Vec<String> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
         set(
-            "/network-interfaces/net0",
+            &format!("/network-interfaces/{NIC}"),
             &NetworkInterface {
-                iface_id: "net0".to_owned(),
+                iface_id: NIC.to_owned(),
                 host_dev_name: tap.to_owned(),
                 guest_mac: mac.join(":"),
-                rx_rate_limiter: None,
-                tx_rate_limiter: None,
+                rx_rate_limiter: network_limiter(&plan.rates),
+                tx_rate_limiter: network_limiter(&plan.rates),
             },
         )?;
     }
@@ -218,6 +269,7 @@ mod tests {
             ],
             nic: None,
             shares: vec![],
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: None,
                 memory_max: Bytes::mib(512),
@@ -245,6 +297,41 @@ mod tests {
         let second = find(&settings, "/drives/disk1").unwrap();
         assert_eq!(second["is_read_only"], false);
         assert_eq!(second.get("rate_limiter"), None, "not even null");
+    }
+
+    #[test]
+    fn bounds_are_the_disks_and_the_networks_own_also_in_a_fork() {
+        let mut plan = plan();
+        plan.nic = Some(crate::Nic {
+            ports: vec![],
+            mac: [2; 6],
+        });
+        assert_eq!(bounds(&plan), []);
+        plan.rates = Rates {
+            disk_per_s: Some(Bytes::mib(10)),
+            disk_ops_per_s: Some(55),
+            network_per_s: Some(Bytes(1_000_000)),
+        };
+        let made = settings(&plan, Version::NEWEST_TRIED, Some("tap")).unwrap();
+        let forks = bounds(&plan);
+        assert_eq!(forks.len(), 3);
+        for settings in [&made, &forks] {
+            for name in ["disk0", "disk1"] {
+                let limiter = &find(settings, &format!("/drives/{name}")).unwrap()["rate_limiter"];
+                assert_eq!(
+                    limiter["bandwidth"],
+                    json!({"size": 1_048_576, "refill_time": 100})
+                );
+                assert_eq!(limiter["ops"], json!({"size": 5, "refill_time": 91}));
+            }
+            let nic = find(settings, "/network-interfaces/net0").unwrap();
+            for way in ["rx_rate_limiter", "tx_rate_limiter"] {
+                assert_eq!(
+                    nic[way],
+                    json!({"bandwidth": {"size": 100_000, "refill_time": 100}})
+                );
+            }
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! fail); there is no power button; no host directories; a network only as root.
 
 mod api;
+mod baseline;
 mod channel;
 mod configure;
 mod console;
@@ -27,6 +28,8 @@ mod vm;
 use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
+use api::Api;
+pub use baseline::{RawFirecracker, RawRun};
 use console::Console;
 use network::UserNetwork;
 use state::BackendRecord;
@@ -176,6 +179,7 @@ impl FirecrackerVmm {
                 },
                 shares: Err("Firecracker has no device for host directories".to_owned()),
                 user_network: network.as_ref().map(|_| ()).map_err(Clone::clone),
+                network_rate: Ok(()),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{Fence, LinuxBoot, Nic, Start};
 use std::process::{Command, Stdio};
-use vistara_model::{Accelerator, Bytes, MachineId};
+use vistara_model::{Accelerator, Bytes, MachineId, Rates};
 
 #[test]
 fn a_port_is_asked_for_in_the_helpers_words_and_a_refusal_is_none() {
@@ -50,6 +50,7 @@ fn plan(dir: &Path, ports: Vec<PortMapping>) -> LaunchPlan {
             mac: [2, 0, 0, 0, 0, 1],
         }),
         shares: vec![],
+        rates: Rates::default(),
         fence: Fence {
             uid_gid: Some((61_004, 61_005)),
             memory_max: Bytes::mib(128),

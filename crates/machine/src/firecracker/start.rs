@@ -143,15 +143,27 @@ async fn set_up(
     tokio::try_join!(set(api, tools, plan), published)?;
     let step = |step: &'static str| move |error: ApiError| Failure::At(step, error.to_string());
     match &plan.start {
-        Start::Fork(_) => api
-            .put("/snapshot/load", &configure::load(), api::SNAPSHOT_LIMIT)
-            .await
-            .map_err(step(GOING_ON)),
+        Start::Fork(_) => go_on(api, plan).await.map_err(step(GOING_ON)),
         Start::Linux(_) | Start::Nanos(_) => api
             .start_instance()
             .await
             .map_err(step("starting the guest")),
     }
+}
+
+/// Loads what a fork goes on from. Its bounds are not the captured machine's, and hold before it runs.
+async fn go_on(api: &Api, plan: &LaunchPlan) -> Result<(), ApiError> {
+    let bounds = configure::bounds(plan);
+    let load = configure::load(bounds.is_empty());
+    api.put("/snapshot/load", &load, api::SNAPSHOT_LIMIT)
+        .await?;
+    if bounds.is_empty() {
+        return Ok(());
+    }
+    for bound in bounds {
+        api.patch(&bound.path, &bound.body).await?;
+    }
+    api.resume().await
 }
 
 /// Waits for the API, and makes the settings of a machine that boots.

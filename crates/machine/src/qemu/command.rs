@@ -3,8 +3,9 @@
 //! Every option stands here with its reason. `docs/internals/qemu.md` has the measurements.
 
 use crate::{LaunchPlan, LinuxBoot, Nic, Start};
+use serde_json::{Value, json};
 use std::ffi::OsString;
-use vistara_model::{Accelerator, PortMapping, Protocol};
+use vistara_model::{Accelerator, PortMapping, Protocol, Rates};
 
 /// Bytes of console output that QEMU keeps: the last words of a panic take about 3 KiB. A power of two.
 pub(super) const CONSOLE_RING: usize = 64 << 10;
@@ -188,16 +189,27 @@ pub(super) fn arguments(
             "-blockdev",
             format!("driver=raw,node-name=disk{index},file=file{index},{mode}"),
         );
+        let mut top = format!("disk{index}");
+        if let Some(limits) = limits(&plan.rates) {
+            // The bounds are the process's: what goes on from a capture has its own.
+            let group = json!({"qom-type": "throttle-group", "id": format!("bound{index}"), "limits": limits});
+            option("-object", group.to_string());
+            let bounded = format!("bounded{index}");
+            option(
+                "-blockdev",
+                format!(
+                    "driver=throttle,node-name={bounded},throttle-group=bound{index},file={top},{mode}"
+                ),
+            );
+            top = bounded;
+        }
         // A full host stops the guest until there is room again; any other error is the guest's to handle.
         let errors = if disk.read_only {
             ""
         } else {
             ",werror=enospc,rerror=report"
         };
-        option(
-            "-device",
-            format!("virtio-blk-device,drive=disk{index}{errors}"),
-        );
+        option("-device", format!("virtio-blk-device,drive={top}{errors}"));
     }
     if fork {
         args.push("-S".to_owned());
@@ -205,6 +217,18 @@ pub(super) fn arguments(
     args.push("-nodefaults".to_owned());
     args.push("-no-user-config".to_owned());
     args.into_iter().map(OsString::from).collect()
+}
+
+/// What QEMU is to hold a disk to; nothing where nothing bounds it. A tenth of a second's worth may come at once.
+fn limits(rates: &Rates) -> Option<Value> {
+    let mut limits = serde_json::Map::new();
+    if let Some(bytes) = rates.disk_per_s {
+        limits.insert("bps-total".to_owned(), bytes.0.into());
+    }
+    if let Some(ops) = rates.disk_ops_per_s {
+        limits.insert("iops-total".to_owned(), ops.into());
+    }
+    (!limits.is_empty()).then_some(Value::Object(limits))
 }
 
 fn kernel_command_line(plan: &LaunchPlan, boot: &LinuxBoot, tsc_khz: Option<u32>) -> String {
@@ -277,6 +301,7 @@ mod tests {
             disks: vec![],
             nic: None,
             shares: vec![],
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: None,
                 memory_max: Bytes::mib(512),
@@ -316,6 +341,33 @@ mod tests {
         assert!(text.contains("-add-fd fd=8,set=0"), "{text}");
         let first = text.find("drive=disk0").unwrap();
         assert!(first < text.find("drive=disk1").unwrap(), "in their order");
+    }
+
+    #[test]
+    fn a_bounded_disk_is_throttled_each_for_itself_and_another_is_not() {
+        let mut plan = plan();
+        plan.disks = vec![
+            Disk {
+                path: "/a".into(),
+                read_only: true,
+            };
+            2
+        ];
+        let handles = Handles {
+            disks: vec![8, 9],
+            ..Handles::default()
+        };
+        assert!(!text(&plan, &handles).contains("throttle"));
+        plan.rates.disk_per_s = Some(Bytes::mib(1));
+        plan.rates.disk_ops_per_s = Some(77);
+        let text = text(&plan, &handles);
+        let limits = r#""limits":{"bps-total":1048576,"iops-total":77}"#;
+        assert_eq!(text.matches(limits).count(), 2, "{text}");
+        assert!(text.contains("throttle-group=bound1,file=disk1"), "{text}");
+        assert!(
+            text.contains("drive=bounded0") && !text.contains("drive=disk"),
+            "{text}"
+        );
     }
 
     #[test]

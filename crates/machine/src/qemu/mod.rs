@@ -136,6 +136,9 @@ impl QemuVmm {
                 accelerators,
                 shares: virtiofsd.as_ref().map(drop).map_err(String::clone),
                 user_network: Ok(()),
+                network_rate: Err(
+                    "its user-mode network has no bound on what goes through it".to_owned()
+                ),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),
@@ -173,6 +176,10 @@ impl QemuVmm {
         }
         if !plan.shares.is_empty() {
             self.capabilities.shares.clone().map_err(unsupported)?;
+        }
+        if plan.rates.network_per_s.is_some() {
+            let no_rate = |reason| unsupported(format!("a bound on the network: {reason}"));
+            self.capabilities.network_rate.clone().map_err(no_rate)?;
         }
         let fork = match &plan.start {
             Start::Linux(_) | Start::Nanos(_) => false,

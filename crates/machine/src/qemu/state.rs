@@ -17,6 +17,9 @@ pub(super) const OUTPUT_PIPE: &str = "output.pipe";
 const LAUNCH_FILE: &str = "launch.json";
 /// How the machine ended, written before it is ended: the next node reads it if this one does not live to tell.
 const END_FILE: &str = "end.json";
+/// The two as they are written; a node that died over it leaves one.
+const LAUNCH_NEW: &str = "launch.new";
+const END_NEW: &str = "end.new";
 /// The end of the console, written when it was read from QEMU, which then has it no longer.
 const CONSOLE_FILE: &str = "console";
 
@@ -97,7 +100,14 @@ pub(super) fn read_console(dir: &Path) -> Vec<u8> {
 
 /// Removes the sockets and the launch's record, which mean nothing once the machine is gone.
 pub(super) fn remove_live_files(dir: &Path) {
-    for name in [CHANNEL_SOCKET, QMP_SOCKET, OUTPUT_PIPE, LAUNCH_FILE] {
+    for name in [
+        CHANNEL_SOCKET,
+        QMP_SOCKET,
+        OUTPUT_PIPE,
+        LAUNCH_FILE,
+        LAUNCH_NEW,
+        END_NEW,
+    ] {
         match fs::remove_file(dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%error, name, dir = %dir.display(), "a file of a machine stays");

@@ -369,6 +369,27 @@ pub(crate) fn plan(
     }
 }
 
+/// The network of a machine with this hardware address.
+fn network_config(mac: Option<[u8; 6]>) -> NetworkConfig {
+    NetworkConfig {
+        mac,
+        addresses: vec![(IpAddr::V4(GUEST_ADDRESS), PREFIX)],
+        gateways: vec![IpAddr::V4(GATEWAY)],
+        dns: vec![IpAddr::V4(NAME_SERVER)],
+        search: Vec::new(),
+        mtu: None,
+    }
+}
+
+/// What most machines' guests are told, with a host name that none has: a template does what it can of it.
+pub(crate) fn likely_config(network: bool) -> GuestConfig {
+    GuestConfig {
+        hostname: MachineId::from_random([0; 16]).short().to_owned(),
+        network: network.then(|| network_config(None)),
+        ..GuestConfig::default()
+    }
+}
+
 /// What a machine's guest is told before it runs anything.
 pub(crate) fn guest_config(record: &Record, now_ns: u64) -> Result<GuestConfig, getrandom::Error> {
     let mut entropy = vec![0; ENTROPY_BYTES];
@@ -376,15 +397,8 @@ pub(crate) fn guest_config(record: &Record, now_ns: u64) -> Result<GuestConfig, 
     let spec = &record.spec;
     let network = match spec.network {
         Network::None => None,
-        Network::User => Some(NetworkConfig {
-            // A fork's device still has its template's address.
-            mac: Some(mac(&record.id)),
-            addresses: vec![(IpAddr::V4(GUEST_ADDRESS), PREFIX)],
-            gateways: vec![IpAddr::V4(GATEWAY)],
-            dns: vec![IpAddr::V4(NAME_SERVER)],
-            search: Vec::new(),
-            mtu: None,
-        }),
+        // A fork's device still has its template's address.
+        Network::User => Some(network_config(Some(mac(&record.id)))),
     };
     Ok(GuestConfig {
         hostname: record.hostname.clone(),

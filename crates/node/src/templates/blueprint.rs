@@ -8,7 +8,7 @@ use std::time::Duration;
 use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
 use vistara_machine::{Disk, Fence, LaunchPlan, LinuxBoot, Nic, Start, Vmm};
-use vistara_model::{Accelerator, Bytes, Digest, EnvVar, MachineId, MachineSpec, Network};
+use vistara_model::{Accelerator, Bytes, Digest, EnvVar, MachineId, MachineSpec, Network, Rates};
 
 /// Version of how templates are made; part of their keys.
 const RECIPE: u32 = 1;
@@ -127,6 +127,8 @@ impl Blueprint {
                 mac: [0x02, 0, 0, 0, 0, 1],
             }),
             shares: Vec::new(),
+            // A template runs nothing of anybody's; each fork gets its own.
+            rates: Rates::default(),
             fence: Fence {
                 uid_gid: self.parts.is_root.then(own_user),
                 memory_max: Bytes(self.memory.0.saturating_add(OVERHEAD.0)),
