@@ -8,6 +8,7 @@
 //! `auto` errs on the side of Linux: a program that is wrongly given a Linux guest is slower, one that is wrongly given a
 //! unikernel may lose its work. Who asks for `nanovms` by name is believed, and refused only what cannot be.
 
+mod known;
 mod unikernel;
 
 #[cfg(test)]
@@ -69,6 +70,8 @@ impl ChoiceError {
 pub struct Request {
     /// What the user asked for.
     pub hypervisor: Hypervisor,
+    /// The program and its arguments.
+    pub argv: Vec<String>,
     /// The program gets a terminal.
     pub tty: bool,
     /// Standard input is kept open.
@@ -77,11 +80,11 @@ pub struct Request {
     pub host_directories: bool,
     /// It is to have a network.
     pub network: bool,
+    /// What goes through the network is bounded.
+    pub network_rate: bool,
     /// Volumes that the node keeps under names are mounted.
     pub named_volumes: bool,
     /// Ports are published.
-    /// What goes through the network is bounded.
-    pub network_rate: bool,
     pub ports: bool,
     /// Somebody will want to run further programs in the machine.
     pub exec: bool,
@@ -108,15 +111,16 @@ impl Request {
     pub fn of(spec: &MachineSpec, program: &Program) -> Request {
         Request {
             hypervisor: spec.hypervisor,
+            argv: program.argv.clone(),
             tty: spec.tty.is_some(),
             stdin: spec.stdin,
             host_directories: !spec.volumes.is_empty(),
             network: spec.network != Network::None,
+            network_rate: spec.rates.network_per_s.is_some(),
             named_volumes: !spec.named_volumes.is_empty(),
             ports: !spec.ports.is_empty(),
             exec: false,
             gpu: false,
-            network_rate: spec.rates.network_per_s.is_some(),
             user: program.user.clone(),
             stop_signal: program.stop_signal,
             linux_kernel: spec.kernel.clone(),
@@ -267,7 +271,7 @@ fn monitor(
         Ok(backend) => Ok(backend),
         Err(why_not) => {
             reasons.push(format!("not firecracker: {why_not}"));
-            qemu(payload, host, reasons)
+            qemu(payload, request, host, reasons)
                 .map_err(|no_qemu| format!("{no_qemu}, and Firecracker cannot be used: {why_not}"))
         }
     }
@@ -308,10 +312,18 @@ fn firecracker(
     }
 }
 
-fn qemu(payload: Payload, host: &HostFacts, reasons: &mut Vec<String>) -> Result<Backend, String> {
+fn qemu(
+    payload: Payload,
+    request: &Request,
+    host: &HostFacts,
+    reasons: &mut Vec<String>,
+) -> Result<Backend, String> {
     let Some(version) = &host.qemu else {
         return Err("QEMU is not installed".to_owned());
     };
+    if request.network_rate {
+        return Err("it has no bound on what goes through the network".to_owned());
+    }
     let accelerator = match &host.kvm {
         KvmVerdict::Works => {
             reasons.push(format!(
@@ -321,9 +333,6 @@ fn qemu(payload: Payload, host: &HostFacts, reasons: &mut Vec<String>) -> Result
         }
         KvmVerdict::Absent(why) | KvmVerdict::Broken(why) => {
             reasons.push(format!(
-    if request.network_rate {
-        return Err("it has no bound on what goes through the network".to_owned());
-    }
                 "qemu {version} with emulation (TCG), since KVM is no use: {why}"
             ));
             Accelerator::Tcg

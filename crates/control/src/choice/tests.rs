@@ -33,6 +33,7 @@ fn absent() -> KvmVerdict {
 fn asked(hypervisor: Hypervisor) -> Request {
     Request {
         hypervisor,
+        argv: vec!["p".to_owned()],
         tty: false,
         stdin: false,
         host_directories: false,
@@ -46,8 +47,8 @@ fn asked(hypervisor: Hypervisor) -> Request {
         linux_kernel: None,
         memory: Bytes::mib(512),
         unikernel_memory_min: Some(Bytes::mib(64)),
-        retry_safe: false,
         network_rate: false,
+        retry_safe: false,
     }
 }
 

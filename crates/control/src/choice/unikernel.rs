@@ -4,7 +4,7 @@
 //! whoever asks. *Doubtful*: it may go wrong; `auto` then takes Linux, and who asked for `nanovms` is warned. Where the only
 //! doubt is whether the program makes processes, `auto` may try it provisionally ([`crate::ProvisionalRun`]).
 
-use super::Request;
+use super::{Request, known};
 use vistara_model::{
     Architecture, Confidence, HostFacts, ImageFacts, MayCreate, Payload, ProgramFacts, ProgramKind,
     Runtime, Signal,
@@ -317,6 +317,15 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
         (Some(linkage), runtimes) => format!("one {linkage} program ({})", list(runtimes)),
         (None, _) => "one program".to_owned(),
     };
+    if processes.may_create != MayCreate::No
+        && let Some((program, arguments)) = request.argv.split_first()
+        && let Some(why) = known::makes_none(file_name(program), arguments)
+    {
+        findings.fitting.push(format!(
+            "Nanos unikernel: {about}; it could make processes ({seen}), but {why}"
+        ));
+        return;
+    }
     match processes.may_create {
         MayCreate::Yes if processes.evidence.is_empty() => findings.try_it(format!(
             "whether it makes processes cannot be told: {}",
@@ -351,6 +360,10 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
             processes.doubt.as_deref().unwrap_or("that is a guess")
         )),
     }
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 fn list(items: &[impl std::fmt::Display]) -> String {
