@@ -114,8 +114,8 @@ struct Ahead {
     /// It may have been captured since: others have the same random generator.
     captured: bool,
     network: Option<network::Ready>,
-    /// The files of names are ours already, and nobody else has seen them.
-    names: bool,
+    /// The files of names as they were written; they are ours, and nobody else has seen them.
+    names: Option<root::Names>,
 }
 
 /// Runs the guest until it is switched off.
@@ -229,17 +229,18 @@ impl Machine {
 
     /// Does what every machine that goes on from this one would do again: drivers, names to be replaced, files that are
     /// read first.
-    pub(crate) fn prepare_for_capture(&mut self, read_ahead: &[String]) {
+    pub(crate) fn prepare_for_capture(&mut self, read_ahead: &[String], likely: &GuestConfig) {
         self.ahead.captured = true;
         self.prepare();
         self.settle();
-        match network::get_ready() {
+        match network::get_ready(likely.network.as_ref()) {
             Ok(ready) => self.ahead.network = Some(ready),
             Err(error) => console(&format!("the network: {error}")),
         }
         // Over the image's own files they would be copied up again and again.
-        match root::write_names(&GuestConfig::default(), false) {
-            Ok(()) => self.ahead.names = true,
+        let names = root::Names::of(likely);
+        match names.write(None) {
+            Ok(()) => self.ahead.names = Some(names),
             Err(error) => console(&format!("writing names to /etc: {error}")),
         }
         ahead::read(read_ahead);
@@ -275,7 +276,8 @@ impl Machine {
         }
         network::configure(self.ahead.network.as_ref(), config.network.as_ref())
             .map_err(|error| refusal("the network", &error))?;
-        if let Err(error) = root::write_names(config, self.ahead.names) {
+        let ahead = self.ahead.names.take();
+        if let Err(error) = root::Names::of(config).write(ahead.as_ref()) {
             warnings.push(format!("writing names to /etc: {error}"));
         }
         if !config.volumes.is_empty() {

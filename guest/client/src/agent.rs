@@ -127,15 +127,21 @@ impl Agent {
     }
 
     /// Makes a guest that is not configured yet ready to be captured; these files (absolute paths) are read into its cache.
+    /// `likely` is what most forks of it will be told by [`Agent::configure`], which costs them less then.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn prepare(&self, read_ahead: Vec<String>) -> Result<(), AgentError> {
+    pub async fn prepare(
+        &self,
+        read_ahead: Vec<String>,
+        likely: GuestConfig,
+    ) -> Result<(), AgentError> {
         done(
             self.session
                 .ask(|request| ToGuest::Prepare {
                     request,
                     read_ahead,
+                    likely,
                 })
                 .await?,
         )

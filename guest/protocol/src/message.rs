@@ -443,6 +443,9 @@ pub enum ToGuest {
         request: u32,
         /// Absolute paths of files that will be read first; those that cannot be read now are passed over.
         read_ahead: Vec<String>,
+        /// What most of those that go on from there will be told, with a host name of the same length: what of it is so is
+        /// not done again. Its clock and its random bytes are not used.
+        likely: GuestConfig,
     },
     /// The guest was held still for a while: its clock is wrong. Answered by [`ToHost::Done`] or [`ToHost::Refused`].
     SetClock {

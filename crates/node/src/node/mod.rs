@@ -29,7 +29,7 @@ use vistara_api::{ErrorKind, RunRequest};
 use vistara_control::{Capacity, Demand, MEMORY_MIN, admit, lookup};
 use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
-use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer};
+use vistara_machine::boot::{Kernel, KernelStore, LinuxPayload, NanosKernels, UpperLayer};
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Backend, Bytes, Digest, Generation, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
@@ -51,6 +51,8 @@ pub(crate) struct Mechanisms {
     pub(crate) nanos: NanosKernels,
     pub(crate) overlays: OverlayTemplates,
     payload: LinuxPayload,
+    /// What was planned last, and for which kernel.
+    planned: Arc<Mutex<Option<(Kernel, LinuxBoot)>>>,
     vmms: Arc<Mutex<HashMap<VmmKind, Arc<dyn Vmm>>>>,
     pub(crate) is_root: bool,
 }
@@ -202,6 +204,7 @@ impl Node {
             overlays: OverlayTemplates::open(&state.join("overlays"))
                 .map_err(NodeError::Kernels)?,
             payload: LinuxPayload::open(&state.join("initramfs")).map_err(NodeError::Kernels)?,
+            planned: Arc::default(),
             vmms: Arc::default(),
             is_root: rustix::process::geteuid().is_root(),
         };

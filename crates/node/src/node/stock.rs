@@ -39,7 +39,7 @@ impl Node {
         let vmm = self.mechanisms.vmm(record.backend.vmm)?;
         vmm.capabilities().capture.as_ref().ok()?;
         // What is wrong here is told when the machine is prepared.
-        let (_, boot) = self.boot_of(&record.spec).await.ok()?;
+        let (_, boot) = self.planned_boot(&record.spec).await.ok()??;
         let shape = Shape {
             image_id: &record.image_id,
             spec: &record.spec,

@@ -11,7 +11,7 @@ use vistara_machine::{Disk, Fence, LaunchPlan, LinuxBoot, Nic, Start, Vmm};
 use vistara_model::{Accelerator, Bytes, Digest, EnvVar, MachineId, MachineSpec, Network, Rates};
 
 /// Version of how templates are made; part of their keys.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 /// Hexadecimal digits of a key.
 const KEY_DIGITS: usize = 32;
 /// Users as which machines to be captured run, one after the other: above the machines' own. Below them systemd-nspawn

@@ -3,6 +3,7 @@
 use super::blueprint::Blueprint;
 use super::files::{self, Making};
 use crate::fault::chain;
+use crate::machine::likely_config;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,7 +99,10 @@ async fn ready(vm: &dyn Vm, blueprint: &Blueprint) -> Result<(), String> {
         end = vm.wait() => return Err(format!("its machine ended: {end:?}")),
     };
     let (agent, _) = greeted.map_err(|error| chain(&error))?;
-    let prepared = agent.prepare(blueprint.read_ahead.clone());
+    let prepared = agent.prepare(
+        blueprint.read_ahead.clone(),
+        likely_config(blueprint.network),
+    );
     tokio::time::timeout(PREPARE_BOUND, prepared)
         .await
         .map_err(|_| "its guest does not get ready".to_owned())?

@@ -9,6 +9,7 @@ use vistara_guest_protocol::NetworkConfig;
 
 const NEW_LINK: u16 = 16;
 const NEW_ADDRESS: u16 = 20;
+const REMOVE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
 const REQUEST_AND_ACK: u16 = 0x1 | 0x4;
 const CREATE_AND_REPLACE: u16 = 0x400 | 0x100;
@@ -44,10 +45,11 @@ fn interface() -> Option<u32> {
     indices.filter(|index| *index != LOOPBACK).min()
 }
 
-/// What does not depend on which machine this is: the loopback is up, and the interface is known.
+/// What does not depend on which machine this is: the loopback is up, the interface is known, and has these addresses.
 #[derive(Debug)]
 pub(super) struct Ready {
     interface: Option<u32>,
+    addresses: Vec<(IpAddr, u8)>,
 }
 
 fn open() -> io::Result<OwnedFd> {
@@ -66,15 +68,26 @@ fn named(what: &'static str) -> impl Fn(io::Error) -> io::Error {
 }
 
 /// Does what every machine does. The interface stays down: it would take its IPv6 address from a hardware address that is
-/// not a machine's own.
-pub(super) fn get_ready() -> io::Result<Ready> {
-    ask(&open()?, &link(LOOPBACK, &[])).map_err(named("the loopback"))?;
+/// not a machine's own. The addresses that every machine will most likely have are none's own either.
+pub(super) fn get_ready(likely: Option<&NetworkConfig>) -> io::Result<Ready> {
+    let socket = open()?;
+    ask(&socket, &link(LOOPBACK, &[])).map_err(named("the loopback"))?;
     let interface = interface();
-    if interface.is_some() {
+    let mut addresses = Vec::new();
+    if let Some(index) = interface {
         // As containers have it: programs that are not root's may serve port 80. Kernels without this lack nothing else.
         let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+        // An IPv6 address may be lost when the interface comes up.
+        let likely = likely.map_or(&[][..], |config| &config.addresses);
+        for (address, prefix) in likely.iter().filter(|(address, _)| address.is_ipv4()) {
+            ask(&socket, &new_address(index, *address, *prefix)).map_err(named("the address"))?;
+            addresses.push((*address, *prefix));
+        }
     }
-    Ok(Ready { interface })
+    Ok(Ready {
+        interface,
+        addresses,
+    })
 }
 
 /// Brings the loopback up, unless that was done, and, where there is a configuration, the interface.
@@ -83,7 +96,7 @@ pub(super) fn configure(ready: Option<&Ready>, config: Option<&NetworkConfig>) -
     let ready = match ready {
         Some(ready) => ready,
         None => {
-            now = get_ready()?;
+            now = get_ready(None)?;
             &now
         }
     };
@@ -100,7 +113,13 @@ pub(super) fn configure(ready: Option<&Ready>, config: Option<&NetworkConfig>) -
         attribute(&mut attributes, 4, &mtu.to_ne_bytes());
     }
     ask(&socket, &link(index, &attributes)).map_err(named("bringing the interface up"))?;
-    for (address, prefix) in &config.addresses {
+    let stale = (ready.addresses.iter()).filter(|ahead| !config.addresses.contains(ahead));
+    for (address, prefix) in stale {
+        let message = remove_address(index, *address, *prefix);
+        ask(&socket, &message).map_err(named("removing an address"))?;
+    }
+    let missing = (config.addresses.iter()).filter(|address| !ready.addresses.contains(address));
+    for (address, prefix) in missing {
         ask(&socket, &new_address(index, *address, *prefix)).map_err(named("the address"))?;
     }
     for gateway in &config.gateways {
@@ -117,6 +136,7 @@ pub(super) fn renew(config: &NetworkConfig) -> io::Result<()> {
     ask(&open()?, &link_down(index)).map_err(named("taking the interface down"))?;
     let ready = Ready {
         interface: Some(index),
+        addresses: Vec::new(),
     };
     configure(Some(&ready), Some(config))
 }
@@ -169,13 +189,25 @@ fn link_down(index: u32) -> Vec<u8> {
 }
 
 fn new_address(index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
+    message(
+        NEW_ADDRESS,
+        CREATE_AND_REPLACE,
+        &address_body(index, address, prefix),
+    )
+}
+
+fn remove_address(index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
+    message(REMOVE_ADDRESS, 0, &address_body(index, address, prefix))
+}
+
+fn address_body(index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
     let (family, octets) = octets(address);
     let mut body = vec![family, prefix, NO_DUPLICATE_CHECK, 0];
     body.extend_from_slice(&index.to_ne_bytes());
     // The address of the interface and, the same without a peer, of its end of the link.
     attribute(&mut body, 2, &octets);
     attribute(&mut body, 1, &octets);
-    message(NEW_ADDRESS, CREATE_AND_REPLACE, &body)
+    body
 }
 
 fn default_route(index: u32, gateway: IpAddr) -> Vec<u8> {

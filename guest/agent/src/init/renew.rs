@@ -63,7 +63,7 @@ impl Machine {
             root::make_writable()
                 .map_err(|error| refusal("writing to the read-only root of a fork", &error))?;
         }
-        warn("writing names to /etc", root::write_names(config, false));
+        warn("writing names to /etc", root::Names::of(config).write(None));
         let identified = new_machine_id();
         if read_only {
             root::make_read_only(Path::new("/"))

@@ -44,9 +44,10 @@ impl Server {
             ToGuest::Prepare {
                 request,
                 read_ahead,
+                likely,
             } => {
                 if let (Some(machine), false) = (&mut self.machine, self.configured) {
-                    machine.prepare_for_capture(&read_ahead);
+                    machine.prepare_for_capture(&read_ahead, &likely);
                 }
                 self.answer(request, Ok(()));
             }
