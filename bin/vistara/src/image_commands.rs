@@ -8,6 +8,7 @@ use crate::copy::pack;
 use crate::environment;
 use crate::failure::Failure;
 use crate::image_transfer;
+use crate::listing::Failures;
 use crate::output::{print, print_json};
 use crate::progress;
 use crate::text::{ago, short_id, table, visible};
@@ -42,27 +43,6 @@ pub(crate) async fn images(client: &Client, options: ImagesOptions) -> Result<u8
             print_json(&found)?;
             failures.code()
         }
-    }
-}
-
-/// Failures of a command that goes on with the next name.
-#[derive(Debug, Default)]
-pub(crate) struct Failures(bool);
-
-impl Failures {
-    /// Reports one.
-    pub(crate) fn add(&mut self, name: &str, failure: Failure) {
-        self.0 = true;
-        Failure {
-            message: format!("{name}: {}", failure.message),
-            ..failure
-        }
-        .print();
-    }
-
-    /// The command's exit code.
-    pub(crate) fn code(&self) -> Result<u8, Failure> {
-        Ok(u8::from(self.0))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use crate::arguments::KernelCommand;
 use crate::failure::Failure;
-use crate::image_commands::Failures;
-use crate::output::{print, print_json};
-use crate::text::{table, visible};
+use crate::listing::{self, Form, remove_each};
+use crate::output::print;
+use crate::text::visible;
 use std::path::Path;
 use vistara_api::{AddKernelRequest, Client, Kernel};
 use vistara_model::Bytes;
@@ -12,7 +12,7 @@ use vistara_model::Bytes;
 /// `vistara kernel`.
 pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u8, Failure> {
     match command {
-        KernelCommand::Ls { json } => list(&client.kernels().await?, *json),
+        KernelCommand::Ls { json } => list(&client.kernels().await?, Form::of(false, *json)),
         KernelCommand::Add {
             name,
             modules,
@@ -38,14 +38,11 @@ pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u
             Ok(0)
         }
         KernelCommand::Rm { names } => {
-            let mut failures = Failures::default();
-            for name in names {
-                match client.remove_kernel(name).await {
-                    Ok(()) => print(&format!("{name}\n"))?,
-                    Err(error) => failures.add(name, error.into()),
-                }
-            }
-            failures.code()
+            remove_each(names, async |name| {
+                client.remove_kernel(name).await?;
+                Ok(name.to_owned())
+            })
+            .await
         }
         KernelCommand::Default { name } => {
             let kernel = client.default_kernel(name).await?;
@@ -70,14 +67,14 @@ fn source_of(words: &[String]) -> Result<(Option<&'static str>, String), Failure
     }
 }
 
-fn list(kernels: &[Kernel], json: bool) -> Result<u8, Failure> {
-    if json {
-        print_json(kernels)?;
-        return Ok(0);
-    }
-    let rows: Vec<Vec<String>> = kernels
-        .iter()
-        .map(|kernel| {
+fn list(kernels: &[Kernel], form: Form) -> Result<u8, Failure> {
+    let head = ["NAME", "KIND", "VERSION", "SIZE", "DEFAULT"];
+    listing::list(
+        kernels,
+        form,
+        |kernel| &kernel.name,
+        &head,
+        |kernel| {
             vec![
                 kernel.name.clone(),
                 kernel.payload.clone(),
@@ -85,13 +82,8 @@ fn list(kernels: &[Kernel], json: bool) -> Result<u8, Failure> {
                 Bytes(kernel.size_bytes).to_string(),
                 if kernel.default { "yes" } else { "" }.to_owned(),
             ]
-        })
-        .collect();
-    print(&table(
-        &["NAME", "KIND", "VERSION", "SIZE", "DEFAULT"],
-        &rows,
-    ))?;
-    Ok(0)
+        },
+    )
 }
 
 fn absolute(path: &Path) -> Result<String, Failure> {

@@ -5,7 +5,8 @@ use crate::arguments::{
     WaitOptions,
 };
 use crate::failure::Failure;
-use crate::image_commands::Failures;
+use crate::forward;
+use crate::listing::Failures;
 use crate::output::{print, print_json};
 use crate::text::{ago, command_line, seconds_since, short_id, shorten, span, table, visible};
 use futures_util::StreamExt;

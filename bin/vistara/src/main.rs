@@ -17,6 +17,8 @@ mod failure;
 mod image_commands;
 mod kernel_commands;
 mod image_transfer;
+mod kernel_commands;
+mod listing;
 mod logs_command;
 mod machine_commands;
 mod mesh_commands;

@@ -1,9 +1,9 @@
 //! `vistara snapshot …` and `vistara fork`: machines at one moment, and those that go on from there.
 
 use crate::failure::{Failure, eprint_line};
-use crate::image_commands::Failures;
+use crate::listing::{self, Form, remove_each};
 use crate::output::{print, print_json};
-use crate::text::{ago, short_id, table, visible};
+use crate::text::{ago, short_id, visible};
 use clap::{Args, Subcommand};
 use vistara_api::{Client, CreateSnapshotRequest, ForkRequest, Machine, RestoreRequest, Snapshot};
 use vistara_model::Bytes;
@@ -120,16 +120,14 @@ pub(crate) async fn snapshot(client: &Client, command: &SnapshotCommand) -> Resu
             }
             Ok(0)
         }
-        SnapshotCommand::Ls { quiet, json } => list(&client.snapshots().await?, *quiet, *json),
+        SnapshotCommand::Ls { quiet, json } => {
+            list(&client.snapshots().await?, Form::of(*quiet, *json))
+        }
         SnapshotCommand::Rm { snapshots } => {
-            let mut failures = Failures::default();
-            for snapshot in snapshots {
-                match client.remove_snapshot(snapshot).await {
-                    Ok(id) => print(&format!("{}\n", visible(&id, false)))?,
-                    Err(error) => failures.add(snapshot, error.into()),
-                }
-            }
-            failures.code()
+            remove_each(snapshots, async |snapshot| {
+                client.remove_snapshot(snapshot).await
+            })
+            .await
         }
         SnapshotCommand::Restore {
             name,
@@ -156,24 +154,18 @@ pub(crate) async fn snapshot(client: &Client, command: &SnapshotCommand) -> Resu
     }
 }
 
-fn list(snapshots: &[Snapshot], quiet: bool, json: bool) -> Result<u8, Failure> {
-    if json {
-        print_json(&snapshots)?;
-        return Ok(0);
-    }
-    if quiet {
-        let ids: String = snapshots
-            .iter()
-            .map(|snapshot| visible(&snapshot.id, false) + "\n")
-            .collect();
-        print(&ids)?;
-        return Ok(0);
-    }
+fn list(snapshots: &[Snapshot], form: Form) -> Result<u8, Failure> {
     let now = jiff::Timestamp::now();
     let text = |text: &Option<String>| visible(text.as_deref().unwrap_or("-"), false);
-    let rows: Vec<Vec<String>> = snapshots
-        .iter()
-        .map(|snapshot| {
+    let head = [
+        "ID", "NAME", "MACHINE", "IMAGE", "MEMORY", "STORED", "CREATED", "PROBLEM",
+    ];
+    listing::list(
+        snapshots,
+        form,
+        |snapshot| &snapshot.id,
+        &head,
+        |snapshot| {
             vec![
                 short_id(&snapshot.id).to_owned(),
                 text(&snapshot.name),
@@ -187,15 +179,8 @@ fn list(snapshots: &[Snapshot], quiet: bool, json: bool) -> Result<u8, Failure> 
                     .map_or_else(|| "-".to_owned(), |time| ago(time, now)),
                 text(&snapshot.problem),
             ]
-        })
-        .collect();
-    print(&table(
-        &[
-            "ID", "NAME", "MACHINE", "IMAGE", "MEMORY", "STORED", "CREATED", "PROBLEM",
-        ],
-        &rows,
-    ))?;
-    Ok(0)
+        },
+    )
 }
 
 /// `vistara fork`.

@@ -2,7 +2,7 @@
 
 use crate::arguments::StatsOptions;
 use crate::failure::{Failure, eprint_line};
-use crate::image_commands::Failures;
+use crate::listing::Failures;
 use crate::output::{print, print_json, print_json_line};
 use crate::text::{short_id, table, visible};
 use futures_util::StreamExt;

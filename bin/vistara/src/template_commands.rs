@@ -2,10 +2,10 @@
 
 use crate::arguments::duration;
 use crate::failure::{Failure, eprint_line};
-use crate::image_commands::Failures;
+use crate::listing::{self, Form, remove_each};
 use crate::output::{print, print_json};
 use crate::run_options::{checked, head_and_command};
-use crate::text::{ago, short_id, table, visible};
+use crate::text::{ago, short_id, visible};
 use clap::{Args, Subcommand};
 use std::time::Duration;
 use vistara_api::{Client, CreateTemplateRequest, Template};
@@ -89,17 +89,12 @@ pub(crate) struct CreateOptions {
 /// `vistara template`.
 pub(crate) async fn template(client: &Client, command: &TemplateCommand) -> Result<u8, Failure> {
     match command {
-        TemplateCommand::Ls { quiet, json } => list(&client.templates().await?, *quiet, *json),
+        TemplateCommand::Ls { quiet, json } => {
+            list(&client.templates().await?, Form::of(*quiet, *json))
+        }
         TemplateCommand::Create(options) => create(client, options).await,
         TemplateCommand::Rm { keys } => {
-            let mut failures = Failures::default();
-            for key in keys {
-                match client.remove_template(key).await {
-                    Ok(key) => print(&format!("{}\n", visible(&key, false)))?,
-                    Err(error) => failures.add(key, error.into()),
-                }
-            }
-            failures.code()
+            remove_each(keys, async |key| client.remove_template(key).await).await
         }
         TemplateCommand::Prune {
             unused_for,
@@ -152,23 +147,18 @@ async fn create(client: &Client, options: &CreateOptions) -> Result<u8, Failure>
     Ok(0)
 }
 
-fn list(templates: &[Template], quiet: bool, json: bool) -> Result<u8, Failure> {
-    if json {
-        print_json(&templates)?;
-        return Ok(0);
-    }
-    if quiet {
-        let keys: String = templates
-            .iter()
-            .map(|template| visible(&template.key, false) + "\n")
-            .collect();
-        print(&keys)?;
-        return Ok(0);
-    }
+fn list(templates: &[Template], form: Form) -> Result<u8, Failure> {
     let now = jiff::Timestamp::now();
-    let rows: Vec<Vec<String>> = templates
-        .iter()
-        .map(|template| {
+    let head = [
+        "KEY", "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "STORED", "RESIDENT", "USED",
+        "MACHINES", "WARM",
+    ];
+    listing::list(
+        templates,
+        form,
+        |template| &template.key,
+        &head,
+        |template| {
             vec![
                 short_id(&template.key).to_owned(),
                 template.image.clone(),
@@ -182,14 +172,6 @@ fn list(templates: &[Template], quiet: bool, json: bool) -> Result<u8, Failure> 
                 template.machines.to_string(),
                 template.warm.to_string(),
             ]
-        })
-        .collect();
-    print(&table(
-        &[
-            "KEY", "IMAGE", "CPUS", "MEMORY", "DISK", "NETWORK", "STORED", "RESIDENT", "USED",
-            "MACHINES", "WARM",
-        ],
-        &rows,
-    ))?;
-    Ok(0)
+        },
+    )
 }

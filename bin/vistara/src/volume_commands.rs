@@ -1,9 +1,9 @@
 //! `vistara volume …`: volumes that the node keeps under names.
 
 use crate::failure::Failure;
-use crate::image_commands::Failures;
-use crate::output::{print, print_json};
-use crate::text::{ago, table, visible};
+use crate::listing::{self, Form, remove_each};
+use crate::output::print;
+use crate::text::{ago, visible};
 use clap::{Args, Subcommand};
 use vistara_api::{Client, CreateVolumeRequest, Volume};
 use vistara_model::Bytes;
@@ -45,7 +45,9 @@ pub(crate) enum VolumeCommand {
 /// `vistara volume`.
 pub(crate) async fn volume(client: &Client, command: &VolumeCommand) -> Result<u8, Failure> {
     match command {
-        VolumeCommand::Ls { quiet, json } => list(&client.volumes().await?, *quiet, *json),
+        VolumeCommand::Ls { quiet, json } => {
+            list(&client.volumes().await?, Form::of(*quiet, *json))
+        }
         VolumeCommand::Create { name } => {
             let request = CreateVolumeRequest { name: name.clone() };
             let made = client.create_volume(&request).await?;
@@ -53,36 +55,20 @@ pub(crate) async fn volume(client: &Client, command: &VolumeCommand) -> Result<u
             Ok(0)
         }
         VolumeCommand::Rm { names } => {
-            let mut failures = Failures::default();
-            for name in names {
-                match client.remove_volume(name).await {
-                    Ok(name) => print(&format!("{}\n", visible(&name, false)))?,
-                    Err(error) => failures.add(name, error.into()),
-                }
-            }
-            failures.code()
+            remove_each(names, async |name| client.remove_volume(name).await).await
         }
     }
 }
 
-fn list(volumes: &[Volume], quiet: bool, json: bool) -> Result<u8, Failure> {
-    if json {
-        print_json(&volumes)?;
-        return Ok(0);
-    }
-    if quiet {
-        let names = volumes.iter().map(|volume| &volume.name);
-        print(
-            &names
-                .map(|name| visible(name, false) + "\n")
-                .collect::<String>(),
-        )?;
-        return Ok(0);
-    }
+fn list(volumes: &[Volume], form: Form) -> Result<u8, Failure> {
     let now = jiff::Timestamp::now();
-    let rows: Vec<Vec<String>> = volumes
-        .iter()
-        .map(|volume| {
+    let head = ["NAME", "SIZE", "STORED", "CHANGED", "MACHINE"];
+    listing::list(
+        volumes,
+        form,
+        |volume| &volume.name,
+        &head,
+        |volume| {
             vec![
                 volume.name.clone(),
                 Bytes(volume.size_bytes).to_string(),
@@ -90,11 +76,6 @@ fn list(volumes: &[Volume], quiet: bool, json: bool) -> Result<u8, Failure> {
                 ago(&volume.changed_at, now),
                 volume.machine.clone().unwrap_or_default(),
             ]
-        })
-        .collect();
-    print(&table(
-        &["NAME", "SIZE", "STORED", "CHANGED", "MACHINE"],
-        &rows,
-    ))?;
-    Ok(0)
+        },
+    )
 }
