@@ -29,12 +29,16 @@ pub(crate) async fn ps(client: &Client, options: &PsOptions) -> Result<u8, Failu
         || filters
             .iter()
             .any(|filter| matches!(filter, Filter::State(state) if state == "ended"));
-    let machines: Vec<Machine> = client
+    let mut machines: Vec<Machine> = client
         .machines(all)
         .await?
         .into_iter()
         .filter(|machine| Filter::all_match(&filters, machine))
         .collect();
+    let forwards = forward::known(client).await;
+    for machine in &mut machines {
+        forward::show(&forwards, machine);
+    }
     if options.json {
         print_json(&machines)?;
         return Ok(0);
@@ -317,7 +321,10 @@ async fn inspect_one(
     };
     if kind != Some(InspectKind::Image) {
         match client.machine(name).await {
-            Ok(machine) => return json(serde_json::to_value(machine)),
+            Ok(mut detail) => {
+                forward::show(&forward::known(client).await, &mut detail.machine);
+                return json(serde_json::to_value(detail));
+            }
             Err(error) => {
                 let failure = Failure::from(error);
                 // What is no machine's name may still be an image's.
@@ -350,10 +357,10 @@ async fn inspect_one(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn machine() -> Machine {
+    pub(crate) fn machine() -> Machine {
         serde_json::from_value(serde_json::json!({
             "id": "00112233445566778899aabbccddeeff", "name": "web-1", "image": "debian:12",
             "image_id": "sha256:aa", "command": ["sh"], "state": "running", "generation": 0,

@@ -2,6 +2,7 @@
 
 use crate::environment;
 use crate::failure::{Failure, eprint_line};
+use crate::forward;
 use crate::image_commands;
 use crate::image_transfer;
 use crate::output::{print, print_json};
@@ -159,6 +160,9 @@ async fn detached(
         client.run(request).await
     })
     .await?;
+    if let Err(failure) = forward::publish(client, request, &machine).await {
+        return Err(abandon(client, &machine, failure).await);
+    }
     // As docker, come back when the program runs, so that the next command may use it, or when it could not.
     let machine = started(client, machine).await?;
     if options.json {
@@ -242,6 +246,9 @@ async fn foreground(
         asked = session::patiently(client.run(request), &mut signals, &mut early).await?;
     }
     let machine = asked?;
+    if let Err(failure) = forward::publish(client, request, &machine).await {
+        return Err(abandon(client, &machine, failure).await);
+    }
     let accepted_at = Instant::now();
     let attach = AttachRequest {
         from_start: true,

@@ -211,6 +211,52 @@ fn a_program_runs_on_another_node_as_if_it_were_here() {
 }
 
 #[test]
+fn a_port_of_this_host_leads_into_a_machine_on_another_node() {
+    let Some(two) = Two::with_machines("port") else {
+        return;
+    };
+    let (far, near) = (&two.far, &two.near);
+    let serve = ["python3", "-m", "http.server", "8000"];
+    let run = [
+        "--on", "far", "run", "-d", "-q", "-m", "128m", "-p", "0:8000", IMAGE,
+    ];
+    two.grant("run", &[]);
+    let refused = complained(near, &[&run[..], &serve].concat());
+    assert!(
+        refused.contains("right to use the node's network"),
+        "{refused}"
+    );
+    two.grant("run,network", &[]);
+    let machine = said(near, &[&run[..], &serve].concat());
+    let detail = |system: &System, words: &[&str]| -> String {
+        let found: serde_json::Value = serde_json::from_str(&said(system, words)).unwrap();
+        found[0]["ports"][0].as_str().unwrap().to_owned()
+    };
+    let here = detail(near, &["--on", "far", "inspect", &machine]);
+    let there = detail(far, &["inspect", &machine]);
+    assert_ne!(here, there, "each shows its own host's port");
+    assert!(said(near, &["--on", "far", "ps"]).contains(&here));
+    let address = here.split_once("->").unwrap().0.to_owned();
+    let get = || -> Option<String> {
+        let mut stream = std::net::TcpStream::connect(&address).ok()?;
+        stream.set_read_timeout(Some(BOUND)).ok()?;
+        std::io::Write::write_all(&mut stream, b"GET /etc/hostname HTTP/1.0\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        answer.contains("200 OK").then_some(answer)
+    };
+    until("an answer of the server", || get().is_some());
+    // The node here comes back with what it forwards.
+    near.kill_node();
+    said(near, &["ps"]);
+    until("an answer after the restart", || get().is_some());
+    said(near, &["--on", "far", "rm", "-f", &machine]);
+    until("the end of the forward", || {
+        std::net::TcpStream::connect(&address).is_err()
+    });
+}
+
+#[test]
 fn a_node_that_is_killed_is_named_and_its_machines_are_there_when_it_is_back() {
     let Some(two) = Two::with_machines("kill") else {
         return;

@@ -1,9 +1,11 @@
 //! The bodies of requests and answers. Sizes are bytes, times are RFC 3339 in UTC, durations are milliseconds.
 
+mod forwards;
 mod parts;
 mod snapshots;
 mod volumes;
 
+pub use forwards::{Forward, ForwardRequest, PORT_STREAM};
 pub use parts::{ImageParts, LayerPart, ReceivedBlob, WantedLayer, WantedParts};
 pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
 pub use volumes::{CreateVolumeRequest, Volume};

@@ -4,7 +4,7 @@
 //! the request [needs](requirement), stays within the grant's limits, sees only machines of its own, and gets nothing of the
 //! host: no directories, no ports, no named volumes. A request that this table does not know needs what nobody can have.
 
-use vistara_model::{Bytes, GrantTerms, MachineSpec, Network, NodeId, Right};
+use vistara_model::{Bytes, GrantTerms, MachineSpec, Network, NodeId, PortMapping, Right};
 
 /// What a request needs of a caller who is not the owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub fn requirement(method: &str, path: &[&str]) -> Requirement {
             [
                 "machines",
                 _,
-                "wait" | "logs" | "console" | "stats" | "stat" | "attach" | "exec",
+                "wait" | "logs" | "console" | "stats" | "stat" | "attach" | "exec" | "port",
             ],
         )
         | ("GET" | "PUT", ["machines", _, "archive"]) => Requirement::OwnMachine,
@@ -177,7 +177,7 @@ impl Refusal {
             Refusal::Network => {
                 "add --network none, or ask its owner for a grant with the right `network`"
             }
-            Refusal::Host(_) => "copy files with `vistara cp`, and leave -v and -p out",
+            Refusal::Host(_) => "copy files with `vistara cp`, and leave -v out",
         }
     }
 }
@@ -279,7 +279,9 @@ pub fn leaves_host_alone(spec: &MachineSpec, may_use_network: bool) -> Result<()
     if !spec.named_volumes.is_empty() {
         return Err(Refusal::Host("volumes"));
     }
-    if !spec.ports.is_empty() {
+    // Where the caller's own host leads to through the mesh; a number of the caller's choice could be somebody's.
+    let reachable = |port: &PortMapping| !port.host_address.is_loopback() || port.host_port != 0;
+    if spec.ports.iter().any(reachable) {
         return Err(Refusal::Host("ports"));
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! A client of a node's interface over its Unix socket.
 
+mod forwards;
 mod kernels;
 mod mesh;
 mod parts;

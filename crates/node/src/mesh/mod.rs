@@ -12,9 +12,11 @@ mod bring;
 mod brought;
 mod caller;
 mod faults;
+mod forwards;
 mod ledger;
 
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
+pub(crate) use forwards::Forwards;
 pub(crate) use ledger::{Given, Ledger};
 
 use crate::fault::{Answer, Fault, blocking};
@@ -329,6 +331,11 @@ impl Mesh {
         })?;
         let token = peer.grant.as_deref().map(str::parse::<Token>).transpose()?;
         Ok(link.stream(&peer.id, token.as_ref()).await?)
+    }
+
+    /// The id of a node that was joined.
+    pub(crate) async fn peer_id(&self, typed: &str) -> Answer<NodeId> {
+        Ok(find(&*self.open().await?, typed)?.id)
     }
 
     /// Joins a node: it answers, and is remembered from now on.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use vistara_api::RunRequest;
 use vistara_control::{Refusal, Requirement, lookup, requirement};
-use vistara_model::Right;
+use vistara_model::{PortMapping, Protocol, Right};
 
 /// Streams of other nodes, as something to be served.
 pub(super) struct Visits(mpsc::Receiver<Visit>);
@@ -61,10 +61,24 @@ pub(super) fn tame(caller: &Caller, request: &mut RunRequest) -> Answer<()> {
     if !request.volumes.is_empty() {
         return Err(Refusal::Host("directories and volumes").into());
     }
-    if !request.ports.is_empty() {
-        return Err(Refusal::Host("ports").into());
+    let may_use_network = foreign.may(Right::Network);
+    for text in &mut request.ports {
+        let port: PortMapping = text
+            .parse()
+            .map_err(|error: vistara_model::SpecError| Fault::user(error.to_string()))?;
+        if !may_use_network {
+            return Err(Refusal::Network.into());
+        }
+        if port.protocol != Protocol::Tcp {
+            return Err(
+                Fault::user("only TCP ports are published on another node's host")
+                    .hint("leave out the ports with /udp"),
+            );
+        }
+        // The port that the caller named is one of its own host, which leads to this one through the mesh.
+        *text = format!("0:{}", port.guest_port);
     }
-    if !foreign.may(Right::Network) {
+    if !may_use_network {
         // What somebody without the right gets who does not ask for any; who asks for one is refused.
         request.network.get_or_insert_with(|| "none".to_owned());
     }

@@ -1,16 +1,13 @@
 //! Other nodes: who this one is, which it has joined, what it has granted, and streams to them. For the owner only.
 
 use super::App;
+use super::ports::{switch, take_upgrade};
 use crate::fault::{Answer, Fault, blocking};
 use crate::mesh::{Given, Open, lock, now_s, used};
 use crate::view;
 use axum::Json;
-use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::header::{CONNECTION, UPGRADE};
-use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
-use hyper_util::rt::TokioIo;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use vistara_api::{
@@ -248,35 +245,9 @@ pub(super) async fn stream(
     Path(node): Path<String>,
     mut request: Request,
 ) -> Answer<Response> {
-    let asked = request.headers().get(UPGRADE) == Some(&HeaderValue::from_static(NODE_STREAM));
-    let upgrade = request
-        .extensions_mut()
-        .remove::<hyper::upgrade::OnUpgrade>();
-    let (true, Some(upgrade)) = (asked, upgrade) else {
-        return Err(Fault::user(format!(
-            "this path is for connections with `Upgrade: {NODE_STREAM}`"
-        )));
-    };
-    let mut stream = app.mesh.stream_to(&node).await?;
-    // It ends with either side's connection.
-    tokio::spawn(async move {
-        match upgrade.await {
-            Ok(client) => {
-                let copied =
-                    tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut stream).await;
-                if let Err(error) = copied {
-                    tracing::debug!(%error, "a stream to another node broke");
-                }
-            }
-            Err(error) => tracing::debug!(%error, "a client went away"),
-        }
-    });
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let headers = response.headers_mut();
-    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static(NODE_STREAM));
-    Ok(response)
+    let upgrade = take_upgrade(&mut request, NODE_STREAM)?;
+    let stream = app.mesh.stream_to(&node).await?;
+    Ok(switch(upgrade, NODE_STREAM, stream))
 }
 
 /// What this node has granted, in the order in which it was.

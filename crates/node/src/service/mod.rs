@@ -7,6 +7,7 @@ mod machines;
 mod mesh;
 mod metrics;
 mod parts;
+mod ports;
 mod snapshots;
 mod streams;
 mod system;
@@ -15,7 +16,7 @@ mod volumes;
 
 use crate::fault::{Answer, NodeError};
 use crate::machine::now_ns;
-use crate::mesh::{Asker, Caller, Mesh};
+use crate::mesh::{Asker, Caller, Forwards, Mesh};
 use crate::node::Node;
 use crate::options::NodeOptions;
 use axum::extract::Request;
@@ -45,6 +46,7 @@ const LEAVE_BOUND: Duration = Duration::from_secs(2);
 pub(crate) struct App {
     pub(crate) node: Arc<Node>,
     pub(crate) mesh: Arc<Mesh>,
+    pub(crate) forwards: Arc<Forwards>,
     pub(crate) leave: CancellationToken,
 }
 
@@ -129,6 +131,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(mesh::revoke))
         .routes(routes!(mesh::keep))
         .routes(routes!(mesh::narrow))
+        .routes(routes!(ports::connect))
+        .routes(routes!(ports::list, ports::add))
+        .routes(routes!(ports::remove))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::remove))
 }
@@ -163,11 +168,18 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     let (mesh, visits) = Mesh::new(&state_dir);
     mesh.resume().await;
     let listener = bind(&socket)?;
+    let forwards = Forwards::new(
+        mesh.dir().to_owned(),
+        vistara_api::Client::new(socket.clone()),
+    );
+    // They speak with this node's socket, which takes connections from here on.
+    forwards.resume();
     let connections = Connections::default();
     let leave = CancellationToken::new();
     let app = App {
         node: Arc::clone(&node),
         mesh: Arc::clone(&mesh),
+        forwards: Arc::clone(&forwards),
         leave: leave.clone(),
     };
     let (router, document) = routes().split_for_parts();
