@@ -21,7 +21,11 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// A static program for x86-64 that prints a line and then waits for ever: what the baselines run, and what is measured
 /// against them. Assembled by hand: `write(1, LINE, 12)`, then `pause()` in a loop.
 pub fn bare_program() -> Vec<u8> {
-    program(&[])
+    program(&[
+        0xb8, 34, 0, 0, 0, // mov eax, 34 (pause)
+        0x0f, 0x05, // syscall
+        0xeb, 0xf7, // jmp to the mov
+    ])
 }
 
 /// As [`bare_program`], which instead of waiting for ever waits for its input, and prints its line for each piece of it.
@@ -252,9 +256,14 @@ mod tests {
         let mut child = Command::new(&path).stdout(Stdio::piped()).spawn().unwrap();
         let mut text = [0; LINE.len()];
         child.stdout.take().unwrap().read_exact(&mut text).unwrap();
+        assert_eq!(&text, LINE);
+        // It waits then, until somebody ends it: a program that crashed after its line would be gone.
+        let state = format!("/proc/{}/stat", child.id());
+        while !std::fs::read_to_string(&state).unwrap().contains(") S ") {
+            assert_eq!(child.try_wait().unwrap(), None);
+        }
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(&text, LINE);
         // The other one prints it again for what it is told.
         std::fs::write(&path, echo_program()).unwrap();
         let mut child = Command::new(&path)
