@@ -2,13 +2,17 @@
 //! and until it answers a first command, against the least by which the same monitor forks a guest with the same kernel and
 //! memory. Both are measured in turn, in one run.
 
+mod burst;
+
+pub(crate) use burst::burst;
+
 use crate::bench_command::{Series, chosen, millis, tempdir};
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::places::Places;
 use serde::Serialize;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vistara_api::client::StreamItem;
 use vistara_api::stream::StreamEvent;
 use vistara_api::{
@@ -22,8 +26,9 @@ const HYPERVISOR: &str = "qemu";
 const MEMORY: Bytes = Bytes::mib(128);
 /// Runs of each side that are not counted: the first one makes the template.
 const WARM_UP: u32 = 1;
-/// Raw forks that are launched at once in a burst: more take each other's processors.
-const RAW_WORKERS: usize = 4;
+/// How long the stock may take to be ready, and to grow by one more machine, and how often it is looked at.
+const STOCK_BOUND: Duration = Duration::from_secs(30);
+const STOCK_LOOK: Duration = Duration::from_millis(50);
 
 /// What is measured, for `--json`. Times are milliseconds, memory is bytes.
 #[derive(Debug, Serialize)]
@@ -33,17 +38,23 @@ struct ForkReport {
     count: u32,
     /// From the start of a bare monitor to its guest's answer: neither disk, network, fences nor identity.
     raw: Series,
-    /// From asking the node for a machine until its program runs, identity given, network and disk attached.
+    /// From asking the node for a machine until its program runs, identity given, network and disk attached; forked when
+    /// it is asked for.
     run: Series,
-    /// From asking the node for a machine until a command executed in it has ended.
+    /// The same until a command executed in it has ended.
     first_exec: Series,
+    /// As the two before, of a machine from the stock; absent where the node keeps none.
+    warm: Option<Series>,
+    warm_first_exec: Option<Series>,
     /// The same as `run`, of a copy of a machine that runs.
     live: Series,
     /// How long that machine was held still.
     live_pause: Series,
-    /// Medians of `run`, `first_exec` and `live` by that of `raw`.
+    /// Medians of `run`, `first_exec`, `warm`, `warm_first_exec` and `live` by that of `raw`.
     ratio: f64,
     first_exec_ratio: f64,
+    warm_ratio: Option<f64>,
+    warm_first_exec_ratio: Option<f64>,
     live_ratio: f64,
     /// Proportional set size of the monitors, idle: medians.
     raw_pss_bytes: u64,
@@ -67,6 +78,8 @@ struct Conditions {
 struct Bench<'a> {
     client: &'a Client,
     image: String,
+    /// The key of its template.
+    template: String,
     raw: RawTemplate,
     conditions: Conditions,
     _scratch: crate::bench_command::Scratch,
@@ -94,7 +107,7 @@ impl<'a> Bench<'a> {
             hypervisor: Some(HYPERVISOR.to_owned()),
             ..CreateTemplateRequest::default()
         };
-        client.create_template(&request).await?;
+        let template = client.create_template(&request).await?.template.key;
         let choice = client.explain(&request_of(&image)).await?.choice;
         let accelerator = match choice.accelerator.as_str() {
             "kvm" => Accelerator::Kvm,
@@ -120,6 +133,7 @@ impl<'a> Bench<'a> {
         Ok(Bench {
             client,
             image,
+            template,
             raw,
             conditions: Conditions {
                 vmm: choice.vmm,
@@ -139,9 +153,43 @@ impl<'a> Bench<'a> {
         forked.map_err(|error| Failure::because("the bare monitor cannot be forked", error))
     }
 
-    /// A machine whose program runs.
-    async fn machine(&self) -> Result<Machine, Failure> {
-        let machine = self.client.run(&request_of(&self.image)).await?;
+    /// A machine that is forked for this request, whose program runs.
+    async fn forked(&self) -> Result<Machine, Failure> {
+        self.machine(&RunRequest {
+            // With a name of its own none of the stock can stand in for it.
+            hostname: Some("forked".to_owned()),
+            ..request_of(&self.image)
+        })
+        .await
+    }
+
+    /// A machine as a user gets it, from the stock where there is one, whose program runs.
+    async fn usual(&self) -> Result<Machine, Failure> {
+        self.machine(&request_of(&self.image)).await
+    }
+
+    /// Machines in stock of the template that is measured.
+    async fn in_stock(&self) -> Result<u32, Failure> {
+        let all = self.client.templates().await?;
+        let ours = all.iter().find(|template| template.key == self.template);
+        Ok(ours.map_or(0, |template| template.warm))
+    }
+
+    /// Waits until so many are in stock, or it has not grown for long; says how many there are.
+    async fn stocked(&self, count: u32) -> Result<u32, Failure> {
+        let (mut most, mut grown) = (self.in_stock().await?, Instant::now());
+        while most < count && grown.elapsed() < STOCK_BOUND {
+            tokio::time::sleep(STOCK_LOOK).await;
+            let now = self.in_stock().await?;
+            if now > most {
+                (most, grown) = (now, Instant::now());
+            }
+        }
+        Ok(most)
+    }
+
+    async fn machine(&self, request: &RunRequest) -> Result<Machine, Failure> {
+        let machine = self.client.run(request).await?;
         let request = AttachRequest::default();
         let mut streams = self.client.attach(&machine.id, &request).await?;
         loop {
@@ -217,7 +265,7 @@ pub(crate) async fn fork(
     json: bool,
 ) -> Result<u8, Failure> {
     let mut bench = Bench::prepare(client, places, image).await?;
-    let source = bench.machine().await?;
+    let source = bench.forked().await?;
     let measured = fork_rounds(&bench, &source, count).await;
     client.remove_machine(&source.id, true).await?;
     let mut report = measured?;
@@ -231,27 +279,78 @@ pub(crate) async fn fork(
     Ok(0)
 }
 
+/// Asks for as much as it takes until the node keeps a stock; says whether it does.
+async fn begin_stock(bench: &Bench<'_>) -> Result<bool, Failure> {
+    for _ in 0..2 {
+        let machine = bench.usual().await?;
+        bench.client.remove_machine(&machine.id, true).await?;
+    }
+    Ok(bench.stocked(1).await? > 0)
+}
+
+/// What one run took, in milliseconds from asking for it.
+struct OneRun {
+    started: f64,
+    executed: f64,
+    pss: u64,
+    warm: bool,
+}
+
+/// Measures a machine until its program runs, and until it has answered a first command, and removes it.
+async fn one_run(
+    bench: &Bench<'_>,
+    machine: impl Future<Output = Result<Machine, Failure>>,
+) -> Result<OneRun, Failure> {
+    let begin = Instant::now();
+    let machine = machine.await?;
+    let started = begin.elapsed();
+    let answered = bench.exec(&machine.id).await;
+    let executed = begin.elapsed();
+    let pss = bench.pss_of(&machine.id).await;
+    let detail = bench.client.machine(&machine.id).await;
+    bench.client.remove_machine(&machine.id, true).await?;
+    answered?;
+    Ok(OneRun {
+        started: millis(started),
+        executed: millis(executed),
+        pss: pss?,
+        warm: detail?.warm,
+    })
+}
+
 async fn fork_rounds(
     bench: &Bench<'_>,
     source: &Machine,
     count: u32,
 ) -> Result<ForkReport, Failure> {
     let (mut raw, mut run, mut first_exec) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut warm, mut warm_first_exec) = (Vec::new(), Vec::new());
     let (mut live, mut live_pause) = (Vec::new(), Vec::new());
     let (mut raw_pss, mut ours_pss) = (Vec::new(), Vec::new());
+    let keeps_stock = begin_stock(bench).await?;
     for round in 0..WARM_UP + count {
+        let counts = round >= WARM_UP;
         let bare = bench.fork_raw()?;
         let bare_pss = pss(bare.pid())?;
         let took = bare.took;
         drop(bare);
-        let begin = Instant::now();
-        let machine = bench.machine().await?;
-        let started = begin.elapsed();
-        let answered = bench.exec(&machine.id).await;
-        let executed = begin.elapsed();
-        let our_pss = bench.pss_of(&machine.id).await;
-        bench.client.remove_machine(&machine.id, true).await?;
-        answered?;
+        let ours = one_run(bench, bench.forked()).await?;
+        if counts {
+            raw.push(millis(took));
+            raw_pss.push(bare_pss);
+            run.push(ours.started);
+            first_exec.push(ours.executed);
+            ours_pss.push(ours.pss);
+        }
+        if keeps_stock && bench.stocked(1).await? > 0 {
+            let ours = one_run(bench, bench.usual()).await?;
+            if counts && ours.warm {
+                warm.push(ours.started);
+                warm_first_exec.push(ours.executed);
+            }
+            // What is made in its place must not be in front of what is measured next.
+            bench.stocked(1).await?;
+        }
         let begin = Instant::now();
         let forked = bench
             .client
@@ -261,18 +360,16 @@ async fn fork_rounds(
         for machine in &forked.machines {
             bench.client.remove_machine(&machine.id, true).await?;
         }
-        if round >= WARM_UP {
-            raw.push(millis(took));
-            raw_pss.push(bare_pss);
-            run.push(millis(started));
-            first_exec.push(millis(executed));
-            ours_pss.push(our_pss?);
+        if counts {
             live.push(millis(copied));
             live_pause.push(forked.pause_ms);
         }
     }
     let (raw, run, first_exec) = (Series::of(raw), Series::of(run), Series::of(first_exec));
     let live = Series::of(live);
+    let some = |values: Vec<f64>| (!values.is_empty()).then(|| Series::of(values));
+    let (warm, warm_first_exec) = (some(warm), some(warm_first_exec));
+    let by_raw = |series: &Option<Series>| series.map(|series| series.median / raw.median);
     Ok(ForkReport {
         conditions: Conditions {
             vmm: String::new(),
@@ -286,6 +383,10 @@ async fn fork_rounds(
         count,
         ratio: run.median / raw.median,
         first_exec_ratio: first_exec.median / raw.median,
+        warm_ratio: by_raw(&warm),
+        warm_first_exec_ratio: by_raw(&warm_first_exec),
+        warm,
+        warm_first_exec,
         live_ratio: live.median / raw.median,
         raw,
         run,
@@ -324,8 +425,11 @@ fn fork_table(report: &ForkReport) -> String {
             series.min, series.median, series.max
         )
     };
+    let maybe = |name: &str, series: Option<Series>, ratio: Option<f64>| {
+        series.map_or_else(String::new, |series| row(name, series, ratio))
+    };
     format!(
-        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
+        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
         told(&report.conditions),
         report.count,
         "milliseconds",
@@ -339,14 +443,24 @@ fn fork_table(report: &ForkReport) -> String {
             Some(1.0)
         ),
         row(
-            "run: asked for, to the program running",
+            "run, forked: asked for, to the program running",
             report.run,
             Some(report.ratio)
         ),
         row(
-            "run: asked for, to the first command answered",
+            "run, forked: asked for, to the first command answered",
             report.first_exec,
             Some(report.first_exec_ratio)
+        ),
+        maybe(
+            "run, from the stock: asked for, to the program running",
+            report.warm,
+            report.warm_ratio
+        ),
+        maybe(
+            "run, from the stock: to the first command answered",
+            report.warm_first_exec,
+            report.warm_first_exec_ratio
         ),
         row(
             "fork of a running machine: asked for, to it running",
@@ -360,165 +474,5 @@ fn fork_table(report: &ForkReport) -> String {
         ),
         Bytes(report.pss_bytes),
         Bytes(report.raw_pss_bytes),
-    )
-}
-
-/// One size of a burst.
-#[derive(Debug, Serialize)]
-struct Burst {
-    machines: u32,
-    /// Milliseconds until all bare forks had answered.
-    raw_ms: f64,
-    /// Milliseconds until all programs ran.
-    run_ms: f64,
-    /// Milliseconds until all copies of a running machine ran.
-    live_ms: f64,
-    /// Machines in a second, by ours and by the raw ones.
-    run_per_s: f64,
-    raw_per_s: f64,
-    /// `run_ms` by `raw_ms`.
-    ratio: f64,
-}
-
-#[derive(Debug, Serialize)]
-struct BurstReport {
-    conditions: Conditions,
-    bursts: Vec<Burst>,
-}
-
-/// `vistara bench burst`.
-pub(crate) async fn burst(
-    client: &Client,
-    places: &Places,
-    image: Option<&str>,
-    sizes: &[u32],
-    json: bool,
-) -> Result<u8, Failure> {
-    let mut bench = Bench::prepare(client, places, image).await?;
-    let source = bench.machine().await?;
-    let mut bursts = Vec::new();
-    let mut failed = None;
-    // Caches are warm afterwards.
-    for (index, size) in std::iter::once(&1).chain(sizes).enumerate() {
-        match one_burst(&bench, &source, *size).await {
-            Ok(burst) if index > 0 => bursts.push(burst),
-            Ok(_) => {}
-            Err(error) => {
-                failed = Some(error);
-                break;
-            }
-        }
-    }
-    client.remove_machine(&source.id, true).await?;
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    bench.conditions.load[1] = load();
-    let report = BurstReport {
-        conditions: bench.conditions,
-        bursts,
-    };
-    if json {
-        print_json(&report)?;
-    } else {
-        print(&burst_table(&report))?;
-    }
-    Ok(0)
-}
-
-async fn one_burst(bench: &Bench<'_>, source: &Machine, size: u32) -> Result<Burst, Failure> {
-    let begin = Instant::now();
-    let raw = raw_burst(bench, size)?;
-    let raw_time = begin.elapsed();
-    drop(raw);
-    let begin = Instant::now();
-    let asked = (0..size).map(|_| bench.machine());
-    let made: Vec<Result<Machine, Failure>> = futures_util::future::join_all(asked).await;
-    let run_time = begin.elapsed();
-    let mut machines = Vec::new();
-    let mut failed = None;
-    for one in made {
-        match one {
-            Ok(machine) => machines.push(machine),
-            Err(error) => failed = Some(error),
-        }
-    }
-    remove_all(bench, &machines).await?;
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    let request = ForkRequest {
-        count: size,
-        ..ForkRequest::default()
-    };
-    let begin = Instant::now();
-    let forked = bench.client.fork(&source.id, &request).await?;
-    let live_time = begin.elapsed();
-    remove_all(bench, &forked.machines).await?;
-    let seconds = |time: std::time::Duration| time.as_secs_f64().max(f64::MIN_POSITIVE);
-    Ok(Burst {
-        machines: size,
-        raw_ms: millis(raw_time),
-        run_ms: millis(run_time),
-        live_ms: millis(live_time),
-        run_per_s: f64::from(size) / seconds(run_time),
-        raw_per_s: f64::from(size) / seconds(raw_time),
-        ratio: seconds(run_time) / seconds(raw_time),
-    })
-}
-
-async fn remove_all(bench: &Bench<'_>, machines: &[Machine]) -> Result<(), Failure> {
-    let removed = machines
-        .iter()
-        .map(|machine| bench.client.remove_machine(&machine.id, true));
-    for result in futures_util::future::join_all(removed).await {
-        result?;
-    }
-    Ok(())
-}
-
-/// So many bare forks, all of which have answered.
-fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<RawFork>, Failure> {
-    let next = std::sync::atomic::AtomicU32::new(0);
-    let work = || {
-        let mut mine = Vec::new();
-        while next.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < size {
-            mine.push(bench.fork_raw()?);
-        }
-        Ok(mine)
-    };
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..RAW_WORKERS).map(|_| scope.spawn(work)).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            let mine: Result<Vec<RawFork>, Failure> = worker
-                .join()
-                .unwrap_or_else(|_| Err(Failure::new("a worker of the bench failed")));
-            all.extend(mine?);
-        }
-        Ok(all)
-    })
-}
-
-fn burst_table(report: &BurstReport) -> String {
-    let rows: String = report
-        .bursts
-        .iter()
-        .map(|burst| {
-            format!(
-                "| {:>8} | {:>8.0} | {:>8.0} | {:>8.0} | {:>8.1} | {:>8.1} | {:>6.2} |\n",
-                burst.machines,
-                burst.raw_ms,
-                burst.run_ms,
-                burst.live_ms,
-                burst.raw_per_s,
-                burst.run_per_s,
-                burst.ratio
-            )
-        })
-        .collect();
-    format!(
-        "{}. Until the last of so many answers (raw) or its program runs.\n\n| machines | raw, ms | run, ms | fork, ms | raw, 1/s | run, 1/s | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n{rows}",
-        told(&report.conditions)
     )
 }
