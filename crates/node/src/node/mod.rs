@@ -359,13 +359,7 @@ impl Node {
     ) -> Answer<Arc<Handle>> {
         let decision = self.decide(request, Look::IfItMatters).await?;
         let host = self.facts();
-        if let Err(fault) = self.admit(&decision, &host) {
-            // What only may be of use goes before anybody is refused.
-            if !self.empty_stock().await {
-                return Err(fault);
-            }
-            self.admit(&decision, &self.facts())?;
-        }
+        self.admit_before_stock(&decision, &host).await?;
         let memory = decision.spec.memory.max(decision.linux_memory);
         let records = || self.all().iter().map(|handle| handle.record()).collect();
         // Held until the record is there, from which what the machine takes is counted.

@@ -1,12 +1,14 @@
 //! The stock as the node's other parts see it: what a request takes from it, and when it must go.
 
 use super::{Decision, Node};
+use crate::fault::Answer;
 use crate::machine::Record;
 use crate::stock::{Pattern, Stock, Warm, keep, suits};
 use crate::templates::{Blueprint, Shape};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use vistara_model::{Bytes, HostFacts};
 
 /// How long the stock may take to be ended when the node leaves; what is left then is the next node's to end.
 const END_BOUND: Duration = Duration::from_secs(2);
@@ -53,6 +55,26 @@ impl Node {
         let warm = self.stock.take(&key, pattern)?;
         self.templates.was_used(&key);
         Some(Taken { key, warm })
+    }
+
+    /// Whether a machine has room here, once the stock is gone if it has to: what may be of use goes before anybody is refused.
+    pub(super) async fn admit_before_stock(
+        &self,
+        decision: &Decision,
+        host: &HostFacts,
+    ) -> Answer<()> {
+        let Err(fault) = self.admit(decision, host) else {
+            return Ok(());
+        };
+        let unbounded = HostFacts {
+            memory_available: Bytes(u64::MAX),
+            ..host.clone()
+        };
+        let for_want_of_memory = self.admit(decision, &unbounded).is_ok();
+        if for_want_of_memory && self.empty_stock().await {
+            return self.admit(decision, &self.facts());
+        }
+        Err(fault)
     }
 
     /// Whether a request like this one would get a machine of the stock of this template now.
