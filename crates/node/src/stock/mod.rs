@@ -28,6 +28,7 @@ pub(crate) fn suits(spec: &MachineSpec, payload: Payload) -> bool {
         && !spec.read_only
         && !spec.no_template
         && spec.cpus.millis.is_multiple_of(1000)
+        && spec.rates == Default::default()
         && payload == Payload::Linux
 }
 
