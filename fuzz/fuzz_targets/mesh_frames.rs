@@ -1,9 +1,9 @@
-//! What another node may send before HTTP: greetings, the first frame of a stream, and the token in it; and what a user may be
+//! What another node may send before HTTP: greetings, the first frame of a stream, and the token in it, what nodes state about themselves; and what a user may be
 //! given to type, tickets and tokens.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vistara_mesh::{Ticket, Token, frame};
+use vistara_mesh::{Ticket, Token, facts, frame};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = frame::decode_hello(bytes);
@@ -12,6 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
         let again = frame::encode(&open).expect("it came in a frame");
         assert_eq!(frame::decode_open(&again[4..]).expect("it was read before"), open);
     }
+    let _ = facts::read(bytes);
     if let Ok(token) = Token::from_bytes(bytes.to_vec()) {
         let _ = token.unchecked_terms();
         let _ = token.is_passed_on();

@@ -34,7 +34,7 @@ pub(crate) struct Place {
     /// State directory of the node
     #[arg(long, global = true, value_name = "DIR", env = crate::environment::STATE_DIR, help_heading = "Global options", hide_env_values = true)]
     pub(crate) state_dir: Option<PathBuf>,
-    /// Another node, through this one: a name or a beginning of an id, as `vistara nodes` lists them
+    /// Another node, through this one: a name or a beginning of an id, as `vistara nodes` lists them; for `run` also `any`
     #[arg(
         long,
         global = true,
@@ -611,6 +611,8 @@ pub(crate) enum NodeSubcommand {
         #[arg(long, value_name = "ADDRESS:PORT")]
         listen: Option<String>,
     },
+    /// Say where this node is, what it costs and whether it takes anything, to those who may use it; print what it says
+    Terms(crate::mesh_commands::TermsOptions),
 }
 
 /// `bench`.

@@ -24,6 +24,7 @@ mod machine_commands;
 mod mesh_commands;
 mod node_command;
 mod output;
+mod place;
 mod places;
 mod progress;
 mod run_command;
@@ -136,9 +137,26 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
         command => {
-            let target = match &on {
-                Some(node) => client.on(node),
-                None => client.clone(),
+            let (target, on) = match (&command, on) {
+                (Command::Run(options), on)
+                    if on.as_deref() == Some(place::ANY)
+                        || (on.is_none() && options.place.any()) =>
+                {
+                    place::place(&client, options).await?
+                }
+                (_, Some(node)) if node == place::ANY => {
+                    return Err(Failure::new("--on any is for `vistara run`")
+                        .hint("`vistara nodes` lists the nodes to choose from"));
+                }
+                (Command::Run(options), Some(_)) if options.place.any() => {
+                    return Err(Failure::new(
+                        "--on says which node, and the other options how one is to be chosen",
+                    )
+                    .hint("leave out either, or say --on any")
+                    .code(2));
+                }
+                (_, Some(node)) => (client.on(&node), Some(node)),
+                (_, None) => (client.clone(), None),
             };
             let done = with_node(command, &target, begin.elapsed()).await;
             match &on {

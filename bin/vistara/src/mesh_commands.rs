@@ -170,7 +170,18 @@ pub(crate) async fn nodes(client: &Client, options: &NodesOptions) -> Result<u8,
     }
     let rows: Vec<Vec<String>> = nodes.iter().map(row).collect();
     print(&table(
-        &["NODE", "NAME", "STATE", "ADDRESS", "GRANTED", "UNTIL"],
+        &[
+            "NODE",
+            "NAME",
+            "STATE",
+            "ADDRESS",
+            "GRANTED",
+            "UNTIL",
+            "FREE",
+            "HYPERVISORS",
+            "REGION",
+            "PRICE",
+        ],
         &rows,
     ))?;
     Ok(0)
@@ -178,6 +189,7 @@ pub(crate) async fn nodes(client: &Client, options: &NodesOptions) -> Result<u8,
 
 fn row(node: &PeerNode) -> Vec<String> {
     let grant = node.grant.as_ref();
+    let facts = node.facts.as_ref();
     vec![
         node.id.chars().take(12).collect(),
         node.name.clone().unwrap_or_default(),
@@ -188,6 +200,25 @@ fn row(node: &PeerNode) -> Vec<String> {
         node.addresses.first().cloned().unwrap_or_default(),
         grant.map_or_else(|| "nothing".to_owned(), |grant| grant.rights.join(",")),
         grant.map(|grant| grant.until.clone()).unwrap_or_default(),
+        facts.map_or_else(String::new, |facts| {
+            if facts.draining {
+                return "draining".to_owned();
+            }
+            of(
+                Some(size(facts.memory_free_bytes)),
+                Some(size(facts.memory_bytes)),
+            )
+        }),
+        facts
+            .map(|facts| facts.hypervisors.join(","))
+            .unwrap_or_default(),
+        facts
+            .and_then(|facts| facts.region.as_deref())
+            .map(|region| visible(region, false))
+            .unwrap_or_default(),
+        facts
+            .map(|facts| facts.price_micros.to_string())
+            .unwrap_or_default(),
     ]
 }
 
@@ -326,6 +357,57 @@ pub(crate) async fn join(
             "hint: it serves this node once its owner has typed: vistara grant --to {id} --for run --until 24h"
         ));
     }
+    Ok(0)
+}
+
+/// `vistara node terms`.
+#[derive(Debug, Args)]
+pub(crate) struct TermsOptions {
+    /// Where it is, such as eu-west
+    #[arg(long, value_name = "REGION")]
+    region: Option<String>,
+    /// What a GiB of memory costs for an hour, in millionths of the currency that its users and you agreed on
+    #[arg(long, value_name = "PRICE")]
+    price: Option<u64>,
+    /// What it is called: ssd, gpu, …; in place of what was said before
+    #[arg(long, value_name = "LABEL", value_delimiter = ',')]
+    label: Vec<String>,
+    /// Largest machine taken, such as 4g
+    #[arg(long, value_name = "SIZE")]
+    max_machine: Option<Bytes>,
+    /// Take nothing new that others place
+    #[arg(long, conflicts_with = "no_drain")]
+    drain: bool,
+    /// Take something again
+    #[arg(long)]
+    no_drain: bool,
+}
+
+/// `vistara node terms`: what this node says of itself to those who may use it.
+pub(crate) async fn terms(client: &Client, options: &TermsOptions) -> Result<u8, Failure> {
+    let mut terms = client.terms().await?;
+    let before = terms.clone();
+    if let Some(region) = &options.region {
+        terms.region = Some(region.clone()).filter(|region| !region.is_empty());
+    }
+    if let Some(price) = options.price {
+        terms.price_micros = price;
+    }
+    if !options.label.is_empty() {
+        terms.labels.clone_from(&options.label);
+        terms.labels.retain(|label| !label.is_empty());
+    }
+    if let Some(size) = options.max_machine {
+        terms.memory_max_bytes = Some(size.0);
+    }
+    terms.draining = (terms.draining || options.drain) && !options.no_drain;
+    if terms != before {
+        terms = client
+            .set_terms(&terms)
+            .await
+            .map_err(Failure::at("cannot set the node's terms"))?;
+    }
+    print_json(&terms)?;
     Ok(0)
 }
 

@@ -105,6 +105,10 @@ pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<
             let client = connect::or_start(places).await?;
             return mesh_commands::ticket(&client, listen.clone()).await;
         }
+        NodeSubcommand::Terms(options) => {
+            let client = connect::or_start(places).await?;
+            return mesh_commands::terms(&client, options).await;
+        }
         NodeSubcommand::Stop | NodeSubcommand::Status { .. } => {}
     }
     let client = connect::running(places).await?;
@@ -112,7 +116,8 @@ pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<
         (
             NodeSubcommand::Join { .. }
             | NodeSubcommand::Leave { .. }
-            | NodeSubcommand::Ticket { .. },
+            | NodeSubcommand::Ticket { .. }
+            | NodeSubcommand::Terms(_),
             _,
         ) => Ok(0),
         (NodeSubcommand::Stop, None) => {

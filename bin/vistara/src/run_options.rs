@@ -123,6 +123,8 @@ pub(crate) struct RunOptions {
     /// Speak plain HTTP to the registry
     #[arg(long)]
     pub(crate) insecure: bool,
+    #[command(flatten)]
+    pub(crate) place: crate::place::PlaceOptions,
     /// Image, and the command that replaces its own; everything after the image is the command's.
     /// The image may also be oci:DIR, oci-archive:FILE, docker-archive:FILE or rootfs:FILE
     #[arg(value_name = "IMAGE COMMAND", required = true, num_args = 1.., trailing_var_arg = true)]

@@ -59,6 +59,9 @@ pub struct PeerNode {
     pub reason: Option<String>,
     /// What this node has been granted there, as the token says; that node may have revoked it.
     pub grant: Option<Grant>,
+    /// What it states about itself, where it has given a grant and was heard within half a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub facts: Option<crate::types::StatedFacts>,
 }
 
 /// `POST /v1/grants`: let somebody in.

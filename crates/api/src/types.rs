@@ -2,11 +2,15 @@
 
 mod forwards;
 mod parts;
+mod placing;
 mod snapshots;
 mod volumes;
 
 pub use forwards::{Forward, ForwardRequest, PORT_STREAM};
 pub use parts::{ImageParts, LayerPart, ReceivedBlob, WantedLayer, WantedParts};
+pub use placing::{
+    NodeStatement, NodeTerms, OfferAnswer, OfferRequest, PlaceRequest, Placed, StatedFacts,
+};
 pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
 pub use volumes::{CreateVolumeRequest, Volume};
 

@@ -24,8 +24,10 @@ pub enum Requirement {
 /// A table with no default but refusal: a path that is added to the interface is closed to others until it is added here.
 pub fn requirement(method: &str, path: &[&str]) -> Requirement {
     match (method, path) {
-        ("GET", ["version"]) => Requirement::Any,
-        ("GET" | "POST", ["machines"]) | ("POST", ["explain"]) => Requirement::Right(Right::Run),
+        ("GET", ["version" | "facts"]) => Requirement::Any,
+        ("GET" | "POST", ["machines"])
+        | ("POST", ["explain" | "offers"] | ["offers", _, "take"])
+        | ("DELETE", ["offers", _]) => Requirement::Right(Right::Run),
         ("GET" | "DELETE", ["machines", _])
         | ("POST", ["machines", _, "stop" | "kill" | "pause" | "resume"])
         | (

@@ -8,6 +8,7 @@
 //!   services, no port mapping, no 0-RTT (whose first bytes could be replayed).
 //! - What a peer sends is bounded, in size, number and time, before it is looked at ([`frame`]), and makes nothing panic.
 
+pub mod facts;
 mod files;
 pub mod frame;
 mod identity;

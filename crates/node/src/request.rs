@@ -6,7 +6,8 @@ use std::str::FromStr;
 use std::time::Duration;
 use vistara_api::RunRequest;
 use vistara_model::{
-    Bytes, Cpus, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, Rates, TtySize,
+    Bytes, Cpus, Hypervisor, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, Rates,
+    TtySize,
 };
 
 /// Memory of a machine whose user names none: enough for an interpreter, little enough for dozens on a laptop.
@@ -45,6 +46,21 @@ where
     T::Err: std::error::Error,
 {
     text.map_or(Ok(default), |text| parse(text))
+}
+
+/// The memory that a request gets.
+pub(crate) fn memory(text: Option<&String>) -> Answer<Bytes> {
+    parse_or(text, MEMORY_DEFAULT)
+}
+
+/// The CPUs that a request gets.
+pub(crate) fn cpus(text: Option<&String>) -> Answer<Cpus> {
+    parse_or(text, Cpus::ONE)
+}
+
+/// What a request wants to run it.
+pub(crate) fn hypervisor(text: Option<&String>) -> Answer<Hypervisor> {
+    parse_or(text, Hypervisor::default())
 }
 
 /// The bounds that were asked for. Below the least of each a guest would not come up in time.
@@ -147,8 +163,8 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         command: request.command.clone(),
         entrypoint: request.entrypoint.clone(),
         name: request.name.as_deref().map(parse).transpose()?,
-        cpus: parse_or(request.cpus.as_ref(), Cpus::ONE)?,
-        memory: parse_or(request.memory.as_ref(), MEMORY_DEFAULT)?,
+        cpus: cpus(request.cpus.as_ref())?,
+        memory: memory(request.memory.as_ref())?,
         disk: parse_or(request.disk.as_ref(), DISK_DEFAULT)?,
         env: parse_all(&request.env)?,
         user: request.user.clone(),
@@ -163,7 +179,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         stdin: request.stdin,
         auto_remove: request.auto_remove,
         timeout,
-        hypervisor: parse_or(request.hypervisor.as_ref(), Default::default())?,
+        hypervisor: hypervisor(request.hypervisor.as_ref())?,
         stop_signal: request.stop_signal.as_deref().map(parse).transpose()?,
         kernel: request.kernel.clone(),
         no_template: request.no_template,

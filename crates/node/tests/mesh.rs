@@ -332,6 +332,89 @@ async fn a_quota_holds_over_a_restart_and_against_many_at_once() {
 }
 
 #[tokio::test]
+async fn a_node_is_chosen_by_what_it_says_and_holds_a_place_for_its_asker() {
+    let Some(two) = two(Some(grant(&["run"]))).await else {
+        return;
+    };
+    let far = two.near.client.on("far");
+    let terms = NodeTerms {
+        region: Some("eu".to_owned()),
+        price_micros: 7,
+        ..NodeTerms::default()
+    };
+    two.far.client.set_terms(&terms).await.unwrap();
+    let body = refused(far.set_terms(&terms).await.unwrap_err());
+    assert_eq!(body.kind, ErrorKind::Denied);
+    let wish = PlaceRequest {
+        memory: Some("64m".to_owned()),
+        regions: vec!["eu".to_owned()],
+        ..PlaceRequest::default()
+    };
+    let placed = two.near.client.place(&wish).await.unwrap();
+    assert_eq!((placed.name.as_str(), placed.here), ("far", false));
+    assert!(
+        (placed.reasons.iter()).any(|line| line.starts_with("here not asked: its region")),
+        "{:?}",
+        placed.reasons
+    );
+    let known = two.near.client.nodes().await.unwrap();
+    let facts = known[0].facts.clone().unwrap();
+    assert_eq!(
+        (facts.region.as_deref(), facts.price_micros),
+        (Some("eu"), 7)
+    );
+
+    // Only its asker has it, and once.
+    let taken = two.far.client.take_offer(&placed.offer).await;
+    assert_eq!(refused(taken.unwrap_err()).kind, ErrorKind::Conflict);
+    let machine = far
+        .clone()
+        .under(&placed.offer)
+        .run(&request(&["true"]))
+        .await
+        .unwrap();
+    let (_, end) = follow(&far, &machine.id).await;
+    assert!(
+        matches!(end, StreamEvent::Exited { exit_code: 0, .. }),
+        "{end:?}"
+    );
+    let taken = far.take_offer(&placed.offer).await;
+    assert_eq!(refused(taken.unwrap_err()).kind, ErrorKind::Conflict);
+
+    // What is promised is nobody else's until it is given back.
+    let free = facts.memory_free_bytes;
+    let most = |memory_bytes| OfferRequest {
+        request: format!("{memory_bytes:032x}"),
+        memory_bytes,
+    };
+    let all = most(free - free / 8);
+    far.ask_offer(&all).await.unwrap();
+    let second = far.ask_offer(&most(free / 2)).await.unwrap_err();
+    assert_eq!(refused(second).kind, ErrorKind::Conflict);
+    let large = RunRequest {
+        memory: Some((free / 2).to_string()),
+        ..request(&["true"])
+    };
+    let body = refused(two.far.client.run(&large).await.unwrap_err());
+    assert!(body.message.contains("promised to others"), "{body:?}");
+    far.release_offer(&all.request).await.unwrap();
+    far.ask_offer(&most(free / 2)).await.unwrap();
+    far.release_offer(&most(free / 2).request).await.unwrap();
+
+    // Nobody who is drained takes anything, and the reason is told.
+    let drained = NodeTerms {
+        draining: true,
+        ..terms
+    };
+    two.far.client.set_terms(&drained).await.unwrap();
+    let body = refused(two.near.client.place(&wish).await.unwrap_err());
+    assert!(
+        body.message.contains("far: it is being drained"),
+        "{body:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_grant_that_was_revoked_ends_what_goes_on_under_it() {
     let Some(two) = two(Some(grant(&["run"]))).await else {
         return;

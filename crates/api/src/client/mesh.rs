@@ -13,6 +13,7 @@ impl Client {
             socket: self.socket.clone(),
             server_version: std::sync::Arc::default(),
             on: Some(node.into()),
+            offer: None,
         }
     }
 

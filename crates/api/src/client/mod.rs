@@ -4,6 +4,7 @@ mod forwards;
 mod kernels;
 mod mesh;
 mod parts;
+mod placing;
 mod snapshots;
 mod streams;
 mod templates;
@@ -90,6 +91,8 @@ pub struct Client {
     server_version: Arc<OnceLock<String>>,
     /// The node that requests go to through the local one; the local one itself where absent.
     on: Option<String>,
+    /// Under which machines are made.
+    offer: Option<String>,
 }
 
 /// Percent-encodes one path segment or query value.
@@ -116,6 +119,7 @@ impl Client {
             socket: socket.into(),
             server_version: Arc::default(),
             on: None,
+            offer: None,
         }
     }
 
@@ -324,7 +328,13 @@ impl Client {
     /// # Errors
     /// [`ClientError::Refused`] of kind [`ErrorKind::ImageNotFound`] where the image must be pulled first.
     pub async fn run(&self, request: &RunRequest) -> Result<Machine, ClientError> {
-        self.post("/v1/machines", request).await
+        match &self.offer {
+            Some(offer) => {
+                let path = format!("/v1/machines?offer={}", encode(offer));
+                self.post(&path, request).await
+            }
+            None => self.post("/v1/machines", request).await,
+        }
     }
 
     /// Which hypervisor this request would get.

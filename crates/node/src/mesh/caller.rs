@@ -175,6 +175,28 @@ impl Drop for Held {
 }
 
 impl Asker {
+    /// The other node's key, where it is another.
+    pub(crate) fn node(&self) -> Option<NodeId> {
+        match self {
+            Asker::Owner => None,
+            Asker::Foreign(foreign, _) => Some(foreign.node),
+        }
+    }
+
+    /// Whether the asker's grant would allow one more machine with so much memory.
+    pub(crate) fn could_have(
+        &self,
+        memory: Bytes,
+        records: impl FnOnce() -> Vec<Arc<Record>>,
+    ) -> Answer<()> {
+        let Asker::Foreign(foreign, _) = self else {
+            return Ok(());
+        };
+        let terms = foreign.terms().ok_or(Refusal::NoGrant)?;
+        let after = within_quota(terms, used(&terms.id, &records()), memory)?;
+        Ok(foreign.permits(Some(Right::Run), after)?)
+    }
+
     /// Who will own a machine of this size, after looking whether the asker may have it. `records` gives the machines that
     /// there are.
     pub(crate) fn claim(

@@ -14,10 +14,14 @@ mod caller;
 mod faults;
 mod forwards;
 mod ledger;
+mod place;
+mod placing;
 
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
 pub(crate) use forwards::Forwards;
 pub(crate) use ledger::{Given, Ledger};
+pub(crate) use place::number as place_number;
+pub(crate) use placing::{Heard, Placing};
 
 use crate::fault::{Answer, Fault, blocking};
 use serde::{Deserialize, Serialize};
@@ -346,6 +350,11 @@ impl Mesh {
         grant: Option<Token>,
     ) -> Answer<(Arc<Open>, Peer)> {
         let open = self.open().await?;
+        if name.as_deref() == Some("any") {
+            return Err(Fault::user(
+                "no node is called \"any\": `--on any` has one chosen",
+            ));
+        }
         if ticket.node == open.identity.id() {
             return Err(Fault::user("the ticket is this node's own")
                 .hint("type it on the other node: vistara node join TICKET"));

@@ -3,6 +3,7 @@
 use super::App;
 use super::foreign::tame;
 use super::images::sse;
+use super::placing;
 use crate::fault::{Answer, Fault, blocking};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
@@ -42,23 +43,41 @@ fn signal(text: Option<&String>) -> Answer<Option<Signal>> {
         .map_err(|error: vistara_model::SignalError| Fault::user(error.to_string()))
 }
 
+#[derive(Debug, Deserialize, IntoParams)]
+pub(super) struct OfferQuery {
+    /// An offer that was taken: its place is the machine's.
+    offer: Option<String>,
+}
+
 /// Creates and starts a machine. Answers as soon as it is accepted.
 #[utoipa::path(
     post,
     path = "/v1/machines",
+    params(OfferQuery),
     request_body = RunRequest,
     responses((status = 200, body = Machine), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
 )]
 pub(super) async fn create(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
+    Query(query): Query<OfferQuery>,
     Json(mut request): Json<RunRequest>,
 ) -> Answer<Json<Machine>> {
     let zero = Instant::now();
     let asker = app.asker(&caller)?;
     tame(&caller, &mut request)?;
+    let memory = request.memory.clone();
+    let begun = placing::admit(&app, &caller, query.offer.as_ref(), memory.as_ref()).await?;
+    let promised = Arc::clone(&app.placing);
     // A task of its own: a client that goes away in the middle must not leave half a machine.
-    let created = tokio::spawn(async move { app.node.create(&request, &asker, zero).await });
+    let created = tokio::spawn(async move {
+        let created = app.node.create(&request, &asker, zero).await;
+        if let Some((from, offer)) = begun {
+            // Its record counts from here on; or there is none.
+            promised.release(from, offer);
+        }
+        created
+    });
     let handle = created.await.map_err(|error| Fault::internal(&error))??;
     Ok(Json(view::machine(&handle.snapshot())))
 }

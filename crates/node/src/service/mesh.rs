@@ -118,6 +118,11 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
         generation,
         reason,
         grant: terms.map(|terms| grant(&terms, Standing::Live, None)),
+        facts: app
+            .placing
+            .heard(&peer.id)
+            .as_ref()
+            .map(super::placing::shown),
     }
 }
 

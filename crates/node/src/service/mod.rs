@@ -7,6 +7,7 @@ mod machines;
 mod mesh;
 mod metrics;
 mod parts;
+mod placing;
 mod ports;
 mod snapshots;
 mod streams;
@@ -16,7 +17,7 @@ mod volumes;
 
 use crate::fault::{Answer, NodeError};
 use crate::machine::now_ns;
-use crate::mesh::{Asker, Caller, Forwards, Mesh};
+use crate::mesh::{Asker, Caller, Forwards, Mesh, Placing};
 use crate::node::Node;
 use crate::options::NodeOptions;
 use axum::extract::Request;
@@ -47,6 +48,7 @@ pub(crate) struct App {
     pub(crate) node: Arc<Node>,
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) forwards: Arc<Forwards>,
+    pub(crate) placing: Arc<Placing>,
     pub(crate) leave: CancellationToken,
 }
 
@@ -132,6 +134,12 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(mesh::keep))
         .routes(routes!(mesh::narrow))
         .routes(routes!(ports::connect))
+        .routes(routes!(placing::facts))
+        .routes(routes!(placing::terms, placing::set_terms))
+        .routes(routes!(placing::offer))
+        .routes(routes!(placing::take))
+        .routes(routes!(placing::release))
+        .routes(routes!(placing::place))
         .routes(routes!(ports::list, ports::add))
         .routes(routes!(ports::remove))
         .routes(routes!(volumes::list, volumes::create))
@@ -174,12 +182,16 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
     );
     // They speak with this node's socket, which takes connections from here on.
     forwards.resume();
+    let own = vistara_api::Client::new(socket.clone());
+    let placing = Placing::new(Arc::clone(&mesh), Arc::clone(&node), own);
+    placing.listen_to_others();
     let connections = Connections::default();
     let leave = CancellationToken::new();
     let app = App {
         node: Arc::clone(&node),
         mesh: Arc::clone(&mesh),
         forwards: Arc::clone(&forwards),
+        placing,
         leave: leave.clone(),
     };
     let (router, document) = routes().split_for_parts();
