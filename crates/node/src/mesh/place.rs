@@ -134,7 +134,10 @@ impl Placing {
                     Ok(()) => SearchInput::Taken(node),
                     Err(error) => SearchInput::Refused(node, error.to_string()),
                 },
-                _ => {
+                SearchOutput::Release(_)
+                | SearchOutput::WakeAt(_)
+                | SearchOutput::Placed(..)
+                | SearchOutput::Unplaced(_) => {
                     // What is not released is over by itself.
                     let _ = client.release_offer(&number).await;
                     return;

@@ -28,6 +28,8 @@ const ASK_BOUND: Duration = Duration::from_secs(3);
 const ASKED_AT_ONCE: usize = 32;
 /// What is older is not shown and not counted on any more.
 const HEARD_MAX: Duration = Duration::from_secs(30);
+/// How long a statement is given again before another is made: many may ask, and facts only steer whom one asks.
+const STATEMENT_FRESH: Duration = Duration::from_secs(2);
 /// Machines of one node, in what it says of itself.
 const MACHINES_MAX: u32 = 1024;
 
@@ -49,6 +51,7 @@ pub(crate) struct Placing {
     since: Instant,
     book: Mutex<Book>,
     heard: Mutex<HashMap<NodeId, Heard>>,
+    stated: Mutex<Option<(Instant, Vec<u8>)>>,
 }
 
 impl Placing {
@@ -60,6 +63,7 @@ impl Placing {
             since: Instant::now(),
             book: Mutex::default(),
             heard: Mutex::default(),
+            stated: Mutex::default(),
         })
     }
 
@@ -88,6 +92,7 @@ impl Placing {
 
     /// Has this node say something else. Blocks.
     pub(crate) fn set_terms(&self, terms: &NodeTerms) -> Answer<()> {
+        *lock(&self.stated) = None;
         let path = self.terms_path();
         let fresh = path.with_extension("new");
         serde_json::to_vec(terms)
@@ -178,13 +183,20 @@ impl Placing {
 
     /// The same, signed.
     pub(crate) async fn statement(self: &Arc<Self>) -> Answer<Vec<u8>> {
+        if let Some((at, bytes)) = lock(&self.stated).as_ref()
+            && at.elapsed() < STATEMENT_FRESH
+        {
+            return Ok(bytes.clone());
+        }
         let open = self.mesh.open().await?;
         let placing = Arc::clone(self);
-        blocking(move || {
+        let bytes = blocking(move || {
             let own = placing.own(open.identity.id())?;
             facts::state(&open.identity, &own).map_err(|error| Fault::internal(&error))
         })
-        .await?
+        .await??;
+        *lock(&self.stated) = Some((Instant::now(), bytes.clone()));
+        Ok(bytes)
     }
 
     /// What was heard of a node, while it is fresh.
