@@ -669,6 +669,8 @@ fn a_server_that_is_known_to_stay_one_process_as_it_is_called_is_a_unikernel() {
         ..asked(Hypervisor::Auto)
     };
     let mut facts = plain();
+    facts.program.path = "/usr/bin/memcached".to_owned();
+    facts.program.file = "/usr/bin/memcached".to_owned();
     facts.program.processes.may_create = MayCreate::Yes;
     facts.program.processes.evidence = evidence("fork");
     let alone = server(&["/usr/bin/memcached", "-u", "root"]);

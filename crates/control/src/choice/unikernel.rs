@@ -318,11 +318,14 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
         (None, _) => "one program".to_owned(),
     };
     if processes.may_create != MayCreate::No
-        && let Some((program, arguments)) = request.argv.split_first()
-        && let Some(why) = known::makes_none(file_name(program), arguments)
+        && let Some(why) = known::makes_none(facts, request.argv.get(1..).unwrap_or_default())
     {
+        let seen = match processes.evidence.is_empty() {
+            true => String::new(),
+            false => format!(" ({seen})"),
+        };
         findings.fitting.push(format!(
-            "Nanos unikernel: {about}; it could make processes ({seen}), but {why}"
+            "Nanos unikernel: {about}; it could make processes{seen}, but {why}"
         ));
         return;
     }
@@ -360,10 +363,6 @@ fn processes(request: &Request, image: &ImageFacts, findings: &mut Findings) {
             processes.doubt.as_deref().unwrap_or("that is a guess")
         )),
     }
-}
-
-fn file_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or(path)
 }
 
 fn list(items: &[impl std::fmt::Display]) -> String {
