@@ -15,11 +15,16 @@ use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use utoipa::IntoParams;
 use vistara_api::{ErrorBody, ErrorKind, Image, ImageEvent, Pruned, PullRequest, RemovedImage};
 use vistara_image::PullOptions;
 use vistara_model::ImageRef;
+
+/// How much more of a refused archive is read, and for how long, so that its sender hears why.
+const DISCARDED_MAX: u64 = 1 << 30;
+const DISCARD_TIME_MAX: Duration = Duration::from_secs(30);
 
 pub(super) fn sse<T: serde::Serialize>(
     events: impl Stream<Item = T> + Send + 'static,
@@ -140,6 +145,21 @@ pub(super) async fn pull(
     )))
 }
 
+/// Reads what else comes, within bounds: who still sends does not hear an answer that comes before the end.
+async fn discard(chunks: &mut axum::body::BodyDataStream) {
+    let mut left = DISCARDED_MAX;
+    let read = async {
+        while let Some(Ok(chunk)) = chunks.next().await {
+            left = left.saturating_sub(chunk.len() as u64);
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Whoever sends for longer is cut off.
+    let _ = tokio::time::timeout(DISCARD_TIME_MAX, read).await;
+}
+
 /// Takes note of who brought an image.
 async fn note(mesh: &Arc<Mesh>, node: &Arc<Node>, caller: &Caller, image: &vistara_image::Image) {
     if let Err(fault) = mesh.has_brought(node, caller, image).await {
@@ -190,6 +210,7 @@ pub(super) async fn import(
             .map_err(|error| Fault::user(format!("the archive did not arrive whole: {error}")))?;
         bytes += chunk.len() as u64;
         if bytes_max.is_some_and(|most| bytes > most) {
+            discard(&mut chunks).await;
             return Err(Fault::new(
                 ErrorKind::Denied,
                 "the archive is larger than what the grant still allows of images",
