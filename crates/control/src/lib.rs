@@ -11,9 +11,11 @@ mod eviction;
 mod idle;
 mod lifecycle;
 mod lookup;
+pub mod membership;
 pub mod placement;
 mod provisional;
 mod retry;
+pub mod services;
 mod stock;
 
 pub use admission::{AdmissionError, Capacity, DISK_MAX, DISK_MIN, Demand, MEMORY_MIN, admit};

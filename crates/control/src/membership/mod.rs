@@ -296,6 +296,11 @@ impl Membership {
         self.me.node
     }
 
+    /// What it says of itself.
+    pub fn news(&self) -> News {
+        self.me
+    }
+
     /// When to [`Membership::poll`] next.
     pub fn wake_at(&self) -> Duration {
         let mut at = self.next_probe.min(self.next_reach).min(self.next_sync);

@@ -8,16 +8,19 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 use vistara_model::NodeId;
 
-/// News are sent this many times the logarithm of the network's size, which reaches everybody with high probability.
-const SENDS_PER_LOG: u32 = 3;
+/// News are sent this many times the logarithm of the network's size, which reaches everybody with high probability;
+const SENDS_PER_LOG: u32 = 2;
+/// and this many times more, since in small networks chance is less even.
+const SENDS_MORE: u32 = 6;
 /// Facts are passed on this often: they may be missed, the next ping asks for them.
 const FACTS_SENDS_MAX: u32 = 6;
 /// How long news that were passed on are remembered, so that they are not taken for new ones.
 const REMEMBERED: Duration = Duration::from_secs(60);
 /// Most that are waiting to be tried because somebody contradicts.
 const DOUBTS_MAX: usize = 64;
-/// How far an incarnation may be ahead of the known one to be spoken ill of.
-const LEAP_MAX: u64 = 1 << 20;
+/// How far an incarnation may be ahead of the known one to be spoken ill of: some hundred starts. The node itself can
+/// always deny what is nearer than that.
+const LEAP_MAX: u64 = 1 << 32;
 
 /// News under way.
 #[derive(Debug, Clone)]
@@ -312,7 +315,7 @@ impl Membership {
         let now = self.next_gossip;
         news.extend(
             self.rumours
-                .take(room / NEWS_BYTES, SENDS_PER_LOG * log, now),
+                .take(room / NEWS_BYTES, SENDS_PER_LOG * log + SENDS_MORE, now),
         );
         let mut packet = Packet {
             body,

@@ -1,0 +1,320 @@
+//! Leases and keepers, step by step. What happens in networks is the simulation's.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use proptest::prelude::*;
+
+const NOW: Duration = Duration::from_secs(1000);
+const SECOND: Duration = Duration::from_secs(1);
+const SERVICE: ServiceId = ServiceId(7);
+const SLOT: Slot = Slot {
+    service: SERVICE,
+    number: 0,
+};
+
+fn id(number: u8) -> NodeId {
+    NodeId::from_bytes([number; 32])
+}
+
+fn spec(semantics: Semantics) -> Spec {
+    Spec {
+        service: SERVICE,
+        version: 1,
+        replicas: 1,
+        semantics,
+    }
+}
+
+fn keepers(epoch: u64, numbers: std::ops::RangeInclusive<u8>) -> Keepers {
+    Keepers {
+        epoch,
+        nodes: numbers.map(id).collect(),
+    }
+}
+
+fn keeper(number: u8, semantics: Semantics) -> Keeper {
+    Keeper::new(
+        id(number),
+        Terms::default(),
+        spec(semantics),
+        keepers(1, 1..=3),
+        BTreeMap::new(),
+        NOW,
+    )
+}
+
+fn ask(keeper: &mut Keeper, now: Duration, from: u8, generation: u64) -> Result<(), Denied> {
+    let question = ToKeeper::Ask {
+        number: 1,
+        epoch: keeper.keepers().epoch,
+        slot: SLOT,
+        generation: Generation(generation),
+    };
+    match keeper.handle(now, id(from), question).unwrap() {
+        FromKeeper::Granted { .. } => Ok(()),
+        FromKeeper::Denied { why, .. } => Err(why),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_slot_is_granted_to_one_node_until_its_grant_is_over() {
+    let mut keeper = keeper(1, Semantics::Service);
+    assert_eq!(ask(&mut keeper, NOW, 11, 1), Ok(()));
+    assert_eq!(ask(&mut keeper, NOW, 12, 2), Err(Denied::Held));
+    assert_eq!(ask(&mut keeper, NOW + 5 * SECOND, 11, 1), Ok(()));
+    let kept = Terms::default().kept();
+    let over = NOW + 5 * SECOND + kept;
+    let before = over - Duration::from_millis(1);
+    assert_eq!(ask(&mut keeper, before, 12, 2), Err(Denied::Held));
+    assert_eq!(
+        ask(&mut keeper, over, 12, 1),
+        Err(Denied::Old(Generation(1)))
+    );
+    assert_eq!(ask(&mut keeper, over, 12, 2), Ok(()));
+    assert_eq!(ask(&mut keeper, over, 11, 1), Err(Denied::Held));
+}
+
+#[test]
+fn a_keeper_that_restarts_holds_every_grant_for_fresh() {
+    let mut keeper = keeper(1, Semantics::Service);
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    keeper.restarted(NOW + 9 * SECOND);
+    assert_eq!(
+        ask(&mut keeper, NOW + 18 * SECOND, 12, 2),
+        Err(Denied::Held)
+    );
+    assert_eq!(ask(&mut keeper, NOW + 20 * SECOND, 12, 2), Ok(()));
+}
+
+#[test]
+fn what_never_ran_may_be_given_to_another_at_once_and_what_ran_once_never() {
+    let mut keeper = keeper(1, Semantics::AtMostOnce);
+    let (slot, generation) = (SLOT, Generation(1));
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    keeper.handle(NOW, id(11), ToKeeper::Withdraw { slot, generation });
+    assert_eq!(ask(&mut keeper, NOW, 12, 2), Ok(()));
+    let later = NOW + 100 * SECOND;
+    assert_eq!(ask(&mut keeper, later, 13, 3), Err(Denied::Closed));
+    let generation = Generation(2);
+    let noted = keeper.handle(later, id(1), ToKeeper::Lose { slot, generation });
+    assert_eq!(noted, Some(FromKeeper::LostNoted(slot, generation)));
+    assert_eq!(ask(&mut keeper, later, 12, 2), Err(Denied::Closed));
+}
+
+#[test]
+fn a_task_that_has_a_lease_is_not_lost_and_one_that_is_done_is_not_begun() {
+    let mut keeper = keeper(1, Semantics::AtLeastOnce);
+    let (slot, generation) = (SLOT, Generation(1));
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    let lose = ToKeeper::Lose { slot, generation };
+    assert_eq!(keeper.handle(NOW, id(1), lose), None);
+    let done = ToKeeper::Done { slot, generation };
+    assert_eq!(keeper.handle(NOW, id(12), done.clone()), None);
+    assert!(keeper.handle(NOW, id(11), done).is_some());
+    let later = NOW + 100 * SECOND;
+    assert_eq!(ask(&mut keeper, later, 12, 2), Err(Denied::Closed));
+}
+
+/// Carries a holder's questions to the keepers that hear, and their answers back at once.
+fn carry(
+    holder: &mut Holder,
+    now: Duration,
+    keepers: &mut [Keeper],
+    outputs: Vec<HolderOutput>,
+) -> Vec<HolderOutput> {
+    let mut rest = Vec::new();
+    for output in outputs {
+        match output {
+            HolderOutput::Send(to, question) => {
+                let keeper = keepers.iter_mut().find(|one| one.node() == to);
+                let answer = keeper.and_then(|one| one.handle(now, id(11), question));
+                if let Some(answer) = answer {
+                    rest.extend(holder.handle(now, to, answer));
+                }
+            }
+            other => rest.push(other),
+        }
+    }
+    rest
+}
+
+fn holder() -> Holder {
+    let terms = Terms::default();
+    Holder::new(terms, SLOT, Generation(1), keepers(1, 1..=3), NOW)
+}
+
+#[test]
+fn a_copy_starts_with_a_majority_and_stops_before_its_lease_is_over() {
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, Semantics::Service)).collect();
+    let mut holder = holder();
+    let outputs = holder.poll(NOW);
+    assert_eq!(
+        carry(&mut holder, NOW, &mut all[..2], outputs),
+        [HolderOutput::Start]
+    );
+    let terms = Terms::default();
+    assert_eq!(holder.valid_until(), Some(NOW + terms.held()));
+    // One keeper alone renews: that is no majority.
+    let mut now = NOW;
+    loop {
+        now = now.max(holder.wake_at());
+        let outputs = holder.poll(now);
+        let rest = carry(&mut holder, now, &mut all[..1], outputs);
+        if rest == [HolderOutput::Stop] {
+            break;
+        }
+        assert!(rest.is_empty(), "{rest:?}");
+    }
+    assert!(now + terms.stop_time <= NOW + terms.held());
+    assert!(holder.is_over());
+    // By then no majority has let go of it.
+    assert!(all.iter().filter(|one| one.record(0).is_held(now)).count() >= 2);
+}
+
+#[test]
+fn a_copy_without_a_majority_never_starts_and_says_so() {
+    let mut all = [keeper(1, Semantics::Service)];
+    let mut holder = holder();
+    let mut now = NOW;
+    loop {
+        let outputs = holder.poll(now);
+        let rest = carry(&mut holder, now, &mut all, outputs);
+        if rest == [HolderOutput::Failed(Generation(1))] {
+            break;
+        }
+        assert!(rest.is_empty(), "{rest:?}");
+        now = holder.wake_at();
+    }
+    assert!(!all[0].record(0).was_granted());
+}
+
+#[test]
+fn an_answer_counts_from_when_it_was_asked_for() {
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, Semantics::Service)).collect();
+    let mut holder = holder();
+    let outputs = holder.poll(NOW);
+    // A second later, and nothing of that second is gained.
+    carry(&mut holder, NOW + SECOND, &mut all, outputs);
+    assert_eq!(holder.valid_until(), Some(NOW + Terms::default().held()));
+}
+
+/// Runs a change among keepers that hear; the others are dead.
+fn run_change(change: &mut Change, now: Duration, all: &mut [Keeper]) -> Option<ToKeeper> {
+    let mut todo = change.poll(now);
+    let mut begun = None;
+    while let Some(output) = todo.pop() {
+        if let ChangeOutput::Send(to, question) = output {
+            if matches!(question, ToKeeper::Begin { .. }) {
+                begun = Some(question.clone());
+            }
+            let keeper = all.iter_mut().find(|one| one.node() == to);
+            if let Some(answer) = keeper.and_then(|one| one.handle(now, id(1), question)) {
+                todo.extend(change.handle(now, to, answer));
+            }
+        }
+    }
+    begun
+}
+
+#[test]
+fn keepers_that_take_over_let_nobody_else_in_before_the_old_lease_is_over() {
+    let mut old: Vec<Keeper> = (1..=3).map(|n| keeper(n, Semantics::Service)).collect();
+    for one in &mut old {
+        ask(one, NOW, 11, 1).unwrap();
+    }
+    // Keeper 3 is dead; 4 takes its place.
+    let next = vec![id(1), id(2), id(4)];
+    let mut change = Change::new(SERVICE, id(1), 1, keepers(1, 1..=3), next.clone(), NOW);
+    let begin = run_change(&mut change, NOW, &mut old[..2]).unwrap();
+    let ToKeeper::Begin {
+        keepers: decided,
+        spec,
+        records,
+    } = begin
+    else {
+        panic!("{begin:?}");
+    };
+    assert_eq!((decided.epoch, &decided.nodes), (2, &next));
+    let mut fresh = Keeper::new(id(4), Terms::default(), spec, decided, records, NOW);
+    assert_eq!(ask(&mut fresh, NOW + 9 * SECOND, 12, 2), Err(Denied::Held));
+    assert_eq!(ask(&mut fresh, NOW + 9 * SECOND, 11, 1), Ok(()));
+    assert_eq!(old[0].keepers().epoch, 2);
+}
+
+#[test]
+fn a_sealed_keeper_grants_nothing_and_two_changes_end_in_the_same_keepers() {
+    let mut old: Vec<Keeper> = (1..=3).map(|n| keeper(n, Semantics::Service)).collect();
+    let present = keepers(1, 1..=3);
+    // The first proposer dies when one keeper has sealed itself.
+    let one = Keepers {
+        epoch: 2,
+        nodes: vec![id(1), id(2), id(4)],
+    };
+    let seal = ToKeeper::Seal {
+        service: SERVICE,
+        ballot: Ballot(1, id(1)),
+        next: one.clone(),
+    };
+    old[1].handle(NOW, id(1), seal);
+    assert_eq!(ask(&mut old[1], NOW, 11, 1), Err(Denied::Sealed));
+    // The second wants others, meets that keeper, and finishes what was begun.
+    let mut change = Change::new(SERVICE, id(2), 2, present, vec![id(1), id(2), id(5)], NOW);
+    let begin = run_change(&mut change, NOW, &mut old[..2]).unwrap();
+    assert!(matches!(begin, ToKeeper::Begin { keepers, .. } if keepers == one));
+}
+
+#[test]
+fn of_two_holders_that_were_handed_over_nobody_renews() {
+    let record = |node: u8, generation: u64| Record {
+        largest: Generation(generation),
+        held: Some((Generation(generation), id(node))),
+        ..Record::default()
+    };
+    let mut all = BTreeMap::from([(0, record(11, 1))]);
+    merge_records(&mut all, BTreeMap::from([(0, record(12, 2))]));
+    let terms = Terms::default();
+    let spec = spec(Semantics::Service);
+    let mut fresh = Keeper::new(id(4), terms, spec, keepers(2, 3..=5), all, NOW);
+    for (node, generation) in [(11, 1), (12, 2), (13, 3)] {
+        assert_eq!(ask(&mut fresh, NOW, node, generation), Err(Denied::Held));
+    }
+    assert_eq!(ask(&mut fresh, NOW + terms.kept(), 13, 3), Ok(()));
+}
+
+#[test]
+fn keepers_are_the_same_for_all_and_few_change_when_a_node_goes() {
+    let all: Vec<NodeId> = (0..100).map(id).collect();
+    let mut turned = all.clone();
+    turned.reverse();
+    let keepers = keepers_of(SERVICE, all.clone());
+    assert_eq!(keepers, keepers_of(SERVICE, turned));
+    assert_eq!(keepers.len(), KEEPERS);
+    let without = all.into_iter().filter(|node| *node != keepers[0]);
+    let after = keepers_of(SERVICE, without);
+    assert_eq!(after[..KEEPERS - 1], keepers[1..]);
+}
+
+proptest! {
+    /// Three keepers, three nodes that ask whomever they like with whatever delay: a majority is never two nodes' at once.
+    #[test]
+    fn no_two_nodes_ever_hold_a_majority(
+        steps in prop::collection::vec((0usize..3, 11u8..14, 0u64..5, 0u64..6000), 1..120),
+    ) {
+        let terms = Terms::default();
+        let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, Semantics::Service)).collect();
+        let mut granted: BTreeMap<(u8, u64), BTreeMap<usize, Duration>> = BTreeMap::new();
+        let mut now = NOW;
+        for (which, node, generation, wait) in steps {
+            now += Duration::from_millis(wait);
+            if ask(&mut all[which], now, node, generation).is_ok() {
+                granted.entry((node, generation)).or_default().insert(which, now + terms.held());
+            }
+            let holding = granted
+                .values()
+                .filter(|by| by.values().filter(|until| now < **until).count() >= 2);
+            prop_assert!(holding.count() <= 1, "{granted:?}");
+        }
+    }
+}
