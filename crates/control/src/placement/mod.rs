@@ -20,7 +20,8 @@ mod search;
 mod tests;
 
 pub use book::{
-    ASKER_OFFERS_MAX, Book, Held, Hold, OFFERS_MAX, Offer, OfferRefused, RequestId, TakeRefused,
+    ASKER_OFFERS_MAX, ASKER_OVER_MAX, Book, Held, Hold, OFFERS_MAX, OVER_MAX, Offer, OfferRefused,
+    RequestId, TakeRefused,
 };
 pub use decide::{Decision, Ranked, decide};
 pub use hypercore::{POLICY_BYTES_MAX, PolicyError, Rules, Weights, read_policy};

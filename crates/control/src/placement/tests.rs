@@ -242,8 +242,10 @@ fn book() -> Book {
 #[test]
 fn an_offer_holds_its_memory_until_it_is_over() {
     let mut book = book();
+    let size = Stock::one(Bytes::gib(1));
+    let other = (node(3), RequestId(2));
     ask(&mut book, NOW, 1).unwrap();
-    ask(&mut book, NOW + SECOND, 2).unwrap();
+    book.offer(NOW + SECOND, node(1), other, size, 0).unwrap();
     assert!(matches!(
         ask(&mut book, NOW + SECOND, 3),
         Err(OfferRefused::Room(_))
@@ -254,7 +256,7 @@ fn an_offer_holds_its_memory_until_it_is_over() {
         book.take(later, node(2), RequestId(1)),
         Err(TakeRefused::Over)
     );
-    assert!(book.take(later, node(2), RequestId(2)).is_ok());
+    assert!(book.take(later, other.0, other.1).is_ok());
 }
 
 #[test]
@@ -267,6 +269,88 @@ fn the_same_question_gets_the_same_promise_and_another_size_none() {
     let size = Stock::one(Bytes::gib(2));
     let larger = book.offer(NOW, node(1), (node(2), RequestId(1)), size, 0);
     assert_eq!(larger, Err(OfferRefused::Changed));
+}
+
+#[test]
+fn asking_again_holds_nothing_longer() {
+    let mut book = book();
+    ask(&mut book, NOW, 1).unwrap();
+    let again = ask(&mut book, NOW + 5 * SECOND, 1).unwrap();
+    assert_eq!(again.ttl, Book::OFFER_TTL - 5 * SECOND);
+    let over = NOW + Book::OFFER_TTL;
+    assert_eq!(ask(&mut book, over, 1), Err(OfferRefused::Over));
+    assert_eq!(book.promised(), Stock::default());
+}
+
+#[test]
+fn one_asker_holds_half_of_the_node_taken_or_not_or_one_machine_of_any_size() {
+    let stock = Stock {
+        memory: Bytes::gib(8),
+        machines: 100,
+    };
+    let mut book = Book::new(stock);
+    for number in 0..4 {
+        ask(&mut book, NOW, number).unwrap();
+        book.take(NOW, node(2), RequestId(number)).unwrap();
+    }
+    assert_eq!(ask(&mut book, NOW, 4), Err(OfferRefused::AskerBusy));
+    book.begin(NOW, node(2), RequestId(0)).unwrap();
+    assert_eq!(ask(&mut book, NOW, 4), Err(OfferRefused::AskerBusy));
+    book.begin(NOW, node(2), RequestId(1)).unwrap();
+    assert!(ask(&mut book, NOW, 4).is_ok());
+    let mut book = Book::new(stock);
+    let all = Stock::one(Bytes::gib(8));
+    let whole = book.offer(NOW, node(1), (node(2), RequestId(1)), all, 0);
+    assert!(whole.is_ok());
+}
+
+#[test]
+fn an_askers_word_does_not_free_what_its_machine_uses() {
+    let mut book = book();
+    ask(&mut book, NOW, 1).unwrap();
+    book.take(NOW, node(2), RequestId(1)).unwrap();
+    book.begin(NOW, node(2), RequestId(1)).unwrap();
+    assert!(!book.decline(node(2), RequestId(1)));
+    assert_eq!(book.promised(), Stock::one(Bytes::gib(1)));
+    // And what has not begun has no machine that could end.
+    ask(&mut book, NOW, 2).unwrap();
+    assert!(!book.ended(node(2), RequestId(2)));
+    assert!(book.decline(node(2), RequestId(2)));
+}
+
+#[test]
+fn a_request_whose_machine_has_ended_does_not_begin_again() {
+    let mut book = book();
+    ask(&mut book, NOW, 1).unwrap();
+    book.take(NOW, node(2), RequestId(1)).unwrap();
+    book.begin(NOW, node(2), RequestId(1)).unwrap();
+    assert!(book.ended(node(2), RequestId(1)));
+    let late = NOW + 60 * SECOND;
+    assert_eq!(ask(&mut book, late, 1), Err(OfferRefused::Over));
+    let begun = Err(TakeRefused::Begun);
+    assert_eq!(book.take(late, node(2), RequestId(1)), begun);
+    assert_eq!(book.begin(late, node(2), RequestId(1)), begun);
+    ask(&mut book, late, 2).unwrap();
+    assert!(book.decline(node(2), RequestId(2)));
+    assert_eq!(ask(&mut book, late, 2), Err(OfferRefused::Over));
+}
+
+#[test]
+fn what_is_over_is_remembered_within_bounds() {
+    let mut book = book();
+    for number in 0..1000 {
+        ask(&mut book, NOW, number).unwrap();
+        book.decline(node(2), RequestId(number));
+    }
+    for asker in 0..10_000 {
+        let key = (node(asker), RequestId(1));
+        let size = Stock::one(Bytes::gib(1));
+        let _ = book.offer(NOW + SECOND, node(1), key, size, 0);
+        book.decline(key.0, key.1);
+    }
+    assert!(book.remembered() <= OVER_MAX, "{}", book.remembered());
+    book.expire(NOW + SECOND + Book::REMEMBERED);
+    assert_eq!(book.remembered(), 0);
 }
 
 #[test]
@@ -289,7 +373,7 @@ fn what_was_taken_begins_once_and_not_by_somebody_else() {
     );
     book.expire(NOW + 100 * SECOND);
     assert_eq!(book.promised(), Stock::one(Bytes::gib(1)));
-    assert!(book.release(node(2), RequestId(1)));
+    assert!(book.ended(node(2), RequestId(1)));
     assert_eq!(book.promised(), Stock::default());
 }
 
@@ -320,21 +404,28 @@ fn one_asker_does_not_get_all_offers() {
 proptest! {
     #[test]
     fn promises_never_exceed_the_stock(
-        steps in prop::collection::vec((0u8..5, 0u128..6, 1u64..4, 0u64..9), 1..200),
+        steps in prop::collection::vec((0u8..6, 0u16..4, 0u128..6, 1u64..4, 0u64..9), 1..200),
     ) {
         let stock = Stock { memory: Bytes::gib(6), machines: 4 };
         let mut book = Book::new(stock);
         let mut now = NOW;
-        for (what, request, gib, wait) in steps {
+        // What runs, kept by the test itself.
+        let mut running: std::collections::BTreeMap<_, Stock> = Default::default();
+        for (what, asker, request, gib, wait) in steps {
             now += SECOND * u32::try_from(wait).unwrap();
-            let key = (node(2), RequestId(request));
+            let key = (node(2 + asker), RequestId(request));
             match what {
                 0 | 1 => { let _ = book.offer(now, node(1), key, Stock::one(Bytes::gib(gib)), 0); }
                 2 => { let _ = book.take(now, key.0, key.1); }
-                3 => { let _ = book.begin(now, key.0, key.1); }
-                _ => { book.release(key.0, key.1); }
+                3 => if let Ok(size) = book.begin(now, key.0, key.1) {
+                    prop_assert!(running.insert(key, size).is_none(), "{key:?} begins twice");
+                },
+                4 => { book.decline(key.0, key.1); }
+                _ => { prop_assert_eq!(book.ended(key.0, key.1), running.remove(&key).is_some()); }
             }
             prop_assert!(stock.holds(book.promised()), "{book:?}");
+            let used = running.values().copied().fold(Stock::default(), Stock::plus);
+            prop_assert!(book.promised().holds(used), "{used} run: {book:?}");
         }
     }
 
@@ -425,7 +516,7 @@ fn answer(
             Err(refused) => SearchInput::Refused(*to, refused.to_string()),
         }),
         SearchOutput::Release(to) => {
-            books[index(to)].release(asker, request);
+            books[index(to)].decline(asker, request);
             None
         }
         SearchOutput::WakeAt(_) | SearchOutput::Placed(..) | SearchOutput::Unplaced(_) => None,

@@ -384,9 +384,14 @@ impl Placing {
             .map_err(|error| Fault::conflict(error.to_string()))
     }
 
-    /// An offer is given back, or its machine is entered and counts by itself.
-    pub(crate) fn release(&self, from: NodeId, request: RequestId) {
-        self.book(|book, _| book.release(from, request));
+    /// An offer is given back. What its machine has begun to use is not.
+    pub(crate) fn decline(&self, from: NodeId, request: RequestId) {
+        self.book(|book, _| book.decline(from, request));
+    }
+
+    /// A machine that had begun under an offer is entered and counts by itself; or there is none.
+    pub(crate) fn counted(&self, from: NodeId, request: RequestId) {
+        self.book(|book, _| book.ended(from, request));
     }
 
     /// Whether a machine may be made: under what was promised to its asker, or beside what was promised to others. An

@@ -74,7 +74,7 @@ pub(super) async fn create(
         let created = app.node.create(&request, &asker, zero).await;
         if let Some((from, offer)) = begun {
             // Its record counts from here on; or there is none.
-            promised.release(from, offer);
+            promised.counted(from, offer);
         }
         created
     });

@@ -147,7 +147,7 @@ pub(super) async fn release(
     Path(offer): Path<String>,
 ) -> Answer<Json<()>> {
     let from = from(&app, &caller).await?;
-    app.placing.release(from, number(&offer)?);
+    app.placing.decline(from, number(&offer)?);
     Ok(Json(()))
 }
 
