@@ -19,6 +19,8 @@ use vistara_model::MachineId;
 const KILLED: u64 = 12;
 /// How long a guest has run when it is hit, at the latest.
 const RUNNING: Duration = Duration::from_millis(300);
+/// How long after the last of them all are looked for once more.
+const LATER: Duration = Duration::from_secs(1);
 /// What may be left in a machine's directory.
 const LOGS: [&str; 2] = ["end.json", "console"];
 
@@ -67,6 +69,15 @@ const HANDS: [Hand; 3] = [Hand::Node, Hand::Monitor, Hand::NodeGone];
 struct Draw(u64);
 
 impl Draw {
+    fn of(seed: u64) -> Draw {
+        /// Any number but 0, from which nothing comes but 0.
+        const STIR: u64 = 0x9e37_79b9_7f4a_7c15;
+        Draw(match seed ^ STIR {
+            0 => STIR,
+            state => state,
+        })
+    }
+
     /// A part of `whole`.
     fn part(&mut self, whole: Duration) -> Duration {
         self.0 ^= self.0 << 13;
@@ -142,7 +153,7 @@ pub(crate) fn left_at_all(plan: &LaunchPlan) -> Vec<String> {
     left
 }
 
-/// Processes that name the machine, work in its directory or are in its cgroup. One that has ended and waits to be collected is
+/// Processes that name the machine, by their words or their environment, work in its directory or are in its cgroup. One that has ended and waits to be collected is
 /// none: it holds nothing any more.
 fn processes_of(plan: &LaunchPlan) -> Vec<u32> {
     let id: &str = plan.id.as_ref();
@@ -156,8 +167,10 @@ fn processes_of(plan: &LaunchPlan) -> Vec<u32> {
         let names = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).contains(id);
         let works_in = std::fs::read_link(process.path().join("cwd")).unwrap_or_default();
         let ended = String::from_utf8_lossy(&read("stat")).contains(") Z ");
-        let its =
-            names(read("cmdline")) || names(read("cgroup")) || works_in.starts_with(&plan.dir);
+        let its = ["cmdline", "cgroup", "environ"]
+            .into_iter()
+            .any(|name| names(read(name)))
+            || works_in.starts_with(&plan.dir);
         if its && !ended {
             found.push(pid);
         }
@@ -165,18 +178,83 @@ fn processes_of(plan: &LaunchPlan) -> Vec<u32> {
     found
 }
 
-/// Network devices of the host.
+/// A network namespace that is not this process's own: what makes it, and the taps in it, go away is that nobody has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Namespace(String);
+
+impl Namespace {
+    /// That of a process.
+    fn of(pid: u32) -> Option<Namespace> {
+        let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        let its = link(&pid.to_string())?;
+        let other = link("self").is_some_and(|own| own != its);
+        other.then(|| Namespace(its.display().to_string()))
+    }
+
+    /// Who has it yet: processes in it or with a descriptor of it, and mounts.
+    fn holders(&self) -> Vec<String> {
+        let is = |path: &Path| {
+            std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == self.0.as_str())
+        };
+        let mut holders = Vec::new();
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let open = std::fs::read_dir(process.path().join("fd")).into_iter();
+            let mut open = open.flatten().flatten();
+            if is(&process.path().join("ns/net")) || open.any(|entry| is(&entry.path())) {
+                holders.push(format!("{} has {}", process.path().display(), self.0));
+            }
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let ours = mounts.lines().filter(|line| line.contains(&self.0));
+        holders.extend(ours.map(str::to_owned));
+        holders
+    }
+}
+
+/// What this process has open of what machines are made of: namespaces, memory, devices and cgroups, by name.
+fn held() -> Vec<String> {
+    const BEGINS: [&str; 10] = [
+        "net:[",
+        "mnt:[",
+        "user:[",
+        "pid:[",
+        "/memfd:",
+        "/dev/kvm",
+        "/dev/net",
+        "/dev/vhost",
+        "/dev/shm",
+        "/sys/fs/cgroup",
+    ];
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let links = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let mut held: Vec<String> = links
+        .map(|link| link.display().to_string())
+        .filter(|name| BEGINS.iter().any(|begin| name.starts_with(begin)))
+        .collect();
+    held.sort_unstable();
+    held
+}
+
+/// Children of this process that have ended and that it has not collected.
+fn uncollected() -> Vec<String> {
+    let own = format!(") Z {} ", std::process::id());
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter_map(|process| std::fs::read_to_string(process.path().join("stat")).ok())
+        .filter(|stat| stat.contains(&own))
+        .collect()
+}
+
+/// Network devices of ours in the host's own network, where none belongs; others may come and go meanwhile.
 fn devices() -> Vec<String> {
     let text = std::fs::read_to_string("/proc/self/net/dev").unwrap();
     let names = text
         .lines()
         .filter_map(|line| Some(line.split_once(':')?.0));
-    names.map(|name| name.trim().to_owned()).collect()
-}
-
-fn mounts() -> usize {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    text.lines().count()
+    let ours = names
+        .map(str::trim)
+        .filter(|name| name.starts_with("vistara"));
+    ours.map(str::to_owned).collect()
 }
 
 fn kill(pid: u32) {
@@ -213,16 +291,18 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
         since.as_secs() | 1
     });
     println!("{count} machines, VISTARA_TEST_SEED={seed}");
-    let mut draw = Draw(seed);
-    let before = (devices(), mounts());
+    let mut draw = Draw::of(seed);
+    let (before, held_before) = (devices(), held());
     let mut usual = Usual::measure(&*vmm, subject).await;
     println!("{usual:?}");
     let mut met: BTreeMap<(Stage, Hand), u64> = BTreeMap::new();
+    let mut plans = Vec::new();
     let begin = Instant::now();
     for index in 0..usize::try_from(count).unwrap() {
         let (stage, hand) = (STAGES[index / 3 % 4], HANDS[index % 3]);
         let dir = tempfile::tempdir().unwrap();
         let plan = subject.plan(dir.path());
+        let mut namespace = None;
         let reached = match stage {
             Stage::Launching => {
                 let moment = draw.part(usual.launching);
@@ -234,12 +314,19 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
                 // A host that has become less busy would leave none in that stage.
                 usual.launching = usual.launching.min(begin.elapsed());
                 ends_with_this_test(vm.record());
+                namespace = Namespace::of(vm.record().pid);
                 let reached = reach(stage, &*vm, &mut draw, &usual).await;
                 end(&*vmm, vm, &plan, hand).await.unwrap_or(reached)
             }
         };
         *met.entry((reached, hand)).or_default() += 1;
-        nothing_is_left_of(&plan, stage, hand).await;
+        nothing_is_left(&format!("{stage:?}, {hand:?}"), || {
+            let mut left = left_at_all(&plan);
+            left.extend(namespace.iter().flat_map(Namespace::holders));
+            left
+        })
+        .await;
+        plans.push((plan, dir));
     }
     println!("{count} in {:?}", begin.elapsed());
     println!(
@@ -257,11 +344,22 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
         );
     }
     assert_eq!(met.values().sum::<u64>(), count);
-    assert_eq!(
-        (devices(), mounts()),
-        before,
-        "devices and mounts of the host"
-    );
+    assert_eq!(devices(), before);
+    nothing_is_left("at the end", || {
+        let mut left = uncollected();
+        let held = held();
+        if held != held_before {
+            left.push(format!(
+                "this process has {held:?}, and had {held_before:?}"
+            ));
+        }
+        left
+    })
+    .await;
+    // What was between two places when it was looked for has arrived by now.
+    tokio::time::sleep(LATER).await;
+    let left = plans.iter().flat_map(|(plan, _)| left_at_all(plan));
+    assert_eq!(left.collect::<Vec<_>>(), [""; 0], "later");
 }
 
 /// Brings a machine that was launched to a moment in this stage; gives the stage in which it is.
@@ -325,15 +423,20 @@ async fn while_launching(
                 tokio::spawn(async move { vmm.launch(&plan).await })
             };
             tokio::time::sleep(moment).await;
+            let mut hit = 0;
             for pid in processes_of(plan) {
                 // The process that becomes it still has our own command line, and is not found by that.
                 if pid != std::process::id() {
                     kill(pid);
+                    hit += 1;
                 }
             }
             match soon("launching", launching).await.unwrap() {
                 // Either it did not start, or there was nothing to kill yet, or it was running by then.
-                Err(_) => Stage::Launching,
+                Err(error) => {
+                    assert!(hit > 0, "nothing was killed, and yet: {error}");
+                    Stage::Launching
+                }
                 Ok(vm) => {
                     let end = tokio::time::timeout(Duration::from_secs(1), vm.wait()).await;
                     let killed = matches!(end, Ok(VmEnd::Crashed { .. }));
@@ -396,11 +499,12 @@ async fn node_dies(id: &MachineId, dir: &Path, moment: Duration) -> bool {
     String::from_utf8_lossy(&rest).contains(NODE_LAUNCHED)
 }
 
-async fn nothing_is_left_of(plan: &LaunchPlan, stage: Stage, hand: Hand) {
+/// Waits until there is nothing of what is looked for.
+async fn nothing_is_left(what: &str, look: impl Fn() -> Vec<String>) {
     let mut left = Vec::new();
     let gone = async {
         loop {
-            left = left_at_all(plan);
+            left = look();
             if left.is_empty() {
                 return;
             }
@@ -408,6 +512,15 @@ async fn nothing_is_left_of(plan: &LaunchPlan, stage: Stage, hand: Hand) {
         }
     };
     if tokio::time::timeout(limit(), gone).await.is_err() {
-        panic!("{stage:?}, {hand:?}: left are {left:#?}");
+        panic!("{what}: left are {left:#?}");
+    }
+}
+
+#[test]
+fn every_seed_gives_moments_that_differ() {
+    for seed in [0, 1, 0x9e37_79b9_7f4a_7c15, u64::MAX] {
+        let mut draw = Draw::of(seed);
+        let parts: Vec<_> = (0..8).map(|_| draw.part(Duration::from_secs(1))).collect();
+        assert!(parts.windows(2).any(|two| two[0] != two[1]), "{parts:?}");
     }
 }

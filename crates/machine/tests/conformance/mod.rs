@@ -529,15 +529,27 @@ pub(crate) async fn a_capture_is_refused_where_it_was_not_planned_or_does_not_fi
     assert_eq!(files_in(dir.path()), [] as [&str; 0]);
 }
 
-/// How long a guest takes to read 3 MiB of its first disk, past its cache; the drivers are loaded.
+/// Bytes of the disk that [`reading`] reads.
+const READ: u64 = 1 << 20;
+
+/// How long a guest takes to read a mebibyte of its first disk, past its cache; the drivers are loaded.
 async fn reading(lines: &mut Lines) -> Duration {
     let begin = Instant::now();
     lines
-        .say("sh dd if=/dev/vda of=/dev/null bs=64k count=48 iflag=direct 2>/dev/null")
+        .say("sh dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null")
         .await;
     assert_eq!(lines.hear().await, "");
     assert_eq!(lines.hear().await, "done 0");
     begin.elapsed()
+}
+
+/// A rate by which so many bytes take thrice as long as they do without any and some seconds more, and the time that they must take
+/// by it: a slow host must not pass for a bound that holds, nor fail one that is not there.
+pub(crate) fn slower(bytes: u64, free: Duration) -> (Bytes, Duration) {
+    let whole = 3 * free + Duration::from_secs(3);
+    // A tenth of a second's worth comes at once.
+    let least = whole.mul_f64(0.8);
+    (Bytes((bytes as f64 / whole.as_secs_f64()) as u64), least)
 }
 
 /// A fork of a machine without bounds has its own, too.
@@ -548,51 +560,44 @@ pub(crate) async fn a_disks_rate_holds_from_a_boot_on_and_in_a_fork(subject: &dy
     let files = tempfile::tempdir().unwrap();
     let path = files.path().join("disk");
     std::fs::write(&path, vec![7; 4 << 20]).unwrap();
-    let slow = Rates {
-        disk_per_s: Some(Bytes::mib(1)),
-        ..Rates::default()
-    };
-    let plan = |dir: &Path, rates| LaunchPlan {
+    let plan = |dir: &Path, rate| LaunchPlan {
         disks: vec![Disk {
             path: path.clone(),
             read_only: true,
         }],
-        rates,
+        rates: Rates {
+            disk_per_s: rate,
+            ..Rates::default()
+        },
         ..subject.plan(dir)
     };
-    // Less a tenth of a second's worth, which comes at once.
-    let least = Duration::from_millis(2_700);
-    let mut free = Duration::ZERO;
-    let mut capture = None;
-    for rates in [slow, Rates::default()] {
+    let booted = async |rate| {
         let dir = tempfile::tempdir().unwrap();
-        let mut plan = plan(dir.path(), rates);
-        plan.capturable = rates == Rates::default();
+        let mut plan = plan(dir.path(), rate);
+        plan.capturable = rate.is_none();
         let vm = launch(&*vmm, &plan).await;
         let mut lines = Lines::open(&*vm).await;
         lines.say("load").await;
         assert_eq!(lines.hear().await, "loaded");
         let took = reading(&mut lines).await;
-        println!("{rates:?}: {took:?}");
-        if rates == slow {
-            assert!(took > least, "{took:?}");
-            soon("killing", vm.kill()).await.unwrap();
-        } else {
-            free = took;
-            drop(lines);
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            capture = Some(Arc::new(soon("capturing", vm.capture()).await.unwrap()));
-        }
-    }
-    let capture = capture.unwrap();
-    for rates in [slow, Rates::default()] {
+        (vm, took, dir)
+    };
+    let (vm, free, _dir) = booted(None).await;
+    let (rate, least) = slower(READ, free);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let capture = Arc::new(soon("capturing", vm.capture()).await.unwrap());
+    let (vm, bounded, _dir) = booted(Some(rate)).await;
+    soon("killing", vm.kill()).await.unwrap();
+    println!("free {free:?}, at {rate} a second {bounded:?}, at least {least:?}");
+    assert!(bounded > least, "{bounded:?}");
+    for rate in [Some(rate), None] {
         let dir = tempfile::tempdir().unwrap();
-        let mut plan = plan(dir.path(), rates);
+        let mut plan = plan(dir.path(), rate);
         plan.start = Start::Fork(capture.clone());
         let vm = launch(&*vmm, &plan).await;
         let took = reading(&mut Lines::open(&*vm).await).await;
-        println!("a fork, {rates:?}: {took:?}");
-        assert_eq!(took > least, rates == slow, "{took:?}, else {free:?}");
+        println!("a fork, {rate:?}: {took:?}");
+        assert_eq!(took > least, rate.is_some(), "{took:?}");
         soon("killing", vm.kill()).await.unwrap();
     }
 }
