@@ -1,4 +1,5 @@
-//! Puts Debian's kernel into the store in the directory given, unless it holds one that has all this version wants; the real-machine tests boot it.
+//! Puts Debian's kernel into the store in the directory given, unless it holds one that has all this version wants; the
+//! real-machine tests boot it. Where a new one cannot be had the old one serves, with a warning.
 
 use std::error::Error;
 use vistara_machine::boot::KernelStore;
@@ -16,9 +17,16 @@ fn main() -> Result<(), Box<dyn Error>> {
                 kernel.record.name,
                 kernel.stages_not_looked_for().join(", ")
             );
-            let fresh = store.fetch_debian(None)?;
-            store.set_default(&fresh.record.name)?;
-            fresh
+            match store.fetch_debian(None) {
+                Ok(fresh) => {
+                    store.set_default(&fresh.record.name)?;
+                    fresh
+                }
+                Err(error) => {
+                    eprintln!("warning: it cannot be had now, so the old one serves: {error}");
+                    kernel
+                }
+            }
         }
         None => store.fetch_debian(None)?,
     };

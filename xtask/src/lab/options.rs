@@ -19,7 +19,9 @@ directory. Its status is the command's; 124 when the time is over, 125 when the 
   --env NAME[=VALUE]  an environment variable for COMMAND; may be repeated. PATH, HOME, TERM, LANG, LC_*, VISTARA_*, RUST*,
                       CARGO* and NEXTEST* are passed without being asked for
   --console           show what the machine's kernel prints
-  --tests             build the real-machine tests here and run them inside, on KVM; counts them
+  --tests             build the real-machine tests here and run them inside, on KVM; counts them. Without arguments it fails
+                      where no test of a combination of monitor and guest has run
+  --allow-skips       not so
   --prepare           only fetch and make what a run needs; prints the kernel's release";
 
 /// Least memory with which the kernel, its initramfs and a shell have room.
@@ -56,6 +58,8 @@ pub(super) struct Options {
     /// Variables by name; without a value, the caller's.
     pub(super) env: Vec<(String, Option<String>)>,
     pub(super) console: bool,
+    /// A combination of which no test has run is no failure.
+    pub(super) allow_skips: bool,
     pub(super) what: What,
 }
 
@@ -69,6 +73,7 @@ impl Options {
             shares: vec![],
             env: vec![],
             console: false,
+            allow_skips: false,
             what: What::Command(vec![]),
         };
         let (mut timeout, mut tests, mut prepare) = (None, false, false);
@@ -113,6 +118,7 @@ impl Options {
                 }
                 "--console" if given.is_none() => options.console = true,
                 "--tests" if given.is_none() => tests = true,
+                "--allow-skips" if given.is_none() => options.allow_skips = true,
                 "--prepare" if given.is_none() => prepare = true,
                 "--" => {
                     rest.extend(words.by_ref().map(str::to_owned));
@@ -129,6 +135,9 @@ impl Options {
         }
         if !(1..=CPUS_MAX).contains(&options.cpus) {
             bail!("--cpus is 1 to {CPUS_MAX}");
+        }
+        if options.allow_skips && !tests {
+            bail!("--allow-skips goes with --tests\n{USAGE}");
         }
         let timeout_s = timeout.unwrap_or(if tests { TIMEOUT_TESTS_S } else { TIMEOUT_S });
         if timeout_s == 0 {
@@ -186,6 +195,9 @@ mod tests {
         let options = Options::parse(&["--timeout", "5", "--tests"]).unwrap();
         assert_eq!(options.timeout, Duration::from_secs(5));
         assert_eq!(options.what, What::Tests(vec![]));
+        assert!(!options.allow_skips);
+        let options = Options::parse(&["--tests", "--allow-skips"]).unwrap();
+        assert!(options.allow_skips);
     }
 
     #[test]
@@ -223,6 +235,7 @@ mod tests {
             (&["--share", "/no/such", "true"], "it must be there"),
             (&["--fast", "true"], "--fast is unknown"),
             (&["--console=yes", "true"], "--console=yes is unknown"),
+            (&["--allow-skips", "true"], "goes with --tests"),
             (&[], "which command?"),
             (&["--"], "which command?"),
             (&["--prepare", "true"], "stands alone"),

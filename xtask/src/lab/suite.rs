@@ -24,6 +24,7 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
     for dir in [&dir, &results] {
         fs::create_dir_all(dir).with_context(|| format!("make {dir:?}"))?;
     }
+    let _alone = alone(&dir)?;
     let report = results.join("junit.xml");
     // A report of an earlier run must not be taken for this one's; there may be none.
     let _ = fs::remove_file(&report);
@@ -49,7 +50,8 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
             environment.push((name.to_owned(), value));
         }
     };
-    default("VISTARA_TEST_ACCELERATOR", "kvm".to_owned());
+    let accelerator = accelerator(options, std::env::var(ACCELERATOR_VARIABLE).ok());
+    default(ACCELERATOR_VARIABLE, accelerator.clone());
     default("VISTARA_TEST_PATIENCE", PATIENCE.to_owned());
     if let Some(store) = kernel_store(root) {
         default(KERNELS_VARIABLE, store.display().to_string());
@@ -73,26 +75,65 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
         bail!("nextest ended with {status} in the lab, without a report");
     };
     let tally = read_junit(&text);
-    print!("{}", by_combination(&cases(&text)));
-    let failed = tally.finish().is_err();
+    let (table, not_run) = by_combination(&cases(&text), &accelerator);
+    print!("{table}");
+    let mut failed = tally.finish().is_err();
+    // Whoever asks for some tests does not ask for the others.
+    if !not_run.is_empty() && arguments.is_empty() && !options.allow_skips {
+        println!("FAILED: no test has run of {}", not_run.join("; "));
+        failed = true;
+    }
     Ok(if failed && status == 0 { 1 } else { status })
 }
 
-/// What runs what, by the program of its tests; each must be there, or the run says which is not.
-const COMBINATIONS: [(&str, &str); 4] = [
-    ("firecracker, linux", "vm_firecracker"),
-    ("firecracker, nanos", "vm_firecracker_nanos"),
-    ("qemu-kvm, linux", "vm_qemu"),
-    ("qemu-kvm, nanos", "vm_nanos"),
+/// What the tests of QEMU run with: `--env` goes before the caller's environment, and that before KVM.
+fn accelerator(options: &Options, caller: Option<String>) -> String {
+    let mut given = options.env.iter().rev();
+    let given = given
+        .find(|(name, _)| name == ACCELERATOR_VARIABLE)
+        .and_then(|(_, value)| value.clone());
+    given.or(caller).unwrap_or_else(|| "kvm".to_owned())
+}
+
+/// Keeps others out of the directories of a run, which each would clear for itself, until it is dropped.
+///
+/// # Errors
+/// Another run is going on.
+fn alone(dir: &Path) -> Result<fs::File> {
+    let path = dir.join("lock");
+    let lock = fs::File::create(&path).with_context(|| format!("make {path:?}"))?;
+    match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("the lab's tests are being run in this checkout already ({path:?} is locked)")
+        }
+        Err(error) => Err(error).with_context(|| format!("lock {path:?}")),
+    }
+}
+
+const ACCELERATOR_VARIABLE: &str = "VISTARA_TEST_ACCELERATOR";
+
+/// What runs what, by the program of its tests, and whether the accelerator is to be named; each must be there, or the run says
+/// which is not.
+const COMBINATIONS: [(&str, &str, bool); 4] = [
+    ("firecracker, linux", "vm_firecracker", false),
+    ("firecracker, nanos", "vm_firecracker_nanos", false),
+    ("qemu, linux", "vm_qemu", true),
+    ("qemu, nanos", "vm_nanos", true),
 ];
 
-/// A table of how the tests of each combination ended.
-fn by_combination(cases: &[Case]) -> String {
+/// A table of how the tests of each combination ended, and of which none has run.
+fn by_combination(cases: &[Case], accelerator: &str) -> (String, Vec<String>) {
+    let mut not_run = vec![];
     let mut text = format!(
         "== {:<22}{:>8}{:>8}{:>8}\n",
         "combination", "passed", "failed", "skipped"
     );
-    for (name, binary) in COMBINATIONS {
+    for (name, binary, accelerated) in COMBINATIONS {
+        let name = match accelerated {
+            true => name.replacen(',', &format!("-{accelerator},"), 1),
+            false => name.to_owned(),
+        };
         let own = |case: &&Case| case.binary.rsplit("::").next() == Some(binary);
         let count = |wanted: fn(&Outcome) -> bool| {
             let those = cases.iter().filter(own);
@@ -109,8 +150,11 @@ fn by_combination(cases: &[Case]) -> String {
         text.push_str(&format!(
             "== {name:<22}{passed:>8}{failed:>8}{skipped:>8}{remark}\n"
         ));
+        if !remark.is_empty() {
+            not_run.push(name);
+        }
     }
-    text
+    (text, not_run)
 }
 
 /// Copies the tests' programs to `to` and names the copies in nextest's list of them: a run takes long, and a build
@@ -163,7 +207,7 @@ mod tests {
             name: "x".to_owned(),
             outcome,
         };
-        let table = by_combination(&[
+        let cases = [
             case("a::vm_firecracker", Outcome::Passed),
             case("a::vm_firecracker", Outcome::Failed("why".to_owned())),
             case(
@@ -171,7 +215,9 @@ mod tests {
                 Outcome::Skipped("no KVM".to_owned()),
             ),
             case("a::vm_qemu", Outcome::Passed),
-        ]);
+        ];
+        let (table, not_run) = by_combination(&cases, "tcg");
+        assert_eq!(not_run, ["firecracker, nanos", "qemu-tcg, nanos"]);
         let words = |line: &str| {
             line.split_whitespace()
                 .skip(3)
@@ -188,5 +234,27 @@ mod tests {
                 "0 0 0 NOT RUN"
             ]
         );
+    }
+
+    #[test]
+    fn one_run_keeps_others_out_until_it_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = alone(dir.path()).unwrap();
+        let refused = alone(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("already"), "{refused}");
+        drop(first);
+        alone(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn the_accelerator_is_the_one_that_the_tests_are_told() {
+        let with = |words: &[&str], caller: Option<&str>| {
+            let options = Options::parse(words).unwrap();
+            accelerator(&options, caller.map(str::to_owned))
+        };
+        let given = ["--tests", "--env", "VISTARA_TEST_ACCELERATOR=tcg"];
+        assert_eq!(with(&["--tests"], None), "kvm");
+        assert_eq!(with(&["--tests"], Some("tcg")), "tcg");
+        assert_eq!(with(&given, Some("kvm")), "tcg");
     }
 }
