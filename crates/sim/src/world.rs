@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use vistara_control::membership::{Body, Life, Output, Packet};
+use vistara_control::membership::{Life, Output};
 use vistara_control::placement::SearchInput;
 use vistara_control::services::{
     Holder, Keepers, ServiceId, Slot, Spec, Terms, ToKeeper, keepers_of,
@@ -32,8 +32,6 @@ pub const GOSSIP_BYTES_MAX: u64 = 24_000;
 /// Networks of at most this many nodes begin with nodes that know nobody. In larger ones each knows others at the start, as
 /// if they had been there for long.
 const JOIN_ONE_BY_ONE_MAX: usize = 100;
-/// News in a page.
-const PAGE_NEWS: usize = 300;
 
 /// What goes on.
 pub struct World {
@@ -170,24 +168,18 @@ impl World {
         }
     }
 
-    /// Tells a node of others, as pages of a table do: a network that is there already.
+    /// Has a node know others from before: a network that is there already.
     fn know(&mut self, node: usize) {
         let local = self.local(node);
         let all = self.nodes.len();
         let some = (4 * self.scenario.members_max).min(all);
         let numbers = rand::seq::index::sample(&mut self.rng, all, some).into_vec();
-        for part in numbers.chunks(PAGE_NEWS) {
-            let news = part.iter().filter(|number| **number != node);
-            let news = news.map(|number| self.nodes[*number].membership.news());
-            let packet = Packet {
-                body: Body::Page { next: None },
-                news: news.collect(),
-                facts: Vec::new(),
-            };
-            let from = id((node + 1) % all);
-            let outputs = self.nodes[node].membership.handle(local, from, packet);
-            self.members(node, outputs);
-        }
+        let news = numbers.iter().filter(|number| **number != node);
+        let news: Vec<_> = news
+            .map(|number| self.nodes[*number].membership.news())
+            .collect();
+        let outputs = self.nodes[node].membership.recall(local, news);
+        self.members(node, outputs);
     }
 
     pub(crate) fn local(&self, node: usize) -> Duration {
@@ -231,7 +223,7 @@ impl World {
         for output in outputs {
             match output {
                 Output::Send(to, packet) => self.send(node, to, Wire::Member(packet)),
-                Output::Changed(..) | Output::Facts(_) => {}
+                Output::Changed(..) | Output::Evicted(_) | Output::Facts(_) => {}
             }
         }
     }

@@ -10,11 +10,17 @@
 //! Each half second a node pings another, in an order of its own; who does not answer is pinged through three helpers, then
 //! suspected, then, three seconds later, dead. Every packet carries news. A node that hears itself suspected says that it
 //! lives, with a larger incarnation. Others' word alone kills nobody: who is said to be dead, and is not suspected yet, is
-//! suspected first.
+//! suspected first. Nor does it raise the dead: who is dead here and alive to others is pinged, and its own word counts.
+//! Others' word takes back one suspicion; after that this node's own pings decide, until one is answered.
 //!
-//! **Bounds.** A packet has at most [`Config::packet_bytes`]; a node sends at most a constant number a second, however large
-//! the network is. A table holds [`Config::members_max`]; of larger networks a node knows a random part (the members whose
-//! keyed hash is smallest), and passes news of the others on.
+//! **Bounds.** A packet has at most [`Config::packet_bytes`]. Of its own accord a node sends at most a constant number a
+//! second, however large the network is; beside that, one answer for a ping, a bounded number of pings in others'
+//! stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
+//!
+//! **The table** holds [`Config::members_max`]; of larger networks a node knows a random part (the members whose keyed hash
+//! is smallest; it is used for nothing else, so that nobody learns it), and passes news of the others on. Whom this node has
+//! only heard of fills half of it at most and makes room for whom it has heard. Who was joined or
+//! [pinned](Membership::pin) stays.
 //!
 //! **Facts** are bytes with a version: what they say and that their subject signed them is the caller's to check, before
 //! they are handed in.
@@ -23,17 +29,21 @@
 //! what is to be sent and what has changed. The caller polls at [`Membership::wake_at`]. Senders are authenticated.
 
 mod news;
+mod pages;
 mod probe;
+mod table;
 #[cfg(test)]
 mod tests;
 
-use news::Rumours;
+use news::{Doubts, Rumours};
+use pages::Pages;
 use probe::Probe;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+use table::Keys;
 use vistara_model::NodeId;
 
 /// Bytes of one piece of news on the wire, at most: a key, a number, a state.
@@ -169,11 +179,15 @@ pub enum Body {
     Gossip,
     /// Send a page of your table, from here on.
     Pull {
+        /// Comes back with the page.
+        number: u64,
         /// A place in the table: a number that only its owner understands.
         from: u64,
     },
     /// A page.
     Page {
+        /// The number of the `Pull`.
+        number: u64,
         /// Where the next one begins, if there is one.
         next: Option<u64>,
     },
@@ -208,6 +222,8 @@ pub enum Output {
     Send(NodeId, Packet),
     /// A member is now believed to be this.
     Changed(NodeId, Life),
+    /// It is no member any more: others took its place in the table.
+    Evicted(NodeId),
     /// There are newer facts about a member.
     Facts(Stated),
 }
@@ -220,32 +236,43 @@ struct Member {
     facts: Option<Stated>,
     /// How often the facts were passed on, while they are.
     facts_sent: u32,
+    /// Who stays when the table is full: the smallest.
+    rank: table::Place,
+    /// Whether it has spoken to this node.
+    heard: bool,
+    /// Whether it stays whatever comes.
+    pinned: bool,
+    /// Whether others' word took back a suspicion since it answered last.
+    denied: bool,
 }
-
-/// A member's place in the table: a hash that only this node knows, so that nobody can choose to be in it; and the order in
-/// which members are pinged.
-type Place = (u64, NodeId);
 
 /// One node's view of the network.
 #[derive(Debug, Clone)]
 pub struct Membership {
     config: Config,
     me: News,
-    salt: u64,
+    keys: Keys,
+    /// The latest time that this machine was told.
+    now: Duration,
     rng: SmallRng,
     own_facts: Option<Stated>,
     own_facts_sent: u32,
-    members: BTreeMap<Place, Member>,
+    /// By their places, which are also the order in which they are pinged and told of in pages.
+    members: BTreeMap<table::Place, Member>,
+    /// The ranks of those that were only heard of, and of those that have spoken; the pinned are in neither.
+    hearsay: BTreeSet<table::Place>,
+    known: BTreeSet<table::Place>,
+    pinned: usize,
     alive: usize,
     suspicions: BTreeSet<(Duration, NodeId)>,
     rumours: Rumours,
     /// Members with facts that are passed on, by how often they were.
     fresh_facts: BTreeSet<(u32, NodeId)>,
     probes: Vec<Probe>,
-    probe_cursor: Place,
-    next_number: u64,
-    /// Whom somebody says to be alive and this node believes to be dead: pinged next.
-    doubts: VecDeque<NodeId>,
+    probe_cursor: table::Place,
+    /// Whom somebody contradicts this node about: pinged next.
+    doubts: Doubts,
+    pages: Pages,
     next_probe: Duration,
     next_gossip: Duration,
     next_reach: Duration,
@@ -258,7 +285,8 @@ const DENIAL_BITS: u32 = 24;
 impl Membership {
     /// A node that knows nobody. `start` is how often the node has started with its key, `seed` random.
     pub fn new(config: Config, node: NodeId, start: u64, seed: u64, now: Duration) -> Membership {
-        let mut rng = SmallRng::seed_from_u64(seed);
+        let keys = Keys::new(seed);
+        let mut rng = SmallRng::seed_from_u64(keys.rng_seed());
         let me = News {
             node,
             incarnation: start << DENIAL_BITS,
@@ -272,18 +300,22 @@ impl Membership {
             rumours: Rumours::new(config.rumours_max),
             config,
             me,
-            salt: rng.random(),
+            keys,
+            now,
             rng,
             own_facts: None,
             own_facts_sent: 0,
             members: BTreeMap::new(),
+            hearsay: BTreeSet::new(),
+            known: BTreeSet::new(),
+            pinned: 0,
             alive: 0,
             suspicions: BTreeSet::new(),
             fresh_facts: BTreeSet::new(),
             probes: Vec::new(),
             probe_cursor: (0, node),
-            next_number: 0,
-            doubts: VecDeque::new(),
+            doubts: Doubts::default(),
+            pages: Pages::default(),
             next_probe,
             next_gossip,
             next_reach,
@@ -328,7 +360,7 @@ impl Membership {
         self.alive
     }
 
-    /// Takes up a node that the user named, and asks it whom it knows.
+    /// Takes up a node that the user named, [pins](Membership::pin) it, and asks it whom it knows.
     pub fn join(&mut self, node: NodeId) -> Vec<Output> {
         let mut outputs = Vec::new();
         let incarnation = 0;
@@ -342,9 +374,26 @@ impl Membership {
                 incarnation,
                 life,
             };
-            self.enter(Duration::ZERO, news, false, &mut outputs);
+            self.enter(self.now, news, (true, false), &mut outputs);
         }
-        self.send(node, Body::Pull { from: 0 }, &mut outputs);
+        self.pin(node, true);
+        self.pull_anew(node, 0, &mut outputs);
+        outputs
+    }
+
+    /// Takes up members that this node has heard in an earlier life. What is believed of others already stays.
+    pub fn recall(
+        &mut self,
+        now: Duration,
+        members: impl IntoIterator<Item = News>,
+    ) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        self.now = self.now.max(now);
+        for news in members {
+            if news.node != self.me.node && self.life(news.node).is_none() {
+                self.enter(now, news, (true, false), &mut outputs);
+            }
+        }
         outputs
     }
 
@@ -376,6 +425,7 @@ impl Membership {
     /// Takes what another node sent. Facts in it have been verified.
     pub fn handle(&mut self, now: Duration, from: NodeId, packet: Packet) -> Vec<Output> {
         let mut outputs = Vec::new();
+        self.now = self.now.max(now);
         if from == self.me.node {
             return outputs;
         }
@@ -389,6 +439,13 @@ impl Membership {
         if packet.bytes() > most {
             return outputs;
         }
+        let pull = match packet.body {
+            Body::Page { number, .. } => match self.pages.asked(now, from, number) {
+                None => return outputs,
+                left => left,
+            },
+            _ => None,
+        };
         let met = self.life(from).is_none();
         for news in &packet.news {
             self.hear(now, from, *news, page, &mut outputs);
@@ -406,6 +463,7 @@ impl Membership {
             };
             self.hear(now, from, news, page, &mut outputs);
         }
+        self.heard(from);
         for stated in packet.facts {
             self.learn(stated, &mut outputs);
         }
@@ -421,20 +479,29 @@ impl Membership {
             Body::PingFor { number, target } => {
                 self.ping_for(now, from, number, target, &mut outputs);
             }
-            Body::AckFor { number, target } => self.acked(target, number, &mut outputs),
+            Body::AckFor { number, target } => {
+                self.acked_for(now, from, number, target, &mut outputs);
+            }
             Body::Gossip => {}
-            Body::Pull { from: place } => {
-                let page = self.page(place);
-                outputs.push(Output::Send(from, page));
+            Body::Pull {
+                number,
+                from: place,
+            } => {
+                if self.pages.may_answer(now, from) {
+                    let page = self.page(number, place);
+                    outputs.push(Output::Send(from, page));
+                }
             }
-            Body::Page { next: Some(next) } if self.members.len() < self.config.members_max => {
-                self.send(from, Body::Pull { from: next }, &mut outputs);
+            Body::Page { next, .. } => {
+                let full = self.members.len() >= self.config.members_max;
+                if let (Some(next), Some(left), false) = (next, pull, full) {
+                    self.pull(from, next, left, &mut outputs);
+                }
             }
-            Body::Page { .. } => {}
         }
         if met && !page && self.life(from) == Some(Life::Alive) && self.members.len() == 1 {
             // The first one met: it may know the others.
-            self.send(from, Body::Pull { from: 0 }, &mut outputs);
+            self.pull(from, 0, pages::PAGES_MAX, &mut outputs);
         }
         outputs
     }
@@ -442,6 +509,7 @@ impl Membership {
     /// Does what is due.
     pub fn poll(&mut self, now: Duration) -> Vec<Output> {
         let mut outputs = Vec::new();
+        self.now = self.now.max(now);
         while let Some((deadline, node)) = self.suspicions.first().copied() {
             if deadline > now {
                 break;
@@ -469,27 +537,17 @@ impl Membership {
             self.next_reach = now + self.config.reach_period;
             self.rumours.forget(now);
             if let Some(node) = self.some_dead() {
-                self.doubt(node);
+                self.doubt(node, self.me.node);
             }
         }
         if now >= self.next_sync {
             self.next_sync = now + self.config.sync_period;
             let from = self.rng.random();
             for node in self.some_alive(1, self.me.node) {
-                self.send(node, Body::Pull { from }, &mut outputs);
+                self.pull(node, from, pages::PAGES_MAX, &mut outputs);
             }
         }
         outputs
-    }
-
-    /// SplitMix64's finish over the salt and the key's first eight bytes.
-    fn place(&self, node: NodeId) -> Place {
-        let mut head = [0; 8];
-        head.copy_from_slice(&node.as_bytes()[..8]);
-        let mut word = u64::from_le_bytes(head) ^ self.salt;
-        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (word ^ (word >> 31), node)
     }
 
     /// The members from a random place on that pass, once around.

@@ -1,7 +1,7 @@
 //! Hearing, believing and passing on.
 
 use super::{
-    Body, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, HEAD_BYTES, Life, Member, Membership, NEWS_BYTES,
+    Body, DENIAL_BITS, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, HEAD_BYTES, Life, Membership, NEWS_BYTES,
     News, Output, Packet, Stated,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -16,11 +16,45 @@ const SENDS_MORE: u32 = 6;
 const FACTS_SENDS_MAX: u32 = 6;
 /// How long news that were passed on are remembered, so that they are not taken for new ones.
 const REMEMBERED: Duration = Duration::from_secs(60);
-/// Most that are waiting to be tried because somebody contradicts.
-const DOUBTS_MAX: usize = 64;
-/// How far an incarnation may be ahead of the known one to be spoken ill of: some hundred starts. The node itself can
-/// always deny what is nearer than that.
-const LEAP_MAX: u64 = 1 << 32;
+/// Most that are waiting to be tried because somebody contradicts: half a minute's.
+const DOUBTS_MAX: usize = 256;
+/// Most of them on one peer's word: who contradicts everything delays the others by seconds.
+const DOUBTS_EACH_MAX: usize = 64;
+/// How far others' word may be ahead of the known incarnation within one start of a node. What is further, or of another
+/// start, only its node can say.
+const LEAP_MAX: u64 = 1 << 12;
+
+/// Members to be tried, and on whose word.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Doubts(VecDeque<(NodeId, NodeId)>);
+
+impl Doubts {
+    pub(super) fn pop(&mut self) -> Option<NodeId> {
+        self.0.pop_front().map(|(node, _)| node)
+    }
+
+    fn put(&mut self, node: NodeId, by: NodeId) {
+        let full = self.0.len() >= DOUBTS_MAX
+            || self.0.iter().filter(|(_, one)| *one == by).count() >= DOUBTS_EACH_MAX;
+        if !full && !self.0.iter().any(|(one, _)| *one == node) {
+            self.0.push_back((node, by));
+        }
+    }
+}
+
+/// Whether an incarnation is of the same start of a node as another.
+fn same_start(one: u64, other: u64) -> bool {
+    one >> DENIAL_BITS == other >> DENIAL_BITS
+}
+
+/// Whether others' word of `news` may follow on what is known: of the same start, not far ahead, and, where it speaks ill,
+/// such that it can be denied.
+fn follows(known: &News, news: &News) -> bool {
+    let next = news.incarnation.saturating_add(1);
+    same_start(known.incarnation, news.incarnation)
+        && news.incarnation < known.incarnation.saturating_add(LEAP_MAX)
+        && (news.life == Life::Alive || same_start(known.incarnation, next))
+}
 
 /// News under way.
 #[derive(Debug, Clone)]
@@ -143,19 +177,18 @@ impl Membership {
         match known {
             Some(known) if !news.outweighs(&known) => {
                 if known.life == Life::Dead && news.life == Life::Alive && page {
-                    self.doubt(news.node);
+                    self.doubt(news.node, from);
                 }
             }
-            // Nobody but the node itself makes its incarnation larger, so who speaks ill of one that is far ahead lies.
+            // Others' word does not raise the dead, and nobody but the node itself makes its incarnation much larger: it is
+            // asked.
             Some(known)
-                if news.life != Life::Alive
-                    && news.incarnation >= known.incarnation.saturating_add(LEAP_MAX) => {}
-            Some(known) => {
-                // A death that this node saw no sign of: its own three seconds first.
-                let sudden = known.life == Life::Alive && news.life == Life::Dead;
-                let life = if sudden { Life::Suspect } else { news.life };
-                self.believe(now, News { life, ..news }, !page, outputs);
+                if !follows(&known, &news)
+                    || (known.life == Life::Dead && news.life != Life::Dead) =>
+            {
+                self.doubt(news.node, from);
             }
+            Some(known) => self.hear_of(now, from, (known, news), page, outputs),
             None if self.rumours.knows(&news) => {}
             // A stranger's death is passed on, not entered.
             None if news.life == Life::Dead => {
@@ -164,7 +197,7 @@ impl Membership {
                 }
             }
             None => {
-                let entered = self.enter(now, news, !page, outputs);
+                let entered = self.enter(now, news, (false, !page), outputs);
                 if !entered && !page {
                     self.rumours.put(news);
                 }
@@ -172,60 +205,50 @@ impl Membership {
         }
     }
 
+    /// Others' word of a member, heavier than what was known.
+    fn hear_of(
+        &mut self,
+        now: Duration,
+        from: NodeId,
+        (known, news): (News, News),
+        page: bool,
+        outputs: &mut Vec<Output>,
+    ) {
+        let place = self.place(news.node);
+        let Some(member) = self.members.get_mut(&place) else {
+            return;
+        };
+        match (known.life, news.life) {
+            // Once it was suspected and the suspicion taken back, all by others' word, its own answers count.
+            (Life::Alive, Life::Suspect | Life::Dead) | (Life::Suspect, Life::Alive)
+                if member.denied =>
+            {
+                self.doubt(news.node, from);
+                return;
+            }
+            (Life::Suspect, Life::Alive) => {
+                member.denied = true;
+                self.doubt(news.node, from);
+            }
+            (Life::Alive | Life::Suspect | Life::Dead, _) => {}
+        }
+        // A death that this node saw no sign of: its own three seconds first.
+        let sudden = known.life == Life::Alive && news.life == Life::Dead;
+        let life = if sudden { Life::Suspect } else { news.life };
+        self.believe(now, News { life, ..news }, !page, outputs);
+    }
+
     fn hear_of_me(&mut self, news: News) {
         let me = &mut self.me;
         if me.life == Life::Dead || news.life == Life::Alive {
             return;
         }
-        if news.incarnation >= me.incarnation && news.incarnation < me.incarnation + LEAP_MAX {
-            me.incarnation = news.incarnation + 1;
+        // Of another start, or the last of this one, nobody believes on others' word: there is nothing to deny. So denials
+        // stay within this start, and the next one is ahead of them.
+        let denial = news.incarnation.saturating_add(1);
+        if news.incarnation >= me.incarnation && same_start(me.incarnation, denial) {
+            me.incarnation = denial;
             self.rumours.put(*me);
-        }
-    }
-
-    /// Enters somebody new, if there is a place; says whether.
-    pub(super) fn enter(
-        &mut self,
-        now: Duration,
-        news: News,
-        tell: bool,
-        outputs: &mut Vec<Output>,
-    ) -> bool {
-        let place = self.place(news.node);
-        if self.members.len() >= self.config.members_max {
-            let dead = (self.members.iter())
-                .filter(|_| self.alive < self.members.len())
-                .find(|(_, member)| member.news.life == Life::Dead)
-                .map(|(place, _)| *place);
-            let last = self.members.last_key_value().map(|(place, _)| *place);
-            let gone = dead.or(last.filter(|last| *last > place));
-            let Some(gone) = gone else {
-                return false;
-            };
-            self.remove(gone);
-        }
-        self.members.insert(
-            place,
-            Member {
-                news: News {
-                    life: Life::Dead,
-                    ..news
-                },
-                deadline: Duration::ZERO,
-                facts: None,
-                facts_sent: 0,
-            },
-        );
-        self.believe(now, news, tell, outputs);
-        true
-    }
-
-    fn remove(&mut self, place: super::Place) {
-        if let Some(member) = self.members.remove(&place) {
-            let node = member.news.node;
-            self.alive -= usize::from(member.news.life == Life::Alive);
-            self.suspicions.remove(&(member.deadline, node));
-            self.fresh_facts.remove(&(member.facts_sent, node));
         }
     }
 
@@ -240,14 +263,18 @@ impl Membership {
     ) {
         let place = self.place(news.node);
         let Some(member) = self.members.get_mut(&place) else {
-            self.enter(now, news, tell, outputs);
+            // Whom this node believes something of without having it in its table has just spoken.
+            self.enter(now, news, (true, tell), outputs);
             return;
         };
         let before = member.news.life;
         self.suspicions.remove(&(member.deadline, news.node));
         member.news = news;
         if news.life == Life::Suspect {
-            member.deadline = now + self.config.suspicion;
+            // Suspecting it again gives it no more time.
+            if before != Life::Suspect {
+                member.deadline = now + self.config.suspicion;
+            }
             self.suspicions.insert((member.deadline, news.node));
         }
         self.alive -= usize::from(before == Life::Alive);
@@ -261,10 +288,8 @@ impl Membership {
     }
 
     /// Tries it soon: somebody contradicts what is believed of it.
-    pub(super) fn doubt(&mut self, node: NodeId) {
-        if self.doubts.len() < DOUBTS_MAX && !self.doubts.contains(&node) {
-            self.doubts.push_back(node);
-        }
+    pub(super) fn doubt(&mut self, node: NodeId, by: NodeId) {
+        self.doubts.put(node, by);
     }
 
     /// Takes facts, if they are newer and about a member.
@@ -306,7 +331,7 @@ impl Membership {
             .saturating_sub(HEAD_BYTES + reserved + news.len() * NEWS_BYTES);
         let size = u64::try_from(self.members.len()).unwrap_or(u64::MAX).max(2);
         // A full table is a part of a network whose size is not known: 2^14 is assumed.
-        let log = if self.members.len() >= self.config.members_max {
+        let log = if self.is_full() {
             14
         } else {
             u64::BITS - size.leading_zeros()
@@ -368,9 +393,9 @@ impl Membership {
     }
 
     /// A page of the table.
-    pub(super) fn page(&self, from: u64) -> Packet {
+    pub(super) fn page(&self, number: u64, from: u64) -> Packet {
         let mut page = Packet {
-            body: Body::Page { next: None },
+            body: Body::Page { number, next: None },
             news: vec![self.me],
             facts: self.own_facts.iter().cloned().collect(),
         };
@@ -380,7 +405,8 @@ impl Membership {
             let facts = member.facts.as_ref();
             bytes += NEWS_BYTES + facts.map_or(0, |one| one.bytes.len() + FACTS_HEAD_BYTES);
             if bytes > self.config.page_bytes {
-                page.body = Body::Page { next: Some(*place) };
+                let next = Some(*place);
+                page.body = Body::Page { number, next };
                 break;
             }
             page.news.push(member.news);

@@ -4,8 +4,14 @@ use super::{Body, Life, Membership, News, Output};
 use std::time::Duration;
 use vistara_model::NodeId;
 
-/// Most pings under way: three periods' worth of one's own, and some for others.
-const PROBES_MAX: usize = 64;
+/// Most pings of this node's own under way: several periods' worth.
+const OWN_MAX: usize = 64;
+/// Most in others' stead: they take nothing from one's own.
+const OTHERS_MAX: usize = 64;
+/// Most in the stead of one of them: it pings two others a second, and waits for one.
+const EACH_MAX: usize = 8;
+/// How many that are doubted are pinged in one period.
+const DOUBTS_A_PERIOD: usize = 4;
 
 /// A ping under way.
 #[derive(Debug, Clone)]
@@ -14,6 +20,8 @@ pub(super) struct Probe {
     target: NodeId,
     /// For whom; nobody else where it is this node's own.
     asked_by: Option<(NodeId, u64)>,
+    /// Who was asked to ping in this node's stead.
+    helpers: Vec<NodeId>,
     /// When helpers are asked; nothing once they are.
     indirect_at: Option<Duration>,
     /// When it has failed.
@@ -29,8 +37,10 @@ impl Probe {
 impl Membership {
     /// Pings whoever is next.
     pub(super) fn probe(&mut self, now: Duration, outputs: &mut Vec<Output>) {
-        if let Some(node) = self.doubts.pop_front() {
-            self.ping(now, node, None, outputs);
+        for _ in 0..DOUBTS_A_PERIOD {
+            if let Some(node) = self.doubts.pop().filter(|node| self.life(*node).is_some()) {
+                self.ping(now, node, None, outputs);
+            }
         }
         let cursor = self.probe_cursor;
         let after = (
@@ -55,17 +65,24 @@ impl Membership {
         asked_by: Option<(NodeId, u64)>,
         outputs: &mut Vec<Output>,
     ) {
-        if self.probes.len() >= PROBES_MAX {
+        let own = asked_by.is_none();
+        let asker = asked_by.map(|(asker, _)| asker);
+        let alike = (self.probes.iter()).filter(|probe| probe.asked_by.is_none() == own);
+        let same = (self.probes.iter())
+            .filter(|probe| asker.is_some() && probe.asked_by.map(|(asker, _)| asker) == asker);
+        let most = if own { OWN_MAX } else { OTHERS_MAX };
+        if alike.count() >= most || same.count() >= EACH_MAX {
             return;
         }
-        self.next_number += 1;
-        let number = self.next_number;
-        let own = asked_by.is_none();
+        let number = self.keys.number();
+        // Who is dead has to answer by itself, and answers nobody in most cases: helpers are not asked.
+        let helped = own && self.life(target) != Some(Life::Dead);
         self.probes.push(Probe {
             number,
             target,
             asked_by,
-            indirect_at: own.then(|| now + self.config.ack_wait),
+            helpers: Vec::new(),
+            indirect_at: helped.then(|| now + self.config.ack_wait),
             fails_at: now + self.config.probe_wait,
         });
         let facts = self
@@ -90,7 +107,38 @@ impl Membership {
         }
     }
 
-    /// An answer came. That its sender lives was heard already; one that came through a helper counts as an answer.
+    /// An answer came through a helper. It counts if the helper was asked, and takes back a suspicion.
+    pub(super) fn acked_for(
+        &mut self,
+        now: Duration,
+        from: NodeId,
+        number: u64,
+        target: NodeId,
+        outputs: &mut Vec<Output>,
+    ) {
+        let found = |probe: &Probe| {
+            probe.number == number && probe.target == target && probe.helpers.contains(&from)
+        };
+        let Some(index) = self.probes.iter().position(found) else {
+            return;
+        };
+        self.probes.swap_remove(index);
+        let place = self.place(target);
+        let Some(member) = self.members.get_mut(&place) else {
+            return;
+        };
+        member.denied = false;
+        if member.news.life == Life::Suspect {
+            let life = Life::Alive;
+            let news = News {
+                life,
+                ..member.news
+            };
+            self.believe(now, news, false, outputs);
+        }
+    }
+
+    /// An answer came. That its sender lives was heard already.
     pub(super) fn acked(&mut self, target: NodeId, number: u64, outputs: &mut Vec<Output>) {
         let found = |probe: &Probe| probe.number == number && probe.target == target;
         if let Some(index) = self.probes.iter().position(found) {
@@ -108,8 +156,12 @@ impl Membership {
             if probe.indirect_at.is_some_and(|at| at <= now) {
                 probe.indirect_at = None;
                 let (number, target) = (probe.number, probe.target);
-                for helper in self.some_alive(self.config.helpers, target) {
-                    self.send(helper, Body::PingFor { number, target }, outputs);
+                let helpers = self.some_alive(self.config.helpers, target);
+                for helper in &helpers {
+                    self.send(*helper, Body::PingFor { number, target }, outputs);
+                }
+                if let Some(probe) = self.probes.get_mut(index) {
+                    probe.helpers = helpers;
                 }
                 index += 1;
             } else if probe.fails_at <= now {

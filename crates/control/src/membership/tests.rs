@@ -57,7 +57,7 @@ impl Net {
                     self.flying.push((self.now + 10 * MS, from, to, packet));
                 }
                 Output::Changed(node, life) => self.changes.push((self.now, from, node, life)),
-                Output::Facts(_) => {}
+                Output::Evicted(_) | Output::Facts(_) => {}
             }
         }
     }
@@ -252,4 +252,268 @@ fn a_packet_that_is_too_large_is_thrown_away() {
     };
     assert!(node.handle(SECOND, id(99), packet).is_empty());
     assert_eq!(node.members().count(), 0);
+}
+
+fn rumour(node: NodeId, incarnation: u64, life: Life) -> Packet {
+    let news = News {
+        node,
+        incarnation,
+        life,
+    };
+    packet(Body::Gossip, vec![news])
+}
+
+fn packet(body: Body, news: Vec<News>) -> Packet {
+    let facts = Vec::new();
+    Packet { body, news, facts }
+}
+
+fn alone(config: Config) -> Membership {
+    Membership::new(config, id(1), 1, 1, SECOND)
+}
+
+/// Polls until then, with nobody answering; what was sent.
+fn poll_until(node: &mut Membership, from: Duration, until: Duration) -> Vec<Output> {
+    let mut outputs = Vec::new();
+    let mut now = from;
+    while now < until {
+        now = node.wake_at().clamp(now + MS, until);
+        outputs.extend(node.poll(now));
+    }
+    outputs
+}
+
+#[test]
+fn strangers_fill_half_of_the_table_and_push_nobody_out_who_was_joined_or_heard() {
+    let mut node = alone(Config {
+        members_max: 16,
+        ..Config::default()
+    });
+    let mut shown = BTreeSet::new();
+    let mut outputs = node.join(id(2));
+    for number in 3..=6 {
+        outputs.extend(node.handle(SECOND, id(number), packet(Body::Gossip, Vec::new())));
+    }
+    for number in 0..5000u64 {
+        let mut bytes = [7; 32];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        let stranger = NodeId::from_bytes(bytes);
+        outputs.extend(node.handle(SECOND, id(3), rumour(stranger, 1, Life::Alive)));
+    }
+    for output in outputs {
+        match output {
+            Output::Changed(node, Life::Alive) => assert!(shown.insert(node)),
+            Output::Evicted(node) => assert!(shown.remove(&node)),
+            Output::Changed(..) | Output::Facts(_) | Output::Send(..) => {}
+        }
+    }
+    for number in 2..=6 {
+        assert_eq!(node.life(id(number)), Some(Life::Alive), "{number}");
+    }
+    assert_eq!(node.members().count(), 5 + 8);
+    let members: BTreeSet<NodeId> = node.members().map(|(node, ..)| node).collect();
+    assert_eq!(shown, members, "each eviction is told");
+    // Crowds that do speak push others out, but not who was joined.
+    for number in 0..5000u64 {
+        let mut bytes = [8; 32];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        let stranger = NodeId::from_bytes(bytes);
+        node.handle(SECOND, stranger, packet(Body::Gossip, Vec::new()));
+    }
+    assert_eq!(node.members().count(), 16);
+    assert!(node.life(id(2)).is_some());
+}
+
+#[test]
+fn a_place_in_the_table_is_told_by_nothing_that_peers_see() {
+    let node = alone(Config::default());
+    let twin = |last: u8| {
+        let mut bytes = [9; 32];
+        bytes[31] = last;
+        NodeId::from_bytes(bytes)
+    };
+    assert_ne!(node.place(twin(1)).0, node.place(twin(2)).0);
+    // Pages go by places, and who stays goes by something else.
+    let mut by_place: Vec<NodeId> = (0..=255).map(id).collect();
+    let mut by_rank = by_place.clone();
+    by_place.sort_by_key(|one| node.place(*one));
+    by_rank.sort_by_key(|one| node.keys.rank(*one));
+    let alike = by_place
+        .iter()
+        .zip(&by_rank)
+        .filter(|(one, other)| one == other);
+    assert!(alike.count() < 20);
+}
+
+#[test]
+fn one_peers_word_does_not_keep_the_dead_alive() {
+    let mut net = Net::new(10);
+    net.run(5 * SECOND);
+    net.deaf.insert(id(7));
+    for _ in 0..60 {
+        for number in 2..=10u8 {
+            let known = net.nodes[&id(number)]
+                .members
+                .values()
+                .find(|one| one.news.node == id(7))
+                .map_or(0, |one| one.news.incarnation);
+            let packet = rumour(id(7), known + 1, Life::Alive);
+            net.flying.push((net.now, id(1), id(number), packet));
+        }
+        net.run(500 * MS);
+    }
+    let others = net
+        .nodes
+        .values()
+        .filter(|one| ![id(1), id(7)].contains(&one.node()));
+    for node in others {
+        assert_eq!(node.life(id(7)), Some(Life::Dead), "{:?}", node.node());
+    }
+}
+
+#[test]
+fn suspecting_again_gives_no_more_time() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    node.handle(SECOND, id(3), packet(Body::Gossip, Vec::new()));
+    let mut outputs = Vec::new();
+    for step in 0..4u32 {
+        let now = SECOND + SECOND * step;
+        let news = rumour(id(3), u64::from(step), Life::Suspect);
+        outputs.extend(node.handle(now, id(2), news));
+        outputs.extend(poll_until(&mut node, now, now + SECOND));
+    }
+    assert!(outputs.contains(&Output::Changed(id(3), Life::Dead)));
+}
+
+#[test]
+fn denials_stay_behind_the_next_start_however_far_ahead_the_suspicions_are() {
+    let mut node = alone(Config::default());
+    for _ in 0..5000 {
+        let ahead = node.news().incarnation + (1 << 20) - 1;
+        let before = node.news().incarnation;
+        node.handle(SECOND, id(2), rumour(id(1), ahead, Life::Suspect));
+        node.handle(SECOND, id(2), rumour(id(1), before, Life::Suspect));
+    }
+    let next = Membership::new(Config::default(), id(1), 2, 1, SECOND);
+    assert!(next.news().incarnation > node.news().incarnation);
+    // What it cannot deny any more nobody believes on others' word.
+    let mut other = Membership::new(Config::default(), id(5), 1, 1, SECOND);
+    let last = (2 << DENIAL_BITS) - 1;
+    other.handle(SECOND, id(1), rumour(id(1), last, Life::Alive));
+    other.handle(SECOND, id(2), rumour(id(1), last, Life::Suspect));
+    assert_eq!(other.life(id(1)), Some(Life::Alive));
+}
+
+#[test]
+fn pings_in_others_stead_take_nothing_from_ones_own() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    node.handle(SECOND, id(3), packet(Body::Gossip, Vec::new()));
+    let (mut sent, mut changes) = (0, Vec::new());
+    for step in 0..100u32 {
+        let now = SECOND + 100 * MS * step;
+        let mut outputs = Vec::new();
+        for number in 0..20 {
+            let target = id(3);
+            let body = Body::PingFor { number, target };
+            outputs.extend(node.handle(now, id(2), packet(body, Vec::new())));
+        }
+        let pings = |output: &&Output| {
+            let Output::Send(_, packet) = output else {
+                return false;
+            };
+            matches!(packet.body, Body::Ping { .. })
+        };
+        sent += outputs.iter().filter(pings).count();
+        outputs.extend(poll_until(&mut node, now, now + 100 * MS));
+        changes.extend(
+            outputs
+                .into_iter()
+                .filter(|one| matches!(one, Output::Changed(..))),
+        );
+    }
+    assert!(changes.contains(&Output::Changed(id(3), Life::Dead)));
+    // Eight at a time, each for a second.
+    assert!((8..=96).contains(&sent), "{sent}");
+}
+
+#[test]
+fn an_answer_through_a_helper_that_was_not_asked_is_none() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(3), packet(Body::Gossip, Vec::new()));
+    let mut now = SECOND;
+    let mut numbers = Vec::new();
+    let mut dead = false;
+    while now < 20 * SECOND && !dead {
+        now += 10 * MS;
+        for output in node.poll(now) {
+            match output {
+                Output::Send(target, packet) => {
+                    if let Body::Ping { number, .. } = packet.body {
+                        numbers.push(number);
+                        // Somebody who was not asked says that it answered.
+                        let body = Body::AckFor { number, target };
+                        let packet = self::packet(body, Vec::new());
+                        node.handle(now, id(3), packet.clone());
+                        node.handle(now, id(9), packet);
+                    }
+                }
+                Output::Changed(node, life) => dead |= node == id(9) && life == Life::Dead,
+                Output::Evicted(_) | Output::Facts(_) => {}
+            }
+        }
+        if numbers.len() > 40 {
+            break;
+        }
+    }
+    let near = numbers
+        .windows(2)
+        .filter(|pair| pair[0].abs_diff(pair[1]) < 1 << 32);
+    assert!(near.count() <= 1, "numbers can be foreseen: {numbers:?}");
+    assert!(node.probes.len() > 1, "the answers counted");
+}
+
+#[test]
+fn a_page_that_was_not_asked_for_is_neither_taken_nor_answered() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    let stranger = News {
+        node: id(77),
+        incarnation: 1,
+        life: Life::Alive,
+    };
+    let page = |number| {
+        let next = Some(5);
+        packet(Body::Page { number, next }, vec![stranger])
+    };
+    let later = 30 * SECOND;
+    assert!(node.handle(later, id(2), page(0)).is_empty());
+    assert_eq!(node.life(id(77)), None);
+    // One that was asked for is taken once, and is followed by so many more.
+    let mut outputs = node.join(id(2));
+    let mut asked = 0;
+    while let Some(Output::Send(_, sent)) = outputs.pop() {
+        if let Body::Pull { number, .. } = sent.body {
+            asked += 1;
+            outputs = node.handle(later, id(2), page(number));
+            assert!(node.handle(later, id(2), page(number)).is_empty());
+        }
+    }
+    assert_eq!(asked, 64);
+    assert_eq!(node.life(id(77)), Some(Life::Alive));
+}
+
+#[test]
+fn pages_are_given_at_a_bounded_rate() {
+    let mut node = alone(Config::default());
+    let mut given = 0;
+    for step in 0..5000u32 {
+        let body = Body::Pull { number: 1, from: 0 };
+        let now = 10 * SECOND + 2 * MS * step;
+        let outputs = node.handle(now, id(2), packet(body, Vec::new()));
+        let is_page = |one: &&Output| matches!(one, Output::Send(_, one) if matches!(one.body, Body::Page { .. }));
+        given += outputs.iter().filter(is_page).count();
+    }
+    assert!((64..=75).contains(&given), "{given}");
 }
