@@ -112,10 +112,21 @@ impl System {
         Some(system)
     }
 
+    /// Whether this is the node of the tests of the stock.
+    fn has_stock(&self) -> bool {
+        let name = self.state.file_name().unwrap_or_default();
+        name.to_string_lossy().contains("-stock-")
+    }
+
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vistara"));
         command
             .env("VISTARA_STATE_DIR", &self.state)
+            // Who asks for no stock has none: what is measured and counted is then a test's own doing alone.
+            .env(
+                "VISTARA_WARM_MEMORY",
+                if self.has_stock() { "1g" } else { "0" },
+            )
             .env_remove("VISTARA_SOCKET")
             .args(arguments);
         command
