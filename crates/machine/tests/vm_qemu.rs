@@ -120,7 +120,7 @@ of_real_monitors!(Qemu);
 struct Running {
     vm: Box<dyn Vm>,
     lines: Lines,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
@@ -131,11 +131,7 @@ async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
     let vm = launch(&*vmm, &plan).await;
     let mut lines = Lines::open(&*vm).await;
     lines.echo("up").await;
-    Some(Running {
-        vm,
-        lines,
-        _dir: dir,
-    })
+    Some(Running { vm, lines, dir })
 }
 
 impl Running {
@@ -222,6 +218,84 @@ async fn the_monitor_runs_fenced() {
     let version = machine.sh("cat /proc/version").await;
     assert!(version.contains("Linux version"), "{version}");
     machine.end().await;
+}
+
+/// What a taken-over monitor may do to others: a program with its user, its namespaces and without capabilities tries. What its
+/// user may read of the host's files, and the host's network, are not fenced (`docs/internals/qemu.md`).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitors_user_reaches_nothing_of_other_machines() {
+    if !facts::is_root() {
+        return println!("SKIP: users of their own take root");
+    }
+    let files = tempfile::tempdir().unwrap();
+    let own = disk(files.path(), "own", "OWN");
+    let others = disk(files.path(), "others", "OTHERS");
+    let writable = |path: &Path| {
+        vec![Disk {
+            path: path.to_owned(),
+            read_only: false,
+        }]
+    };
+    let Some(machine) = run(|plan| plan.disks = writable(&own)).await else {
+        return;
+    };
+    let other = run(|plan| {
+        plan.disks = writable(&others);
+        plan.fence.uid_gid = Some((USER.0 + 10, USER.1 + 10));
+    })
+    .await
+    .unwrap();
+    let pid = machine.vm.record().pid;
+    let inside = |script: &str| {
+        // To enter takes root: the namespaces first, then the user.
+        let output = std::process::Command::new("nsenter")
+            .stdin(std::process::Stdio::null())
+            .args(["--target", &pid.to_string()])
+            .args(["--mount", "--ipc", "--uts", "--net", "--"])
+            .args([
+                "setpriv",
+                "--reuid=61001",
+                "--regid=61002",
+                "--clear-groups",
+            ])
+            .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"])
+            .args(["/bin/busybox", "sh", "-c", script])
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&text).trim().to_owned(),
+        )
+    };
+    // It works at all, and is who it should be.
+    assert_eq!(inside("busybox id -u"), (true, "61001".to_owned()));
+    // As a node makes its machines' directories.
+    let closed = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(other.dir.path(), closed).unwrap();
+    let (theirs, at) = (other.vm.record().pid, other.dir.path().display());
+    for (what, script) in [
+        ("another's disk", format!("cat {}", others.display())),
+        ("another's directory", format!("ls {at}")),
+        ("another's socket", format!("ls {at}/agent.sock")),
+        ("another's monitor", format!("kill -0 {theirs}")),
+        ("another's memory", format!("head -c 1 /proc/{theirs}/mem")),
+        ("another's descriptors", format!("ls /proc/{theirs}/fd")),
+        ("another's root", format!("ls /proc/{theirs}/root/")),
+        ("this test's process", format!("kill -0 {}", std::process::id())),
+        ("a new mount", "busybox mount -t tmpfs m /mnt".to_owned()),
+        ("another root", "busybox chroot / /bin/busybox true".to_owned()),
+        ("another user", "busybox su root -c true".to_owned()),
+        ("a disk of the host", "busybox mknod /tmp/sda-of-a-test b 8 0".to_owned()),
+        ("the kernel's settings", "echo x > /proc/sys/kernel/hostname".to_owned()),
+        ("its own cgroup's limits", "for d in /sys/fs/cgroup/*/vistara /sys/fs/cgroup/vistara; do mkdir $d/of-a-test && exit 0; done; exit 1".to_owned()),
+    ] {
+        let (done, text) = inside(&script);
+        println!("{what}: {done} {text}");
+        assert!(!done, "{what}: {text}");
+    }
+    machine.end().await;
+    other.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -620,7 +694,7 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
     let mut first = Running {
         vm,
         lines,
-        _dir: tempfile::tempdir().unwrap(),
+        dir: tempfile::tempdir().unwrap(),
     };
     first.load_drivers().await;
     first.sh("X=kept; echo before > /tmp/file").await;
@@ -651,11 +725,7 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
             "fork {number}: launched after {launched:?}, answers after {:?}",
             begin.elapsed()
         );
-        let mut fork = Running {
-            vm,
-            lines,
-            _dir: dir,
-        };
+        let mut fork = Running { vm, lines, dir };
         assert_eq!(fork.sh("echo $X; cat /tmp/file").await, "kept\nbefore");
         let change = format!("X={number}; echo {number} > /tmp/file; echo {number} > /dev/vdb");
         fork.sh(&change).await;
