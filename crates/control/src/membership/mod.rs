@@ -551,7 +551,7 @@ impl Membership {
     }
 
     /// The members from a random place on that pass, once around.
-    fn from_random_place(&mut self, pass: impl Fn(&Member) -> bool, most: usize) -> Vec<NodeId> {
+    fn around_random_place(&mut self, pass: impl Fn(&Member) -> bool, most: usize) -> Vec<NodeId> {
         let Some(((last, _), _)) = self.members.last_key_value() else {
             return Vec::new();
         };
@@ -573,7 +573,7 @@ impl Membership {
 
     fn some_alive(&mut self, most: usize, but: NodeId) -> Vec<NodeId> {
         let most = most.min(self.alive);
-        self.from_random_place(
+        self.around_random_place(
             |member| member.news.life == Life::Alive && member.news.node != but,
             most,
         )
@@ -583,7 +583,7 @@ impl Membership {
         if self.alive == self.members.len() {
             return None;
         }
-        self.from_random_place(|member| member.news.life == Life::Dead, 1)
+        self.around_random_place(|member| member.news.life == Life::Dead, 1)
             .pop()
     }
 }
