@@ -66,7 +66,7 @@ fn bucket(per_s: u64) -> TokenBucket {
     let size = (per_s / 10).max(1);
     TokenBucket {
         size,
-        refill_time: (size * 1000).div_ceil(per_s.max(1)),
+        refill_time: size.saturating_mul(1000).div_ceil(per_s.max(1)),
         one_time_burst: None,
     }
 }
@@ -85,19 +85,36 @@ fn network_limiter(rates: &Rates) -> Option<RateLimiter> {
     })
 }
 
-/// The bounds of a fork, which its devices do not have from the machine that it goes on from: they are made before it runs.
+/// No bound at all, in a request that changes a device that may have one: where nothing is said there, all stays as it was.
+const UNBOUNDED: TokenBucket = TokenBucket {
+    size: 0,
+    refill_time: 0,
+    one_time_burst: None,
+};
+
+/// Of both kinds what there is to be, also where that is nothing.
+fn whole(limiter: Option<RateLimiter>) -> RateLimiter {
+    let (bandwidth, ops) = limiter.map_or((None, None), |limiter| (limiter.bandwidth, limiter.ops));
+    RateLimiter {
+        bandwidth: Some(bandwidth.unwrap_or(UNBOUNDED)),
+        ops: Some(ops.unwrap_or(UNBOUNDED)),
+    }
+}
+
+/// The bounds of a fork, made before it runs. A snapshot has the captured machine's with its devices, so that each is told anew,
+/// and taken away where the fork has none.
 pub(super) fn bounds(plan: &LaunchPlan) -> Vec<Setting> {
     let mut bounds = Vec::new();
-    if let Some(limiter) = disk_limiter(&plan.rates) {
-        for index in 0..plan.disks.len() {
-            let name = disk_name(index);
-            bounds.push(Setting {
-                path: format!("/drives/{name}"),
-                body: json!({"drive_id": name, "rate_limiter": limiter}),
-            });
-        }
+    let limiter = whole(disk_limiter(&plan.rates));
+    for index in 0..plan.disks.len() {
+        let name = disk_name(index);
+        bounds.push(Setting {
+            path: format!("/drives/{name}"),
+            body: json!({"drive_id": name, "rate_limiter": limiter}),
+        });
     }
-    if let (Some(_), Some(limiter)) = (&plan.nic, network_limiter(&plan.rates)) {
+    if plan.nic.is_some() {
+        let limiter = whole(network_limiter(&plan.rates));
         bounds.push(Setting {
             path: format!("/network-interfaces/{NIC}"),
             body: json!({"iface_id": NIC, "rx_rate_limiter": limiter, "tx_rate_limiter": limiter}),
@@ -306,7 +323,22 @@ mod tests {
             ports: vec![],
             mac: [2; 6],
         });
-        assert_eq!(bounds(&plan), []);
+        // A captured machine may have had some: they are taken away, and not left as they were.
+        let none = json!({"size": 0, "refill_time": 0});
+        let forks = bounds(&plan);
+        for (path, ways) in [
+            ("/drives/disk0", &["rate_limiter"][..]),
+            ("/drives/disk1", &["rate_limiter"]),
+            (
+                "/network-interfaces/net0",
+                &["rx_rate_limiter", "tx_rate_limiter"],
+            ),
+        ] {
+            for way in ways {
+                let limiter = &find(&forks, path).unwrap()[way];
+                assert_eq!(*limiter, json!({"bandwidth": none, "ops": none}), "{path}");
+            }
+        }
         plan.rates = Rates {
             disk_per_s: Some(Bytes::mib(10)),
             disk_ops_per_s: Some(55),
@@ -315,7 +347,7 @@ mod tests {
         let made = settings(&plan, Version::NEWEST_TRIED, Some("tap")).unwrap();
         let forks = bounds(&plan);
         assert_eq!(forks.len(), 3);
-        for settings in [&made, &forks] {
+        for (settings, in_fork) in [(&made, false), (&forks, true)] {
             for name in ["disk0", "disk1"] {
                 let limiter = &find(settings, &format!("/drives/{name}")).unwrap()["rate_limiter"];
                 assert_eq!(
@@ -327,9 +359,10 @@ mod tests {
             let nic = find(settings, "/network-interfaces/net0").unwrap();
             for way in ["rx_rate_limiter", "tx_rate_limiter"] {
                 assert_eq!(
-                    nic[way],
-                    json!({"bandwidth": {"size": 100_000, "refill_time": 100}})
+                    nic[way]["bandwidth"],
+                    json!({"size": 100_000, "refill_time": 100})
                 );
+                assert_eq!(nic[way].get("ops"), in_fork.then_some(&none));
             }
         }
     }

@@ -158,6 +158,7 @@ async fn go_on(api: &Api, plan: &LaunchPlan) -> Result<(), ApiError> {
     api.put("/snapshot/load", &load, api::SNAPSHOT_LIMIT)
         .await?;
     if bounds.is_empty() {
+        // It has no device that could have any, and goes on already.
         return Ok(());
     }
     for bound in bounds {
