@@ -17,7 +17,7 @@ pub enum ErrorKind {
     NotFound,
     /// The request cannot be met as it was made.
     User,
-    /// The registry wants other credentials, or none of these will do.
+    /// The registry wants other credentials, or none of these will do; or the store's owner does not allow it.
     Denied,
     /// The registry, or the way to it, failed.
     Peer,
@@ -170,6 +170,14 @@ pub enum ImageError {
         /// No credentials were given.
         anonymous: bool,
     },
+    /// The store's owner does not allow it.
+    #[error("{why}")]
+    NotAdmitted {
+        /// Why not.
+        why: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// Credentials could not be read.
     #[error("the credentials for {registry} cannot be read: {why}")]
     Credentials {
@@ -276,7 +284,9 @@ impl ImageError {
             | ImageError::SeveralNames(_)
             | ImageError::Source { .. }
             | ImageError::Unikernel { .. } => ErrorKind::User,
-            ImageError::Denied { .. } | ImageError::Credentials { .. } => ErrorKind::Denied,
+            ImageError::Denied { .. }
+            | ImageError::NotAdmitted { .. }
+            | ImageError::Credentials { .. } => ErrorKind::Denied,
             ImageError::Registry { .. } => ErrorKind::Peer,
             ImageError::Io { .. }
             | ImageError::ToolMissing { .. }
@@ -297,6 +307,7 @@ impl ImageError {
             ImageError::InUse(_) => Some("vistara ps --all".to_owned()),
             ImageError::SeveralNames(name) => Some(format!("vistara images rm --force {name}")),
             ImageError::Denied { registry, .. } => Some(format!("docker login {registry}")),
+            ImageError::NotAdmitted { hint, .. } => hint.clone(),
             ImageError::NoSpace { .. } => Some("vistara images prune --all".to_owned()),
             ImageError::ToolMissing { .. } => Some("apt-get install squashfs-tools".to_owned()),
             ImageError::Unikernel { .. } => {

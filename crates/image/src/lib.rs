@@ -34,7 +34,7 @@ pub use facts::Asked;
 pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
 pub use limits::Limits;
 pub use progress::{Progress, ProgressSink};
-pub use store::{ImageStore, Missing, Parts, UnikernelDisk};
+pub use store::{Admission, ImageStore, Missing, Parts, UnikernelDisk};
 pub use unikernel::{
     NanosEntry, NanosKind, NanosTree, Selection, VisitFiles, WHOLE_BYTES_MAX, WHOLE_ENTRIES_MAX,
     Wishes,

@@ -5,7 +5,9 @@ use crate::credentials;
 use crate::disk::LayerFile;
 use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::registry::Registry;
-use crate::store::{Added, Arrived, ArrivedConfig, Files, blocking, publish_path};
+use crate::store::{
+    Added, Admission, Arrived, ArrivedConfig, Files, admit, blocking, publish_path,
+};
 use crate::{ImageError, Limits, Progress, ProgressSink, PullOptions, Refusal};
 use reqwest::StatusCode;
 use sha2::{Digest as _, Sha256};
@@ -36,6 +38,7 @@ pub(crate) async fn pull(
     limits: &Arc<Limits>,
     name: &ImageRef,
     options: &PullOptions,
+    guest: Option<&Arc<dyn Admission>>,
     added: &Added,
     progress: &ProgressSink,
 ) -> Result<Arrived, ImageError> {
@@ -79,6 +82,13 @@ pub(crate) async fn pull(
         }));
     }
     check_space(files, &chosen.manifest)?;
+    let document = |bytes: &Vec<u8>| (digest_of(bytes), bytes.len() as u64);
+    let mut blobs: Vec<_> = (chosen.manifest.layers.iter())
+        .map(|layer| (layer.digest.clone(), layer.size))
+        .collect();
+    blobs.extend([document(&config), document(&chosen.bytes)]);
+    blobs.extend(chosen.index.as_ref().map(document));
+    admit(guest, blobs).await?;
     fetch_layers(files, limits, &registry, &chosen.manifest, added, progress).await?;
     let documents = [Some(&config), Some(&chosen.bytes), chosen.index.as_ref()];
     for document in documents.into_iter().flatten() {

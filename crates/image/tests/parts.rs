@@ -8,9 +8,10 @@
 mod support;
 
 use bytes::Bytes;
+use std::sync::Arc;
 use support::{Tar, gzipped, has_packer, image, import, noise, small};
 use tokio::sync::mpsc;
-use vistara_image::{ErrorKind, ImageError, ImageStore, Parts, ProgressSink};
+use vistara_image::{Admission, ErrorKind, ImageError, ImageStore, Parts, ProgressSink};
 use vistara_model::Digest;
 
 const PIECE: usize = 10_000;
@@ -159,4 +160,132 @@ async fn layers_that_hold_something_else_are_taken_away_with_the_image() {
         .unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
     assert_eq!(two.to.blob_bytes(&digest), 0);
+}
+
+#[tokio::test]
+async fn nobody_erases_what_arrived_and_a_bad_beginning_is_passed_over() {
+    let Some(two) = two().await else { return };
+    let missing = two.to.missing(&two.parts).unwrap().remove(0);
+    let (digest, bytes, data) = (missing.digest.clone(), missing.bytes, &two.blobs[1]);
+    let half = data.len() / 2;
+    let sent = send(&two.to, &digest, bytes, 0, &data[..half]).await;
+    assert_eq!(sent.unwrap(), half as u64);
+    // Another length, nothing, or less from the start: what there is stays.
+    assert_eq!(send(&two.to, &digest, 1, 0, &[]).await.unwrap(), 0);
+    assert_eq!(send(&two.to, &digest, 1, 1, &[]).await.unwrap(), 0);
+    let less = send(&two.to, &digest, bytes, 0, &data[..100]).await;
+    assert_eq!(less.unwrap(), half as u64);
+    // A wrong end costs that end.
+    let wrong = vec![0; data.len() - half];
+    let refused = send(&two.to, &digest, bytes, half as u64, &wrong).await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused);
+    assert_eq!(two.to.blob_bytes(&digest), half as u64);
+    let wrong = vec![0; data.len()];
+    let refused = send(&two.to, &digest, bytes, 0, &wrong).await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused);
+    assert_eq!(two.to.blob_bytes(&digest), half as u64);
+    // Somebody's garbage in the beginning: all of it from the start takes its place.
+    let garbage = send(&two.to, &digest, bytes, half as u64, &[7; 10]).await;
+    assert_eq!(garbage.unwrap(), half as u64 + 10);
+    let rest = &data[half + 10..];
+    let refused = send(&two.to, &digest, bytes, half as u64 + 10, rest).await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused);
+    let whole = send(&two.to, &digest, bytes, 0, data).await;
+    assert_eq!(whole.unwrap(), bytes);
+    assert_eq!(two.to.missing(&two.parts).unwrap(), []);
+}
+
+#[derive(Debug, Default)]
+struct Guest {
+    refuses: bool,
+    brought: Vec<Digest>,
+    asked: std::sync::Mutex<Vec<(Digest, u64)>>,
+}
+
+impl Admission for Guest {
+    fn admit(&self, blobs: &[(Digest, u64)], _arrived: bool) -> Result<(), ImageError> {
+        self.asked.lock().unwrap().extend_from_slice(blobs);
+        match self.refuses {
+            true => Err(ImageError::NotAdmitted {
+                why: "no".to_owned(),
+                hint: None,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    fn brought(&self, digest: &Digest) -> bool {
+        self.brought.contains(digest)
+    }
+}
+
+#[tokio::test]
+async fn a_guest_takes_no_name_away_and_removes_nothing_that_others_brought() {
+    let Some(two) = two().await else { return };
+    let owners = two.to.list().unwrap().remove(0);
+    let names = ["owner:1", "guest:1"].map(|name| name.parse().unwrap());
+    two.to.tag(owners.id.as_ref(), &names[0]).unwrap();
+    let missing = two.to.missing(&two.parts).unwrap().remove(0);
+    let sent = send(&two.to, &missing.digest, missing.bytes, 0, &two.blobs[1]).await;
+    assert_eq!(sent.unwrap(), missing.bytes);
+    let sink = ProgressSink::default();
+
+    let refusing = Arc::new(Guest {
+        refuses: true,
+        ..Guest::default()
+    });
+    let refused = (two.to.for_guest(refusing))
+        .assemble(two.parts.clone(), names.to_vec(), &sink)
+        .await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Denied);
+    assert!(two.to.has_blob(&missing.digest), "it was another's");
+    assert!(!two.to.has_blob(&two.parts.id()));
+
+    let guest = Arc::new(Guest::default());
+    let store = two.to.for_guest(guest.clone());
+    let image = store
+        .assemble(two.parts.clone(), names.to_vec(), &sink)
+        .await
+        .unwrap();
+    assert_eq!(image.names, [names[1].clone()]);
+    assert_eq!(two.to.get(&names[0]).unwrap().unwrap().id, owners.id);
+    let asked = guest.asked.lock().unwrap().clone();
+    assert!(asked.iter().any(|(digest, _)| *digest == image.id));
+    // The owner takes what name it likes.
+    let image = (two.to)
+        .assemble(two.parts.clone(), vec![names[0].clone()], &sink)
+        .await
+        .unwrap();
+    assert_eq!(two.to.get(&names[0]).unwrap().unwrap().id, image.id);
+}
+
+#[tokio::test]
+async fn a_guests_archive_takes_no_name_away_and_goes_again_where_it_is_not_admitted() {
+    let Some(two) = two().await else { return };
+    let owners = two.to.list().unwrap().remove(0);
+    let name = "owner:1".parse().unwrap();
+    two.to.tag(owners.id.as_ref(), &name).unwrap();
+    let layer = gzipped(&Tar::new().file("guest", &noise(3, 5_000)).end());
+    let dir = tempfile::tempdir().unwrap();
+    let layout = image(std::slice::from_ref(&layer)).layout(dir.path());
+    let digest: Digest = support::sha(&layer.blob).parse().unwrap();
+    let sink = ProgressSink::default();
+    let refusing = Arc::new(Guest {
+        refuses: true,
+        ..Guest::default()
+    });
+    let refused = (two.to.for_guest(refusing))
+        .import(&layout, Some(&name), None, &sink)
+        .await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Denied);
+    assert!(!two.to.has_blob(&digest));
+    let guest = Arc::new(Guest::default());
+    let imported = (two.to.for_guest(guest.clone()))
+        .import(&layout, Some(&name), None, &sink)
+        .await
+        .unwrap();
+    assert!(imported.names.is_empty(), "{:?}", imported.names);
+    assert_eq!(two.to.get(&name).unwrap().unwrap().id, owners.id);
+    let asked = guest.asked.lock().unwrap().clone();
+    assert!(asked.contains(&(digest, layer.blob.len() as u64)));
 }

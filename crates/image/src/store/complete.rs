@@ -14,7 +14,7 @@ use vistara_model::{Architecture, Digest, ImageConfig, ImageRef};
 /// An image all of whose blobs are in the store.
 #[derive(Debug)]
 pub(crate) struct Arrived {
-    /// Its names, which other images lose.
+    /// Its names, which other images lose unless they are to be left alone.
     pub(crate) names: Vec<ImageRef>,
     pub(crate) manifest: Option<Digest>,
     pub(crate) index: Option<Digest>,
@@ -39,6 +39,13 @@ impl Added {
     pub(crate) fn blob(&self, digest: &Digest) {
         let mut added = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         added.0.push(digest.clone());
+    }
+
+    /// The blobs, with their lengths.
+    pub(crate) fn blobs(&self, files: &Files) -> Vec<(Digest, u64)> {
+        let added = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let whole = |digest: &Digest| Some((digest.clone(), files.blob_bytes(digest)?));
+        added.0.iter().filter_map(whole).collect()
     }
 
     fn disk(&self, key: &str) {
@@ -95,13 +102,14 @@ pub(crate) async fn blocking<T: Send + 'static>(
         .map_err(|error| ImageError::Internal(error.to_string()))?
 }
 
-/// Checks, builds and records. `work` stays held until the record is written, even if nobody waits any more.
+/// Checks, builds and records; with `names_kept`, no other image loses a name. `work` stays held until the record is written, even if nobody waits any more.
 pub(crate) async fn complete(
     files: &Arc<Files>,
     limits: &Limits,
     arrived: Arrived,
     work: Arc<Guard>,
     added: &Added,
+    names_kept: bool,
     progress: &ProgressSink,
 ) -> Result<Image, ImageError> {
     // One at a time for one list of layers; the second finds all done.
@@ -114,7 +122,9 @@ pub(crate) async fn complete(
     let (added, progress) = (added.clone(), progress.clone());
     blocking(move |cancel| {
         let _held = (work, guard);
-        let image = finish(&files, &limits, arrived, &added, cancel, &progress)?;
+        let image = finish(
+            &files, &limits, arrived, &added, names_kept, cancel, &progress,
+        )?;
         progress.report(Progress::Done);
         Ok(image)
     })
@@ -126,6 +136,7 @@ fn finish(
     limits: &Limits,
     arrived: Arrived,
     added: &Added,
+    names_kept: bool,
     cancel: &Cancel,
     progress: &ProgressSink,
 ) -> Result<Image, ImageError> {
@@ -197,7 +208,9 @@ fn finish(
     Index::write_record(files, &record, &guard)?;
     let mut index = Index::read(files)?;
     for name in arrived.names {
-        index.names.insert(name, record.id.clone());
+        if !(names_kept && index.names.contains_key(&name)) {
+            index.names.insert(name, record.id.clone());
+        }
     }
     index.write_names(files, &guard)?;
     Ok(index.image(files, &record))

@@ -5,6 +5,7 @@
 
 mod complete;
 mod files;
+mod guest;
 mod parts;
 mod programs;
 mod records;
@@ -13,6 +14,8 @@ mod unikernel_disk;
 
 pub(crate) use complete::{Added, Arrived, ArrivedConfig, blocking, complete};
 pub(crate) use files::{Files, Guard, publish_path};
+pub use guest::Admission;
+pub(crate) use guest::admit;
 pub use parts::{Missing, Parts};
 pub use unikernel_disk::UnikernelDisk;
 
@@ -29,6 +32,8 @@ use vistara_model::{Digest, ImageConfig, ImageRef};
 pub struct ImageStore {
     files: Arc<Files>,
     limits: Arc<Limits>,
+    /// Whom it works for, where that is not its owner.
+    guest: Option<Arc<dyn Admission>>,
 }
 
 impl ImageStore {
@@ -37,6 +42,7 @@ impl ImageStore {
         Ok(ImageStore {
             files: Arc::new(Files::open(root)?),
             limits: Arc::new(limits),
+            guest: None,
         })
     }
 
@@ -53,9 +59,11 @@ impl ImageStore {
         let added = Added::default();
         let pulled = async {
             let work = Arc::new(self.files.work().await?);
-            let arrived =
-                pull::pull(&self.files, &self.limits, name, options, &added, progress).await?;
-            complete(&self.files, &self.limits, arrived, work, &added, progress).await
+            let guest = self.guest.as_ref();
+            let (files, limits) = (&self.files, &self.limits);
+            let arrived = pull::pull(files, limits, name, options, guest, &added, progress).await?;
+            let kept = guest.is_some();
+            complete(files, limits, arrived, work, &added, kept, progress).await
         };
         let result = pulled.await;
         self.undone(result, added).await
@@ -83,12 +91,17 @@ impl ImageStore {
             };
             let (files, limits) = (Arc::clone(&self.files), Arc::clone(&self.limits));
             let (blobs, held) = (added.clone(), Arc::clone(&work));
+            let guest = self.guest.clone();
             let arrived = blocking(move |cancel| {
                 let _held = held;
-                import::import(&files, &limits, request, &blobs, cancel)
+                let arrived = import::import(&files, &limits, request, &blobs, cancel)?;
+                guest::admit_added(guest.as_ref(), &files, &blobs)?;
+                Ok(arrived)
             })
             .await?;
-            complete(&self.files, &self.limits, arrived, work, &added, progress).await
+            let kept = self.guest.is_some();
+            let (files, limits) = (&self.files, &self.limits);
+            complete(files, limits, arrived, work, &added, kept, progress).await
         };
         let result = imported.await;
         self.undone(result, added).await

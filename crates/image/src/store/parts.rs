@@ -4,6 +4,7 @@
 //! and the image is put together from checked parts in the way of every import. What arrived before a cut stays, and is
 //! gone on from.
 
+use super::guest::admit_added;
 use super::{Added, Arrived, ArrivedConfig, Files, ImageStore, blocking, complete, publish_path};
 use crate::compress::digest_of;
 use crate::disk::LayerFile;
@@ -11,7 +12,7 @@ use crate::manifest::{self, Document};
 use crate::pull::{DISK_RATIO, check_platform, open_partial};
 use crate::{Image, ImageError, Limits, ProgressSink, Refusal};
 use sha2::Digest as _;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use vistara_model::{Architecture, Bytes, Digest, ImageRef};
@@ -163,7 +164,10 @@ impl ImageStore {
                 missing.push(Missing {
                     digest: digest.clone(),
                     bytes: *bytes,
-                    have_bytes: self.blob_bytes(digest).min(*bytes),
+                    // A beginning that is longer than the whole is another's mistake.
+                    have_bytes: Some(self.blob_bytes(digest))
+                        .filter(|have| have <= bytes)
+                        .unwrap_or(0),
                 });
             }
         }
@@ -171,10 +175,11 @@ impl ImageStore {
     }
 
     /// Takes a blob's bytes from `from` on, as they come. Says how many of it are here afterwards: all, and checked; or
-    /// fewer where they ended early, or where `from` is not where the store stands, and then none was taken.
+    /// fewer where they ended early, or where `from` is neither 0 nor where the store stands, and then none was taken. Who
+    /// begins anew erases nothing: what was there gives way to the whole blob, or to a longer beginning.
     ///
     /// # Errors
-    /// [`ImageError`]; where the blob was another than it should be, nothing of it is left.
+    /// [`ImageError`]; where the blob was another than it should be, nothing of what was sent is left.
     pub async fn receive(
         &self,
         digest: &Digest,
@@ -200,20 +205,32 @@ impl ImageStore {
         blocking(move |cancel| {
             let _held = (work, guard);
             let partial = files.partial(&digest);
-            let mut sink = open_partial(&partial, bytes)?;
-            if sink.bytes != from {
-                return Ok(sink.bytes);
+            let here = fs::metadata(&partial).map_or(0, |meta| meta.len());
+            // What lies there may be broken, and whoever began it may come back: who begins anew does so beside it.
+            let aside = (from == 0 && here > 0).then(|| files.temp());
+            if aside.is_none() && from != here {
+                return Ok(if here > bytes { 0 } else { here });
             }
+            let path = (aside.as_ref()).map_or_else(|| partial.clone(), |temp| temp.path.clone());
+            let mut sink = open_partial(&path, bytes)?;
             let refused = |why| {
-                // Whoever comes next begins anew.
-                let _ = fs::remove_file(&partial);
+                // What was there before stays; whoever comes next may go on from it or begin anew.
+                let undone = match from {
+                    0 => fs::remove_file(&path),
+                    _ => (OpenOptions::new().write(true).open(&path))
+                        .and_then(|file| file.set_len(from)),
+                };
+                undone.map_err(|error| ImageError::io("write", &path, error))?;
                 Err(ImageError::refused(
                     format!("layer {}", digest.short()),
                     why,
                 ))
             };
             while let Some(chunk) = chunks.blocking_recv() {
-                cancel.check()?;
+                if cancel.check().is_err() {
+                    // Nobody waits any more; what came is kept as after a cut.
+                    break;
+                }
                 let found = sink.bytes.saturating_add(chunk.len() as u64);
                 if found > bytes {
                     return refused(Refusal::Size {
@@ -222,9 +239,16 @@ impl ImageStore {
                     });
                 }
                 sink.write(&chunk)
-                    .map_err(|error| ImageError::io("write", &partial, error))?;
+                    .map_err(|error| ImageError::io("write", &path, error))?;
             }
             if sink.bytes < bytes {
+                if aside.is_some() && sink.bytes <= here {
+                    return Ok(if here > bytes { 0 } else { here });
+                }
+                if aside.is_some() {
+                    fs::rename(&path, &partial)
+                        .map_err(|error| ImageError::io("move", &path, error))?;
+                }
                 return Ok(sink.bytes);
             }
             let found = Digest::from_sha256(sink.hash.clone().finalize().into());
@@ -232,7 +256,11 @@ impl ImageStore {
                 let wanted = digest.clone();
                 return refused(Refusal::Digest { wanted, found });
             }
-            publish_path(&partial, &files.blob(&digest))?;
+            publish_path(&path, &files.blob(&digest))?;
+            if aside.is_some() {
+                // One that stays is removed with the next clean-up.
+                let _ = fs::remove_file(&partial);
+            }
             Ok(bytes)
         })
         .await
@@ -241,7 +269,8 @@ impl ImageStore {
     /// Puts an image together whose layers are all here, under these names, which other images lose.
     ///
     /// # Errors
-    /// [`ImageError`]; where the image is refused, the layers that no other image needs are gone.
+    /// [`ImageError`]; where the image is refused, the layers that no other image needs are gone; of a guest's image, those
+    /// that the guest brought.
     pub async fn assemble(
         &self,
         parts: Parts,
@@ -259,9 +288,7 @@ impl ImageStore {
         let added = Added::default();
         let assembled = async {
             let work = Arc::new(self.files.work().await?);
-            for (digest, _) in &parts.layers {
-                added.blob(digest);
-            }
+            let guest = self.guest.clone();
             for document in [Some(&parts.config), parts.manifest.as_ref()] {
                 let Some(document) = document else { continue };
                 let (digest, new) = self.files.put_blob(document)?;
@@ -269,6 +296,18 @@ impl ImageStore {
                     added.blob(&digest);
                 }
             }
+            let (files, documents, asked) = (Arc::clone(&self.files), added.clone(), guest.clone());
+            let ours: Vec<Digest> = parts.layers.iter().map(|one| one.0.clone()).collect();
+            blocking(move |_| {
+                admit_added(asked.as_ref(), &files, &documents)?;
+                for digest in &ours {
+                    if asked.as_ref().is_none_or(|guest| guest.brought(digest)) {
+                        documents.blob(digest);
+                    }
+                }
+                Ok(())
+            })
+            .await?;
             let arrived = Arrived {
                 names,
                 manifest: parts.manifest.as_deref().map(digest_of),
@@ -276,7 +315,8 @@ impl ImageStore {
                 layers: parts.layer_files(&self.files, &file.diff_ids),
                 source: ArrivedConfig::Own(parts.id(), Box::new(file)),
             };
-            complete(&self.files, &self.limits, arrived, work, &added, progress).await
+            let (files, limits, kept) = (&self.files, &self.limits, guest.is_some());
+            complete(files, limits, arrived, work, &added, kept, progress).await
         };
         let result = assembled.await;
         self.undone(result, added).await
