@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use vistara_api::{Client, ClientError, ErrorKind, Image, ImageEvent, ImageParts, WantedLayer};
+use vistara_model::ImageRef;
 
 /// Bytes of one piece: a fraction of a second on most lines, and some tens of milliseconds on fast ones.
 const PIECE_BYTES: u64 = 4 << 20;
@@ -28,6 +29,8 @@ const ATTEMPTS_MAX: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(500);
 /// Longest that a node is asked whether it has an image.
 const ASK_BOUND: Duration = Duration::from_secs(5);
+/// Longest that one piece may take: it is taken up by another source then.
+const PIECE_BOUND: Duration = Duration::from_secs(120);
 /// From so many bytes on other nodes are asked, too.
 const SEVERAL_MIN: u64 = 8 << 20;
 /// Events on their way to the screen.
@@ -65,12 +68,16 @@ impl Sources {
                 break;
             };
             source.busy.fetch_add(1, Ordering::Relaxed);
-            let piece = source.client.blob(digest, from, length).await;
+            let asked = source.client.blob(digest, from, length);
+            let piece = tokio::time::timeout(PIECE_BOUND, asked).await;
             source.busy.fetch_sub(1, Ordering::Relaxed);
             match piece {
-                Ok(piece) if piece.len() as u64 == length => return Ok(piece),
-                Ok(_) => last = io::Error::other(format!("{}: it sent too little", source.called)),
-                Err(error) => last = io::Error::other(format!("{}: {error}", source.called)),
+                Ok(Ok(piece)) if piece.len() as u64 == length => return Ok(piece),
+                Ok(Ok(_)) => {
+                    last = io::Error::other(format!("{}: it sent too little", source.called));
+                }
+                Ok(Err(error)) => last = io::Error::other(format!("{}: {error}", source.called)),
+                Err(_) => last = io::Error::other(format!("{}: it stalls", source.called)),
             }
             source.failed.store(true, Ordering::Relaxed);
         }
@@ -175,7 +182,9 @@ async fn send_layer(
         sources.forgive();
         // What there is now, after whatever happened.
         if let Ok(wanted) = target.offer_image(parts).await {
-            match (wanted.layers.into_iter()).find(|wanted| wanted.digest == layer.digest) {
+            match (offered(parts, wanted.layers).into_iter())
+                .find(|wanted| wanted.digest == layer.digest)
+            {
                 None => return Ok(()),
                 Some(wanted) => {
                     if wanted.have_bytes > before {
@@ -197,7 +206,15 @@ async fn send_all(
 ) -> Result<(), ClientError> {
     futures_util::stream::iter(wanted)
         .map(|layer| async move {
-            let sent = send_layer(sources, target, parts, layer.clone(), report).await;
+            let anew = || WantedLayer {
+                have_bytes: 0,
+                ..layer.clone()
+            };
+            let mut sent = send_layer(sources, target, parts, layer.clone(), report).await;
+            // What lay there may have been wrong, by whomever it was brought: once more, all of it.
+            if layer.have_bytes > 0 && sent.as_ref().is_err_and(is_garbage) {
+                sent = send_layer(sources, target, parts, anew(), report).await;
+            }
             match sent {
                 // Who of several sent something else is not known: one after another, each by itself.
                 Err(error) if is_garbage(&error) && sources.0.len() > 1 => {
@@ -205,11 +222,7 @@ async fn send_all(
                     for source in &sources.0 {
                         let alone = [(source.called.clone(), source.client.clone())];
                         let alone = Arc::new(Sources::of(alone));
-                        let anew = WantedLayer {
-                            have_bytes: 0,
-                            ..layer.clone()
-                        };
-                        match send_layer(&alone, target, parts, anew, report).await {
+                        match send_layer(&alone, target, parts, anew(), report).await {
                             Ok(()) => return Ok(()),
                             Err(error) => last = error,
                         }
@@ -253,6 +266,44 @@ async fn others(local: &Client, target: &Client) -> Result<Vec<(String, Client)>
         .collect())
 }
 
+/// Whether the parts are those of the image that was asked for, as far as what was typed says so.
+fn is_asked(image: &str, id: &str) -> bool {
+    let typed = image.strip_prefix("sha256:").unwrap_or(image);
+    let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    let whole = typed.len() == 64 && typed.bytes().all(hex);
+    // A word such as `cafe` is a name, too; a whole id, or one that says what it is, is none.
+    let is_id = whole || image.starts_with("sha256:");
+    !is_id
+        || id
+            .strip_prefix("sha256:")
+            .is_some_and(|id| id.starts_with(typed))
+}
+
+/// The name that was typed, where it is one that the source's image bears: of its other names it may say what it likes.
+fn asked_names(image: &str, names: &[String]) -> Vec<String> {
+    let Ok(asked) = image.parse::<ImageRef>() else {
+        return Vec::new();
+    };
+    let same = |name: &&String| name.parse::<ImageRef>().is_ok_and(|name| name == asked);
+    names.iter().filter(same).take(1).cloned().collect()
+}
+
+/// Of the layers that a node wants, those that are the image's: nobody hears of other blobs by asking for them.
+fn offered(parts: &ImageParts, wanted: Vec<WantedLayer>) -> Vec<WantedLayer> {
+    let is_ours = |wanted: &WantedLayer| {
+        wanted.have_bytes <= wanted.bytes
+            && (parts.layers.iter())
+                .any(|layer| layer.digest == wanted.digest && layer.bytes == wanted.bytes)
+    };
+    let mut ours: Vec<WantedLayer> = Vec::new();
+    for layer in wanted.into_iter().filter(is_ours) {
+        if !ours.iter().any(|one| one.digest == layer.digest) {
+            ours.push(layer);
+        }
+    }
+    ours
+}
+
 /// Gives the target an image that one of the first sources has; these and the further ones send what it lacks.
 async fn transfer(
     target: &Client,
@@ -265,7 +316,11 @@ async fn transfer(
     let mut refusal = None;
     for (called, client) in &first {
         match client.image_parts(image).await {
-            Ok(parts) => {
+            Ok(parts) if !is_asked(image, &parts.id) => {
+                refusal = Some(Failure::new(format!("{called} gives another image")));
+            }
+            Ok(mut parts) => {
+                parts.names = asked_names(image, &parts.names);
                 found = Some((called.clone(), client.clone(), parts));
                 break;
             }
@@ -280,7 +335,7 @@ async fn transfer(
             .hint("`vistara nodes` lists them; `--from NODE` says which to ask")
         }));
     };
-    let wanted = target.offer_image(&parts).await?.layers;
+    let wanted = offered(&parts, target.offer_image(&parts).await?.layers);
     let lacking: u64 = (wanted.iter())
         .map(|layer| layer.bytes.saturating_sub(layer.have_bytes))
         .sum();
@@ -370,4 +425,60 @@ pub(crate) async fn fetch(
             .collect()
     };
     transfer(target, image, sources, quiet).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vistara_api::LayerPart;
+
+    fn layer(digest: &str, bytes: u64, have_bytes: u64) -> WantedLayer {
+        WantedLayer {
+            digest: digest.to_owned(),
+            bytes,
+            have_bytes,
+        }
+    }
+
+    #[test]
+    fn a_whole_id_that_was_typed_is_what_the_source_must_give() {
+        let id = format!("sha256:{}", "ab".repeat(32));
+        assert!(is_asked(&id, &id));
+        assert!(is_asked("sha256:abab", &id));
+        assert!(is_asked("debian", &id), "names say nothing of the id");
+        assert!(!is_asked(&"cd".repeat(32), &id));
+        assert!(!is_asked("sha256:cd", &id));
+    }
+
+    #[test]
+    fn of_a_sources_names_only_the_one_that_was_typed_is_kept() {
+        let names = ["docker.io/library/debian:latest", "docker.io/library/own:1"];
+        let names = names.map(str::to_owned);
+        assert_eq!(asked_names("debian", &names), names[..1]);
+        assert!(asked_names("other", &names).is_empty());
+    }
+
+    #[test]
+    fn a_node_gets_no_layer_that_was_not_offered() {
+        let parts = ImageParts {
+            id: String::new(),
+            names: Vec::new(),
+            config: String::new(),
+            manifest: None,
+            layers: vec![LayerPart {
+                digest: "a".to_owned(),
+                bytes: 10,
+            }],
+        };
+        let wanted = vec![
+            layer("secret", 10, 0),
+            layer("a", 11, 0),
+            layer("a", 10, 11),
+            layer("a", 10, 3),
+            layer("a", 10, 0),
+        ];
+        let kept = offered(&parts, wanted);
+        assert_eq!(kept.len(), 1);
+        assert_eq!((kept[0].bytes, kept[0].have_bytes), (10, 3));
+    }
 }
