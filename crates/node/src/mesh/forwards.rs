@@ -18,10 +18,15 @@ use vistara_model::NodeId;
 
 /// Version of the file's form.
 const FORMAT: u32 = 1;
-/// Forwards of one node: each has a listener and a request that waits for its machine's end.
-const FORWARDS_MAX: usize = 256;
-/// Connections through one forward at a time: each takes a stream of the mesh, of which a connection between nodes has 256.
+/// Forwards of one node: each has a listener and a request that waits for its machine's end, which takes a stream of the
+/// mesh.
+const FORWARDS_MAX: usize = 64;
+/// Connections through all forwards at a time: each takes a stream, too. A connection between nodes has 256 of them; a
+/// quarter is left for commands.
 const CONNECTIONS_MAX: usize = 128;
+/// Times in a row that a node must deny a machine before it counts as gone: a clock that is off, or too many requests, is
+/// denied as well, and passes.
+const DENIED_MAX: u32 = 30;
 /// Pause before a port that was taken, or a node that was away, is tried again.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -51,6 +56,9 @@ pub(crate) struct Forwards {
     path: PathBuf,
     client: Client,
     served: Mutex<Vec<Served>>,
+    /// Held while the file is written, so that the last one to write says what there is then.
+    saving: tokio::sync::Mutex<()>,
+    slots: Arc<Semaphore>,
 }
 
 fn shown(served: &Served) -> Forward {
@@ -72,6 +80,8 @@ impl Forwards {
             path: dir.join("forwards.json"),
             client,
             served: Mutex::default(),
+            saving: tokio::sync::Mutex::default(),
+            slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
         })
     }
 
@@ -163,6 +173,7 @@ impl Forwards {
     }
 
     async fn save(&self) -> Answer<()> {
+        let _saving = self.saving.lock().await;
         let path = self.path.clone();
         let book = Book {
             format: FORMAT,
@@ -199,11 +210,16 @@ impl Forwards {
         });
         let forwards = Arc::clone(self);
         // It ends with its machine, when it is removed, or with the node.
-        tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
+        tokio::spawn(async move {
             let client = forwards.client.on(kept.node.to_string());
-            tokio::select! {
-                () = accept(&forwards, &client, &kept, listener, &stop) => {}
-                () = machine_over(&client, &kept.machine) => {}
+            let served = async {
+                tokio::select! {
+                    () = accept(&forwards, &client, &kept, listener, &stop) => {}
+                    () = machine_over(&client, &kept.machine) => {}
+                }
+            };
+            if stop.run_until_cancelled(served).await.is_none() {
+                return;
             }
             forwards.drop_one(&kept.id);
             if let Err(fault) = forwards.save().await {
@@ -212,24 +228,35 @@ impl Forwards {
                     "an ended forward is still in the file"
                 );
             }
-        }));
+        });
     }
 }
 
 /// Waits until a machine has ended, is gone, or is not this node's any more.
 async fn machine_over(client: &Client, machine: &str) {
+    let mut denied = 0;
     loop {
-        match client.wait(machine).await {
-            Ok(_) => return,
-            Err(ClientError::Refused(body))
-                if matches!(body.kind, ErrorKind::NotFound | ErrorKind::Denied) =>
-            {
-                return;
-            }
-            // The node is away, and the machine goes on without it.
-            Err(_) => tokio::time::sleep(AGAIN).await,
+        let waited = client.wait(machine).await;
+        if is_over(waited.as_ref().err(), &mut denied) {
+            return;
         }
+        // The node is away, and the machine goes on without it.
+        tokio::time::sleep(AGAIN).await;
     }
+}
+
+/// Whether a machine is over, as waiting for it has ended; `denied` counts how often in a row it was denied.
+fn is_over(error: Option<&ClientError>, denied: &mut u32) -> bool {
+    match error {
+        None => return true,
+        Some(ClientError::Refused(body)) => match body.kind {
+            ErrorKind::NotFound => return true,
+            ErrorKind::Denied => *denied += 1,
+            _ => *denied = 0,
+        },
+        Some(_) => *denied = 0,
+    }
+    *denied >= DENIED_MAX
 }
 
 async fn accept(
@@ -239,7 +266,6 @@ async fn accept(
     mut listener: Option<TcpListener>,
     stop: &CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let bound = match listener.take() {
             Some(bound) => bound,
@@ -256,7 +282,7 @@ async fn accept(
             },
         };
         // A place first: who comes when there is none waits in the kernel's queue.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+        let Ok(slot) = Arc::clone(&forwards.slots).acquire_owned().await else {
             return;
         };
         let accepted = bound.accept().await;
@@ -286,4 +312,28 @@ async fn copy(
     let mut far = (client.port(machine, port).await).map_err(|error| error.to_string())?;
     let copied = tokio::io::copy_bidirectional(near, &mut far).await;
     copied.map(drop).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_is_denied_for_a_moment_is_not_over() {
+        let refused = |kind| {
+            let body = Fault::new(kind, "no").0;
+            ClientError::Refused(body)
+        };
+        let mut denied = 0;
+        assert!(is_over(None, &mut denied));
+        assert!(is_over(Some(&refused(ErrorKind::NotFound)), &mut denied));
+        for _ in 1..DENIED_MAX {
+            assert!(!is_over(Some(&refused(ErrorKind::Denied)), &mut denied));
+        }
+        assert!(!is_over(Some(&refused(ErrorKind::Peer)), &mut denied));
+        for _ in 1..DENIED_MAX {
+            assert!(!is_over(Some(&refused(ErrorKind::Denied)), &mut denied));
+        }
+        assert!(is_over(Some(&refused(ErrorKind::Denied)), &mut denied));
+    }
 }
