@@ -54,7 +54,7 @@ pub(crate) async fn boot(
 }
 
 async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report, Failure> {
-    let bare = |error| Failure::because("the bare Firecracker did not come up", error);
+    let bare = |error| Failure::because("the bare Firecracker did not come up", told(&error));
     let scratch = tempdir(places)?;
     let (mut ours, mut raw) = (Vec::new(), Vec::new());
     let mut steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
@@ -115,6 +115,14 @@ async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report,
             .map(|(name, series)| (name, Series::of(series)))
             .collect(),
     })
+}
+
+/// An error with what it comes from.
+fn told(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", told(source)),
+        None => error.to_string(),
+    }
 }
 
 /// When the agent had answered, in milliseconds from the request.
