@@ -156,9 +156,10 @@ pub fn choose(
         Hypervisor::Qemu => {
             reasons.push("qemu was asked for".to_owned());
             let backend = qemu(Payload::Linux, request, host, &mut reasons).map_err(|reason| {
-                let hint = match request.network_rate {
-                    true => "leave out the network rate, or the hypervisor",
-                    false => "apt-get install qemu-system-x86",
+                let hint = match (&host.qemu, request.network_rate) {
+                    (Some(_), _) => "leave out --network-rate, or --hypervisor",
+                    (None, true) => "apt-get install qemu-system-x86, and leave out --network-rate",
+                    (None, false) => "apt-get install qemu-system-x86",
                 };
                 unavailable(reason, hint)
             })?;
@@ -188,13 +189,8 @@ pub fn choose(
                 Ok(warnings) => reasons.extend(warnings),
                 Err(no) => return Err(unavailable(no.reason, no.hint)),
             }
-            let backend =
-                monitor(Payload::Nanos, request, host, &mut reasons).map_err(|reason| {
-                    unavailable(
-                        reason,
-                        "apt-get install qemu-system-x86, then `vistara doctor`",
-                    )
-                })?;
+            let backend = monitor(Payload::Nanos, request, host, &mut reasons)
+                .map_err(|reason| unavailable(reason, no_monitor(request)))?;
             Ok(Choice {
                 hypervisor: Hypervisor::Nanovms,
                 backend,
@@ -244,7 +240,7 @@ fn automatic(
     let backend = monitor(payload, request, host, &mut reasons).map_err(|reason| {
         ChoiceError::NoneAvailable {
             reason,
-            hint: "apt-get install qemu-system-x86, then `vistara doctor`".to_owned(),
+            hint: no_monitor(request).to_owned(),
         }
     })?;
     let hypervisor = match (payload, backend.vmm) {
@@ -258,6 +254,16 @@ fn automatic(
         reasons,
         provisional,
     })
+}
+
+/// What to do where there is no monitor. With a bound on the network QEMU would be none, installed or not.
+fn no_monitor(request: &Request) -> &'static str {
+    match request.network_rate {
+        true => {
+            "leave out --network-rate, or see with `vistara doctor` what Firecracker lacks, which alone can bound the network"
+        }
+        false => "apt-get install qemu-system-x86, then `vistara doctor`",
+    }
 }
 
 /// The best monitor for a payload.

@@ -709,4 +709,15 @@ fn a_bound_on_the_network_takes_firecracker_and_nothing_stands_in_for_it() {
     let without = host(works(), true, false, false);
     let refused = choose(&bounded(Hypervisor::Auto), None, &without).unwrap_err();
     assert!(refused.to_string().contains("no bound"), "{refused}");
+    // What is installed need not be, and what is not does not come by leaving out a bound.
+    assert!(!refused.hint().contains("install"), "{}", refused.hint());
+    assert!(refused.hint().contains("--network-rate"));
+    let mut neither = without;
+    neither.qemu = None;
+    for hypervisor in [Hypervisor::Auto, Hypervisor::Qemu] {
+        let refused = choose(&bounded(hypervisor), None, &neither).unwrap_err();
+        assert!(refused.hint().contains("leave out --network-rate"));
+        let installs = refused.hint().contains("install qemu");
+        assert_eq!(installs, hypervisor == Hypervisor::Qemu);
+    }
 }
