@@ -24,6 +24,8 @@ const PATIENCE_MAX: Duration = Duration::from_secs(1800);
 const NEWEST: f64 = 0.3;
 /// No machine is made for the stock until nobody has asked the node for one for so long.
 pub const QUIET: Duration = Duration::from_millis(250);
+/// Unless one has been missing for so long: where somebody always asks, it is never quiet.
+const MISSING_MAX: Duration = Duration::from_secs(5);
 
 /// When machines of one template were asked for.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -167,11 +169,13 @@ pub struct Bustle {
     pub starting: usize,
     /// Time since somebody asked for a machine last.
     pub quiet_for: Duration,
+    /// Time for which a machine has been missing from the stock, and none was made.
+    pub missing_for: Duration,
 }
 
-/// Whether a machine may be made for the stock now: never in front of a user's.
+/// Whether a machine may be made for the stock now: never in front of a user's that is starting.
 pub fn may_fill(bustle: Bustle) -> bool {
-    bustle.starting == 0 && bustle.quiet_for >= QUIET
+    bustle.starting == 0 && (bustle.quiet_for >= QUIET || bustle.missing_for >= MISSING_MAX)
 }
 
 #[cfg(test)]

@@ -113,7 +113,17 @@ fn nothing_is_made_in_front_of_a_user() {
     let bustle = |starting, quiet_for| Bustle {
         starting,
         quiet_for,
+        missing_for: Duration::ZERO,
     };
+    let starved = |starting| Bustle {
+        missing_for: MISSING_MAX,
+        ..bustle(starting, Duration::ZERO)
+    };
+    assert!(
+        may_fill(starved(0)),
+        "where it is never quiet there is some"
+    );
+    assert!(!may_fill(starved(1)));
     assert!(may_fill(bustle(0, QUIET)));
     assert!(!may_fill(bustle(1, s(60))));
     assert!(!may_fill(bustle(0, QUIET - Duration::from_millis(1))));
@@ -174,6 +184,7 @@ impl Simulation {
             let bustle = Bustle {
                 starting: 0,
                 quiet_for: self.now.saturating_sub(self.arrivals.last()),
+                missing_for: Duration::ZERO,
             };
             if self.ready < target && self.making_until.is_none() && may_fill(bustle) {
                 self.making_until = Some(self.now + MAKING);
