@@ -318,7 +318,16 @@ pub(crate) async fn go_on_warm(
         }
         Err(error) => {
             tracing::warn!(machine = %record.id, error = chain(&error), "a machine of the stock does not go on, and another is forked");
-            warm.vm.kill().await.map_err(|error| chain(&error))?;
+            if let Err(error) = warm.vm.kill().await {
+                // It may still run: it is this machine's, which its session or its user ends, and has its slot until it is gone.
+                tracing::error!(machine = %record.id, error = chain(&error), "a machine of the stock that does not go on could not be ended");
+                return Ok(Launched {
+                    vm: warm.vm,
+                    steps: watch.into_steps(),
+                    template: Some(warm.template.key().to_owned()),
+                    greeted: Some((warm.agent, warm.welcome)),
+                });
+            }
             // It may not be there any more.
             let _ = std::fs::remove_file(dir.join(OVERLAY));
             prepare(node, record, dir, zero, cancel).await

@@ -25,6 +25,8 @@ const RECONNECT_BOUND: Duration = Duration::from_secs(20);
 /// First and longest pause between two attempts to connect: a guest that breaks every session must not keep us busy.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How long the guest of a machine of the stock may take to start its program, which it has rehearsed.
+const WARM_BOUND: Duration = Duration::from_secs(20);
 /// A session of this length was a good one: the next loss is met with the first pause again.
 const GOOD_SESSION: Duration = Duration::from_secs(30);
 /// Warnings of a guest that are logged, and characters of each.
@@ -85,15 +87,7 @@ impl Session {
         let begin = Instant::now();
         if let Some((agent, welcome)) = self.greeted.take() {
             (bound, greeted) = (RECONNECT_BOUND, true);
-            // In this order, and without waiting for the answer in between.
-            let (set, over) = tokio::join!(
-                agent.set_clock(now_ns()),
-                self.converse(&agent, welcome, true)
-            );
-            if let Err(error) = set {
-                tracing::warn!(machine = %self.record.id, %error, "the clock of a machine of the stock was not set");
-            }
-            match over {
+            match self.converse(&agent, welcome, true).await {
                 Over::ForGood => return,
                 Over::Lost(error) => self.session_lost(&error),
             }
@@ -231,7 +225,7 @@ impl Session {
                 Err(error) => return Over::Lost(error),
             }
         } else {
-            match agent.spawn(ProcessId::MAIN, self.process_spec()).await {
+            match self.spawn_main(agent).await {
                 Ok(process) => process,
                 Err(SpawnError::Failed(failed)) => {
                     let event = Event::ProgramFailed {
@@ -254,6 +248,24 @@ impl Session {
         self.tell(News::Event(Event::ProgramStarted)).await;
         self.shared.agent.send_replace(Some(agent.clone()));
         self.follow(process).await
+    }
+
+    /// Starts the program. The clock of a guest that has stood still is set before, in whichever session that comes to it.
+    async fn spawn_main(&self, agent: &Agent) -> Result<Process, SpawnError> {
+        let spawned = agent.spawn(ProcessId::MAIN, self.process_spec());
+        if !self.record.warm {
+            return spawned.await;
+        }
+        // In this order, and without waiting for the answer in between.
+        let both = async { tokio::join!(agent.set_clock(now_ns()), spawned) };
+        // One that has been told and does not answer finds its program in the next session, if there is one.
+        let (set, spawned) = tokio::time::timeout(WARM_BOUND, both)
+            .await
+            .map_err(|_| SpawnError::Agent(AgentError::Silent(WARM_BOUND)))?;
+        if let Err(error) = set {
+            tracing::warn!(machine = %self.record.id, %error, "the clock of a machine of the stock was not set");
+        }
+        spawned
     }
 
     async fn configure(&self, agent: &Agent, first: bool) -> Option<Over> {
