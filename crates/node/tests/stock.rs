@@ -176,6 +176,10 @@ async fn what_a_monitor_or_a_guest_would_have_to_be_told_before_does_not_come_fr
             ..said()
         },
         RunRequest {
+            disk_rate: text("64m"),
+            ..said()
+        },
+        RunRequest {
             no_template: true,
             ..said()
         },
@@ -239,6 +243,31 @@ async fn the_node_after_a_killed_one_ends_the_stock() {
     until("no machine", async || setup.alive() == 0).await;
     assert_eq!(setup.dirs(), [] as [PathBuf; 0]);
     assert!(next.client.machines(true).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_node_without_the_monitor_leaves_the_stock_of_a_killed_one_to_the_next() {
+    let Some(setup) = Setup::new() else { return };
+    let node = setup.node().await;
+    stocked(&node).await;
+    until("the stock is whole", async || {
+        setup.alive() == setup.dirs().len()
+    })
+    .await;
+    let dirs = setup.dirs();
+    node.vanish();
+    let blind = TestNode::start_with(setup.dir.path(), Arc::clone(&setup.vmm), |options| {
+        options.vmms = vistara_node::Vmms::Detect;
+        options.qemu = Some("/nowhere/qemu".into());
+        options.firecracker = Some("/nowhere/firecracker".into());
+    })
+    .await;
+    assert_eq!(setup.dirs(), dirs, "all that is known of them");
+    assert_eq!(setup.alive(), dirs.len());
+    blind.vanish();
+    let _next = setup.node().await;
+    until("no machine", async || setup.alive() == 0).await;
+    assert_eq!(setup.dirs(), [] as [PathBuf; 0]);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use super::Node;
 use crate::fault::chain;
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Loaded, Origin, Record, load, machine_dirs};
+use crate::stock::Note;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vistara_control::{Event, VmGone};
@@ -40,9 +41,11 @@ impl Node {
         let record = match load(&dir).map_err(|error| error.to_string())? {
             Loaded::Record(record) => *record,
             Loaded::Nothing => {
-                tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
-                self.sweep(id, &dir).await?;
-                return std::fs::remove_dir_all(&dir).map_err(|error| error.to_string());
+                let cleared = self.clear_rest(id, &dir).await;
+                if cleared.is_err() {
+                    self.machines().left.insert(id.clone(), dir);
+                }
+                return cleared;
             }
             Loaded::Damaged(why) => return Err(format!("its record is damaged: {why}")),
             Loaded::Foreign(format) => {
@@ -63,6 +66,37 @@ impl Node {
         let handle = Actor::start(Arc::clone(self), dir, record, log, origin);
         self.machines().by_id.insert(id.clone(), handle);
         Ok(())
+    }
+
+    /// Clears away what is left of a machine that never began. Where its monitor may run, and cannot be ended now, its
+    /// directory stays, which is all that is known of it, and its number is nobody else's.
+    async fn clear_rest(&self, id: &MachineId, dir: &Path) -> Result<(), String> {
+        let note = Note::read(dir).filter(Note::may_run);
+        if let Some(note) = &note {
+            self.machines().slots.insert(note.slot);
+            let vmms = self.all_vmms();
+            if !vmms.iter().any(|vmm| note.is_of(vmm.capabilities().kind)) {
+                return Err(format!("{} is not usable on this host now", note.vmm));
+            }
+        }
+        tracing::info!(machine = %id, "the rest of a machine that never began is cleared away");
+        self.sweep(id, dir).await?;
+        std::fs::remove_dir_all(dir).map_err(|error| error.to_string())?;
+        if let Some(note) = note {
+            self.release_slot(note.slot);
+        }
+        Ok(())
+    }
+
+    /// Tries again to clear away what could not be, after monitors were looked for anew.
+    pub(crate) async fn clear_left(&self) {
+        let left = std::mem::take(&mut self.machines().left);
+        for (id, dir) in left {
+            if let Err(message) = self.clear_rest(&id, &dir).await {
+                tracing::error!(machine = %id, path = %dir.display(), message, "the rest of a machine stays");
+                self.machines().left.insert(id, dir);
+            }
+        }
     }
 
     /// What became of a machine that an earlier node had. An error means that it cannot be told now; asking again later

@@ -16,7 +16,7 @@ use crate::machine::{Actor, Command, Handle, Origin, Record, made_up_name, make_
 use crate::mesh::Asker;
 use crate::options::{NodeOptions, TemplateLimits};
 use crate::snapshots::{Captures, Snapshots};
-use crate::stock::Stock;
+use crate::stock::{Stock, Warm};
 use crate::templates::Templates;
 use crate::volumes::Volumes;
 use std::collections::{HashMap, HashSet};
@@ -116,6 +116,8 @@ struct Machines {
     names: HashSet<MachineName>,
     slots: HashSet<u32>,
     volumes: HashSet<String>,
+    /// Directories of machines that never began and that could not be cleared away.
+    left: HashMap<MachineId, PathBuf>,
 }
 
 impl Machines {
@@ -231,7 +233,7 @@ impl Node {
         // What was half made may still run, in a monitor that had to be found first.
         let images = &node.mechanisms.images;
         let is_there = |id: &Digest| !matches!(images.find(id.as_ref()), Ok(None));
-        node.templates.take_stock(&node.all_vmms(), is_there).await;
+        node.templates.survey(&node.all_vmms(), is_there).await;
         node.snapshots.sweep().await;
         node.adopt_all().await;
         node.begin_stock();
@@ -294,11 +296,6 @@ impl Node {
     }
 
     /// Whether a machine of this size has room here.
-    fn admit(&self, decision: &Decision, facts: &HostFacts) -> Answer<()> {
-        let vmm = decision.choice.backend.vmm;
-        self.admit_size(&decision.spec, decision.memory_min, vmm, facts)
-    }
-
     fn admit_size(
         &self,
         spec: &MachineSpec,
@@ -359,11 +356,12 @@ impl Node {
     ) -> Answer<Arc<Handle>> {
         let decision = self.decide(request, Look::IfItMatters).await?;
         let host = self.facts();
-        self.admit_before_stock(&decision, &host).await?;
         let memory = decision.spec.memory.max(decision.linux_memory);
         let records = || self.all().iter().map(|handle| handle.record()).collect();
         // Held until the record is there, from which what the machine takes is counted.
         let (owner, _held) = asker.claim(&decision.spec, memory, records)?;
+        // Nothing goes for a request that its asker may not make.
+        self.admit_before_stock(&decision, &host).await?;
         let Decision {
             image,
             mut spec,
@@ -424,27 +422,14 @@ impl Node {
             held: false,
             timings: Vec::new(),
         };
-        let taken = self.from_stock(&record).await;
-        let reserved = self.reserve(&record.spec, for_name);
-        let (name, slot) = match (reserved, &taken) {
-            (Ok(reserved), _) => reserved,
-            (Err(fault), _) => {
-                if let Some(taken) = taken {
-                    self.stock.put_back(&taken.key, taken.warm);
-                }
-                return Err(fault);
-            }
-        };
-        (record.name, record.slot) = (name, slot);
-        let mut warm = None;
-        if let Some(taken) = taken
-            && let Some((id, its_slot)) = taken.warm.identity()
-        {
+        let wish = self.wish(&record).await;
+        (record.name, record.slot) = self.reserve(&record.spec, for_name)?;
+        let warm = wish.and_then(|wish| self.take_from_stock(wish));
+        if let Some((id, its_slot)) = warm.as_ref().and_then(Warm::identity) {
             // It is who it is already.
-            self.release_slot(slot);
+            self.release_slot(record.slot);
             record.hostname = id.short().to_owned();
             (record.id, record.slot, record.warm) = (id, its_slot, true);
-            warm = Some(taken.warm);
         }
         let origin = Origin::Request {
             at: zero,

@@ -370,7 +370,8 @@ impl Node {
             let message = format!("{vmm} is not on this node");
             return Err(Fault::new(ErrorKind::Host, message).hint("vistara doctor"));
         };
-        self.admit_size(&spec, MEMORY_MIN, vmm, &self.facts())?;
+        self.admit_size_before_stock(&spec, MEMORY_MIN, vmm, &self.facts())
+            .await?;
         let id = random_id()?;
         let mut for_name = [0; 4];
         getrandom::fill(&mut for_name).map_err(|error| Fault::internal(&error))?;

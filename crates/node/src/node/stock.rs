@@ -8,15 +8,17 @@ use crate::templates::{Blueprint, Shape};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use vistara_model::{Bytes, HostFacts};
+use vistara_machine::Vm;
+use vistara_model::{Bytes, HostFacts, MachineId, MachineSpec, NodeId, VmmKind};
 
 /// How long the stock may take to be ended when the node leaves; what is left then is the next node's to end.
 const END_BOUND: Duration = Duration::from_secs(2);
 
-/// What a request found in stock.
-pub(super) struct Taken {
-    pub(super) key: String,
-    pub(super) warm: Warm,
+/// What of the stock could meet a request.
+pub(super) struct Wish {
+    key: String,
+    pattern: Pattern,
+    peer: Option<NodeId>,
 }
 
 impl Node {
@@ -27,12 +29,12 @@ impl Node {
     /// Begins to keep a stock.
     pub(super) fn begin_stock(self: &Arc<Self>) {
         if self.stock.is_kept() {
-            tokio::spawn(keep(Arc::downgrade(self)));
+            self.stock.run(keep(Arc::downgrade(self)));
         }
     }
 
-    /// A machine of the stock that stands in for the one that was asked for.
-    pub(super) async fn from_stock(&self, record: &Record) -> Option<Taken> {
+    /// What could stand in for the machine that was asked for. It is not counted yet: the request may be refused.
+    pub(super) async fn wish(&self, record: &Record) -> Option<Wish> {
         if !self.stock.is_kept() {
             return None;
         }
@@ -52,29 +54,59 @@ impl Node {
         };
         // The key does not depend on where the root disk lies.
         let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();
-        let warm = self.stock.take(&key, pattern)?;
-        self.templates.was_used(&key);
-        Some(Taken { key, warm })
+        let peer = record.owner.as_ref().map(|owner| owner.node);
+        Some(Wish { key, pattern, peer })
     }
 
-    /// Whether a machine has room here, once the stock is gone if it has to: what may be of use goes before anybody is refused.
+    /// A machine of the stock for a request that is accepted, which counts from here on.
+    pub(super) fn take_from_stock(&self, wish: Wish) -> Option<Warm> {
+        let warm = self.stock.take(&wish.key, wish.pattern, wish.peer)?;
+        self.templates.was_used(&wish.key);
+        Some(warm)
+    }
+
+    /// Whether a machine has room here, once the stock is gone if it has to.
     pub(super) async fn admit_before_stock(
         &self,
         decision: &Decision,
         host: &HostFacts,
     ) -> Answer<()> {
-        let Err(fault) = self.admit(decision, host) else {
+        let vmm = decision.choice.backend.vmm;
+        self.admit_size_before_stock(&decision.spec, decision.memory_min, vmm, host)
+            .await
+    }
+
+    /// As [`Node::admit_before_stock`]: what may be of use goes before anybody is refused, and stays where it would not help.
+    pub(super) async fn admit_size_before_stock(
+        &self,
+        spec: &MachineSpec,
+        memory_min: Bytes,
+        vmm: VmmKind,
+        host: &HostFacts,
+    ) -> Answer<()> {
+        let Err(fault) = self.admit_size(spec, memory_min, vmm, host) else {
             return Ok(());
         };
-        let unbounded = HostFacts {
-            memory_available: Bytes(u64::MAX),
-            ..host.clone()
-        };
-        let for_want_of_memory = self.admit(decision, &unbounded).is_ok();
-        if for_want_of_memory && self.empty_stock().await {
-            return self.admit(decision, &self.facts());
+        if !self.stock.is_kept() {
+            return Err(fault);
         }
-        Err(fault)
+        // One after another: whoever comes while it is being emptied waits for the same memory.
+        let _alone = self.stock.emptying.lock().await;
+        let host = self.facts();
+        let Err(fault) = self.admit_size(spec, memory_min, vmm, &host) else {
+            return Ok(());
+        };
+        let held = self.stock.memory();
+        let without = HostFacts {
+            memory_available: Bytes(host.memory_available.0.saturating_add(held.0)),
+            ..host
+        };
+        if held == Bytes(0) || self.admit_size(spec, memory_min, vmm, &without).is_err() {
+            return Err(fault);
+        }
+        let all = self.stock.empty(false);
+        futures_util::future::join_all(all.into_iter().map(Warm::end)).await;
+        self.admit_size(spec, memory_min, vmm, &self.facts())
     }
 
     /// Whether a request like this one would get a machine of the stock of this template now.
@@ -96,11 +128,9 @@ impl Node {
     }
 
     /// Notices when a machine of the stock ends by itself.
-    pub(crate) fn watch_warm(&self, warm: &Warm) {
-        let (Some((id, _)), Some(vm)) = (warm.identity(), warm.vm()) else {
-            return;
-        };
+    pub(crate) fn watch_warm(&self, id: MachineId, vm: Arc<dyn Vm>) {
         let stock = Arc::downgrade(&self.stock);
+        // It ends with its machine, which a user may keep: nobody can wait for that.
         tokio::spawn(async move {
             vm.wait().await;
             if let Some(stock) = stock.upgrade() {
@@ -109,25 +139,15 @@ impl Node {
         });
     }
 
-    /// Ends all of the stock, for whoever needs its memory; says whether there was any.
-    pub(crate) async fn empty_stock(&self) -> bool {
-        let all = self.stock.empty(false);
-        let any = !all.is_empty();
-        futures_util::future::join_all(all.into_iter().map(Warm::end)).await;
-        any
-    }
-
-    /// Ends all of the stock before the node leaves, and makes no more.
+    /// Ends all of the stock before the node leaves, what is being made and ended now included, and makes no more.
     pub(crate) async fn close_stock(&self) {
-        let all = self.stock.empty(true);
+        // Each ends by itself.
+        drop(self.stock.empty(true));
         self.stock.wake();
-        let ended = async {
-            futures_util::future::join_all(all.into_iter().map(Warm::end)).await;
-            while self.stock.is_making() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        if tokio::time::timeout(END_BOUND, ended).await.is_err() {
+        if tokio::time::timeout(END_BOUND, self.stock.settled())
+            .await
+            .is_err()
+        {
             tracing::warn!("the stock was not ended in time; the next node ends it");
         }
     }

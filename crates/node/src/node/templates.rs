@@ -119,7 +119,7 @@ impl Node {
             let message = format!("no template can be made: {reason}");
             return Err(Fault::user(message).hint(hint));
         }
-        self.admit(&decision, &self.facts())?;
+        self.admit_before_stock(&decision, &self.facts()).await?;
         let (kernel, boot) = self.boot_of(&decision.spec).await?;
         let images = &self.mechanisms.images;
         let root = images

@@ -42,6 +42,7 @@ pub(super) async fn doctor(
 ) -> Answer<Json<DoctorReport>> {
     if query.fresh {
         app.node.detect(true).await;
+        app.node.clear_left().await;
     }
     let node = app.node;
     let needs = blocking(move || doctor::examine(&node)).await?;

@@ -1,7 +1,7 @@
 //! Making a machine for the stock, and ending one.
 
-use super::Pattern;
 use super::shelf::{Ready, Warm};
+use super::{Note, Pattern};
 use crate::fault::chain;
 use crate::machine::{OVERLAY, Record, disks, fork, guest_config, make_dir, now_ns, plan};
 use crate::node::Node;
@@ -9,7 +9,8 @@ use crate::templates::Template;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use vistara_guest_client::{Agent, ConnectOptions, ProcessId, ProcessSpec};
+use tokio_util::sync::CancellationToken;
+use vistara_guest_client::{Agent, ConnectOptions, ExitStatus, ProcessId, ProcessSpec};
 use vistara_image::ProgressSink;
 use vistara_machine::{LinuxBoot, Start, Vm};
 use vistara_model::{Bytes, Generation, MachineId, VmmKind};
@@ -20,11 +21,12 @@ const GUEST_BOUND: Duration = Duration::from_secs(20);
 /// The number of the process by which starting one is rehearsed: no other has it.
 const REHEARSAL: ProcessId = ProcessId(u32::MAX);
 
-/// Makes a machine: forks it, tells it who it is, and holds it still.
+/// Makes a machine: forks it, tells it who it is, and holds it still. Where it is not wanted any more it is ended.
 pub(super) async fn make(
     node: &Arc<Node>,
     pattern: &Pattern,
     template: &Arc<Template>,
+    cancel: &CancellationToken,
 ) -> Result<(Warm, Bytes), String> {
     let mut random = [0; 16];
     getrandom::fill(&mut random).map_err(|error| error.to_string())?;
@@ -47,7 +49,11 @@ pub(super) async fn make(
             return Err(message);
         }
     };
-    let told = tell(vm.as_ref(), &record).await;
+    // A launch is not broken off: it would leave half a monitor.
+    let told = tokio::select! {
+        told = tell(vm.as_ref(), &record) => told,
+        () = cancel.cancelled() => Err("it is not wanted any more".to_owned()),
+    };
     match told {
         Ok((agent, welcome)) => {
             let each = private_memory(vm.as_ref());
@@ -89,7 +95,8 @@ async fn launch(
         .await
         .map_err(|error| chain(&error))?;
     let made = dir.clone();
-    tokio::task::spawn_blocking(move || make_dir(&made))
+    let note = Note::new(vmm.capabilities().kind, record.slot);
+    tokio::task::spawn_blocking(move || make_dir(&made).and_then(|()| note.write(&made)))
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)))
         .map_err(|error| format!("its directory cannot be made: {error}"))?;
@@ -140,18 +147,7 @@ async fn tell(
 /// Starts a process, of the agent's own program, that ends at once: under emulation the way from the host's message to a
 /// running program is translated by this, and in memory.
 async fn rehearse(agent: &Agent) -> Result<(), String> {
-    let spec = ProcessSpec {
-        argv: vec!["exe".to_owned(), "--rehearse".to_owned()],
-        env: vec![(
-            "PATH".to_owned(),
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/proc/1".to_owned(),
-        )],
-        cwd: String::new(),
-        user: String::new(),
-        tty: None,
-        stdin: false,
-    };
-    let spawned = agent.spawn(REHEARSAL, spec).await;
+    let spawned = agent.spawn(REHEARSAL, rehearsal()).await;
     let process = spawned.map_err(|error| chain(&error))?;
     let vistara_guest_client::Process {
         handle,
@@ -160,8 +156,24 @@ async fn rehearse(agent: &Agent) -> Result<(), String> {
     } = process;
     input.close().await;
     while output.next().await.is_some() {}
-    handle.exited().await.map_err(|error| chain(&error))?;
+    let exited = handle.exited().await.map_err(|error| chain(&error))?;
+    if exited.status != ExitStatus::Code(0) {
+        return Err(format!("the rehearsal ended with {:?}", exited.status));
+    }
     handle.forget().await.map_err(|error| chain(&error))
+}
+
+/// The agent's own program, by a path of the kernel's that nothing of the image can stand at: a name would be looked for in the
+/// image first, and nothing of the image's runs before somebody has asked for it.
+fn rehearsal() -> ProcessSpec {
+    ProcessSpec {
+        argv: vec!["/proc/1/exe".to_owned(), "--rehearse".to_owned()],
+        env: Vec::new(),
+        cwd: String::new(),
+        user: String::new(),
+        tty: None,
+        stdin: false,
+    }
 }
 
 /// What a machine takes of the host's memory that no other shares.
@@ -205,4 +217,16 @@ async fn clear(node: &Arc<Node>, slot: u32, dir: PathBuf) {
         _ => {}
     }
     node.release_slot(slot);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_rehearsed_is_not_looked_for_in_the_image() {
+        let spec = rehearsal();
+        assert_eq!(spec.argv[0], "/proc/1/exe");
+        assert!(spec.env.is_empty(), "no PATH finds another");
+    }
 }

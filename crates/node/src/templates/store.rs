@@ -85,6 +85,10 @@ impl Known {
     }
 }
 
+/// A template is being read, made or removed.
+#[derive(Debug)]
+pub(crate) struct AtWork;
+
 /// A template as it is listed.
 #[derive(Debug, Clone)]
 pub(crate) struct Listed {
@@ -115,7 +119,7 @@ impl Templates {
 
     /// Looks at what an earlier node left: notes what is whole, and sweeps away what is half made, what nobody has used for
     /// long, and what belongs to an image that is gone.
-    pub(crate) async fn take_stock(
+    pub(crate) async fn survey(
         &self,
         vmms: &[Arc<dyn Vmm>],
         image_is_there: impl Fn(&Digest) -> bool,
@@ -223,11 +227,11 @@ impl Templates {
         all
     }
 
-    /// The template of this key, where it is in memory.
-    pub(crate) async fn in_memory(&self, key: &str) -> Option<Arc<Template>> {
+    /// The template of this key, where it is in memory; an error where somebody is at work on it, for which nobody waits here.
+    pub(crate) fn in_memory(&self, key: &str) -> Result<Option<Arc<Template>>, AtWork> {
         let slot = self.slot(key);
-        let slot = slot.lock().await;
-        slot.template.clone()
+        let slot = slot.try_lock().map_err(|_| AtWork)?;
+        Ok(slot.template.clone())
     }
 
     /// Notes that a template was of use, without anybody having asked for it here.
