@@ -17,6 +17,7 @@ mod ledger;
 mod place;
 mod placing;
 
+pub(crate) use bring::Bringing;
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
 pub(crate) use forwards::Forwards;
 pub(crate) use ledger::{Given, Ledger};

@@ -3,8 +3,7 @@
 use super::App;
 use super::templates;
 use crate::fault::{Answer, Fault, blocking};
-use crate::mesh::{Caller, Mesh};
-use crate::node::Node;
+use crate::mesh::{Bringing, Caller};
 use crate::{images, view};
 use axum::body::Body;
 use axum::extract::{Query, State};
@@ -19,7 +18,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use utoipa::IntoParams;
 use vistara_api::{ErrorBody, ErrorKind, Image, ImageEvent, Pruned, PullRequest, RemovedImage};
-use vistara_image::PullOptions;
+use vistara_image::{ImageStore, PullOptions};
 use vistara_model::ImageRef;
 
 /// How much more of a refused archive is read, and for how long, so that its sender hears why.
@@ -39,6 +38,15 @@ pub(super) fn sse<T: serde::Serialize>(
 fn name(text: &str) -> Answer<ImageRef> {
     text.parse()
         .map_err(|error: vistara_model::ImageRefError| Fault::user(error.to_string()))
+}
+
+/// The store, for the owner or for somebody who brings something under a grant.
+pub(super) fn store_for(app: &App, bringing: Option<Arc<Bringing>>) -> ImageStore {
+    let store = app.node.mechanisms().images;
+    match bringing {
+        Some(bringing) => store.for_guest(bringing),
+        None => store,
+    }
 }
 
 /// All images.
@@ -117,9 +125,8 @@ pub(super) async fn pull(
     Json(request): Json<PullRequest>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>> + Send>> {
     let image = name(&request.image)?;
-    let bytes_max = app.mesh.may_bring_at_most(&app.node, &caller).await?;
+    let store = store_for(&app, app.mesh.bringing(&app.node, &caller, true)?);
     let options = PullOptions {
-        bytes_max,
         insecure_registries: if request.insecure {
             vec![image.registry.clone()]
         } else {
@@ -133,16 +140,9 @@ pub(super) async fn pull(
         },
         ..PullOptions::default()
     };
-    let mesh = app.mesh;
-    Ok(sse(images::events(
-        app.node,
-        move |node, sink| async move {
-            let store = node.mechanisms().images;
-            let image = store.pull(&image, &options, &sink).await?;
-            note(&mesh, &node, &caller, &image).await;
-            Ok(image)
-        },
-    )))
+    Ok(sse(images::events(app.node, move |_, sink| async move {
+        store.pull(&image, &options, &sink).await
+    })))
 }
 
 /// Reads what else comes, within bounds: who still sends does not hear an answer that comes before the end.
@@ -160,13 +160,34 @@ async fn discard(chunks: &mut axum::body::BodyDataStream) {
     let _ = tokio::time::timeout(DISCARD_TIME_MAX, read).await;
 }
 
-/// Takes note of who brought an image.
-async fn note(mesh: &Arc<Mesh>, node: &Arc<Node>, caller: &Caller, image: &vistara_image::Image) {
-    if let Err(fault) = mesh.has_brought(node, caller, image).await {
-        tracing::warn!(
-            error = fault.0.message,
-            "who brought an image could not be noted"
-        );
+/// Bytes of an archive that are asked for at once, before they come; more of a longer one.
+const SPOOL_STEP: u64 = 256 << 10;
+
+/// What of an archive may come, of somebody who has a limit.
+struct Allowance {
+    bringing: Option<Arc<Bringing>>,
+    bytes: u64,
+    allowed: u64,
+}
+
+impl Allowance {
+    async fn take(&mut self, bytes: u64) -> Answer<()> {
+        let Some(bringing) = &self.bringing else {
+            return Ok(());
+        };
+        self.bytes += bytes;
+        let lacking = self.bytes.saturating_sub(self.allowed);
+        if lacking == 0 {
+            return Ok(());
+        }
+        // Near the limit, only what is needed.
+        let ahead = lacking.max(SPOOL_STEP).max(self.allowed / 8);
+        let taken = match bringing.spool(ahead).await {
+            Ok(()) => ahead,
+            Err(_) => bringing.spool(lacking).await.map(|()| lacking)?,
+        };
+        self.allowed += taken;
+        Ok(())
     }
 }
 
@@ -192,7 +213,13 @@ pub(super) async fn import(
     body: Body,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>> + Send>> {
     let image_name = query.name.as_deref().map(name).transpose()?;
-    let bytes_max = app.mesh.may_bring_at_most(&app.node, &caller).await?;
+    let bringing = app.mesh.bringing(&app.node, &caller, true)?;
+    let mut allowance = Allowance {
+        bringing: bringing.clone(),
+        bytes: 0,
+        allowed: 0,
+    };
+    let store = store_for(&app, bringing);
     let spool = images::spool(&app.node)?;
     let mut file =
         tokio::fs::File::from_std(spool.reopen().map_err(|error| Fault::internal(&error))?);
@@ -204,34 +231,24 @@ pub(super) async fn import(
         )
         .hint("free some disk space: vistara images prune --all")
     };
-    let mut bytes = 0_u64;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk
             .map_err(|error| Fault::user(format!("the archive did not arrive whole: {error}")))?;
-        bytes += chunk.len() as u64;
-        if bytes_max.is_some_and(|most| bytes > most) {
+        if let Err(fault) = allowance.take(chunk.len() as u64).await {
             discard(&mut chunks).await;
-            return Err(Fault::new(
-                ErrorKind::Denied,
-                "the archive is larger than what the grant still allows of images",
-            )
-            .hint("ask the node's owner for a larger grant: vistara grant --max-disk …"));
+            return Err(
+                fault.hint("ask the node's owner for a larger grant: vistara grant --max-disk …")
+            );
         }
         file.write_all(&chunk).await.map_err(no_room)?;
     }
     file.flush().await.map_err(no_room)?;
-    let mesh = app.mesh;
-    Ok(sse(images::events(
-        app.node,
-        move |node, sink| async move {
-            let store = node.mechanisms().images;
-            let image = store
-                .import(spool.path(), image_name.as_ref(), None, &sink)
-                .await?;
-            note(&mesh, &node, &caller, &image).await;
-            Ok(image)
-        },
-    )))
+    Ok(sse(images::events(app.node, move |_, sink| async move {
+        // While it is unpacked it counts.
+        let _allowance = allowance;
+        let name = image_name.as_ref();
+        store.import(spool.path(), name, None, &sink).await
+    })))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

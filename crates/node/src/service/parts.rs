@@ -11,12 +11,14 @@ use axum::response::{IntoResponse, Response, Sse};
 use axum::{Extension, Json};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use serde::Deserialize;
 use std::convert::Infallible;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::time::Duration;
+use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 use utoipa::IntoParams;
 use vistara_api::{
     ErrorBody, ErrorKind, ImageEvent, ImageParts, LayerPart, ReceivedBlob, WantedLayer, WantedParts,
@@ -24,10 +26,15 @@ use vistara_api::{
 use vistara_image::Parts;
 use vistara_model::{Digest, ImageRef};
 
-/// Longest piece that is given at a time: it is held in memory.
+/// Longest piece that is given at a time.
 const PIECE_BYTES_MAX: u64 = 16 << 20;
-/// Longest that a sender may say nothing: nobody else can bring the same blob meanwhile.
+/// So much of a piece is in memory: others may have a thousand of them asked for, and read none.
+const CHUNK_BYTES: usize = 64 << 10;
+/// In so long a sender must have sent so much, some 16 KiB a second: nobody else can bring the same blob meanwhile.
 const STALL_MAX: Duration = Duration::from_secs(20);
+const STALL_BYTES_MIN: u64 = 320 << 10;
+/// And after so long it is another's turn. Who is cut off goes on from where it was.
+const TURN_MAX: Duration = Duration::from_secs(15 * 60);
 /// Chunks between the line and the disk.
 const CHUNKS_QUEUED: usize = 16;
 
@@ -110,7 +117,7 @@ pub(super) async fn offer(
     let blobs: Vec<_> = (missing.iter())
         .map(|one| (one.digest.clone(), one.bytes))
         .collect();
-    app.mesh.may_bring(&app.node, &caller, &blobs).await?;
+    app.mesh.may_bring(&app.node, &caller, blobs).await?;
     Ok(Json(WantedParts {
         layers: (missing.into_iter())
             .map(|one| WantedLayer {
@@ -140,18 +147,12 @@ pub(super) async fn assemble(
         let name: ImageRef = text
             .parse()
             .map_err(|error: vistara_model::ImageRefError| Fault::user(error.to_string()))?;
-        let taken =
-            caller.foreign().is_some() && app.node.mechanisms().images.get(&name)?.is_some();
-        if !taken {
-            names.push(name);
-        }
+        names.push(name);
     }
+    let store = super::images::store_for(&app, app.mesh.bringing(&app.node, &caller, false)?);
     Ok(super::images::sse(images::events(
         app.node,
-        move |node, sink| async move {
-            let store = node.mechanisms().images;
-            store.assemble(parts, names, &sink).await
-        },
+        move |_, sink| async move { store.assemble(parts, names, &sink).await },
     )))
 }
 
@@ -177,22 +178,27 @@ pub(super) async fn piece(
 ) -> Answer<Response> {
     let wanted = digest(&typed)?;
     let store = app.node.mechanisms().images;
-    let bytes = blocking(move || {
+    let file = blocking(move || {
         let Some((mut file, _)) = store.open_blob(&wanted)? else {
             let none = format!("the blob {wanted} is not here");
             return Err(Fault::new(ErrorKind::NotFound, none));
         };
-        let mut bytes = Vec::new();
         file.seek(SeekFrom::Start(query.from))
-            .and_then(|_| {
-                let length = query.length.min(PIECE_BYTES_MAX);
-                file.take(length).read_to_end(&mut bytes)
-            })
             .map_err(|error| Fault::internal(&error))?;
-        Ok(bytes)
+        Ok(file)
     })
     .await??;
-    Ok(Bytes::from(bytes).into_response())
+    let mut file = tokio::fs::File::from_std(file);
+    file.set_max_buf_size(CHUNK_BYTES);
+    let piece = file.take(query.length.min(PIECE_BYTES_MAX));
+    let chunks = stream::try_unfold(piece, |mut piece| async move {
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        // The room that there is, is filled at most.
+        piece.read_buf(&mut chunk).await?;
+        let more = (!chunk.is_empty()).then(|| (Bytes::from(chunk), piece));
+        Ok::<_, std::io::Error>(more)
+    });
+    Ok(Body::from_stream(chunks).into_response())
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -219,18 +225,36 @@ pub(super) async fn receive(
     body: Body,
 ) -> Answer<Json<ReceivedBlob>> {
     let digest = digest(&typed)?;
+    let store = app.node.mechanisms().images;
+    let (looked, wanted) = (store.clone(), digest.clone());
+    // Of what is here whole the books need not know.
+    if let Some((_, have_bytes)) = blocking(move || looked.open_blob(&wanted)).await?? {
+        return Ok(Json(ReceivedBlob { have_bytes }));
+    }
     let _coming = (app.mesh)
         .bring(&app.node, &caller, &digest, query.bytes)
         .await?;
     let (sender, receiver) = mpsc::channel(CHUNKS_QUEUED);
-    let store = app.node.mechanisms().images;
     let mut chunks = body.into_data_stream();
     let feed = async move {
-        // It ends with the body, with a sender that says nothing, or with a store that takes no more.
-        while let Ok(Some(Ok(chunk))) = tokio::time::timeout(STALL_MAX, chunks.next()).await {
+        let began = Instant::now();
+        let (mut turn_ends, mut stalls, mut bytes) = (began + TURN_MAX, began + STALL_MAX, 0);
+        // It ends with the body, with a sender that says too little, or with a store that takes no more.
+        while let Ok(Some(Ok(chunk))) = timeout_at(stalls.min(turn_ends), chunks.next()).await {
+            let arrived = Instant::now();
+            if arrived >= turn_ends {
+                return;
+            }
+            bytes += chunk.len() as u64;
+            if bytes >= STALL_BYTES_MIN {
+                (stalls, bytes) = (arrived + STALL_MAX, 0);
+            }
             if sender.send(chunk).await.is_err() {
                 return;
             }
+            // Waiting for its turn, and for the disk, is not the sender's fault.
+            turn_ends += arrived.elapsed();
+            stalls += arrived.elapsed();
         }
     };
     let store = store.receive(&digest, query.bytes, query.from, receiver);
