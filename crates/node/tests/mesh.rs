@@ -582,3 +582,137 @@ async fn a_node_that_was_left_is_unknown_and_nothing_listens_before_it_is_asked_
         "it is not remembered"
     );
 }
+
+/// Has a node import an image of one file that does not compress; gives its parts and its one layer.
+async fn noise_image(client: &Client, name: &str, seed: u64) -> (ImageParts, bytes::Bytes) {
+    let mut state = seed;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 56) as u8
+    })
+    .take(600_000)
+    .collect();
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(noise.len() as u64);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, "noise", &noise[..]).unwrap();
+    let archive = tar.into_inner().unwrap();
+    assert!(imported(client, name, archive).await.is_ok());
+    let parts = client.image_parts(name).await.unwrap();
+    let layer = &parts.layers[0];
+    let blob = client.blob(&layer.digest, 0, layer.bytes).await.unwrap();
+    assert_eq!(blob.len() as u64, layer.bytes);
+    (parts, blob)
+}
+
+async fn imported(client: &Client, name: &str, archive: Vec<u8>) -> Result<Image, ErrorBody> {
+    let archive = std::io::Cursor::new(archive);
+    ended(client.import(Some(name), archive).await).await
+}
+
+async fn ended(
+    events: Result<vistara_api::client::Events<ImageEvent>, ClientError>,
+) -> Result<Image, ErrorBody> {
+    let mut events = events.map_err(refused)?;
+    while let Some(event) = events.next().await {
+        match event.unwrap() {
+            ImageEvent::Done { image } => return Ok(image),
+            ImageEvent::Failed { error } => return Err(error),
+            _ => {}
+        }
+    }
+    panic!("the stream ended without saying how it went")
+}
+
+async fn push(
+    to: &Client,
+    layer: &LayerPart,
+    bytes: u64,
+    from: u64,
+    data: bytes::Bytes,
+) -> Result<u64, ErrorBody> {
+    let pieces = futures_util::stream::iter([Ok(data)]);
+    let sent = to.send_blob(&layer.digest, bytes, from, pieces).await;
+    sent.map(|received| received.have_bytes).map_err(refused)
+}
+
+#[tokio::test]
+async fn what_others_brought_never_counts_less_than_it_is_and_many_at_once_get_no_more() {
+    let quota = GrantRequest {
+        disk: Some("1m".to_owned()),
+        ..grant(&["run", "images"])
+    };
+    let Some(two) = two(Some(quota)).await else {
+        return;
+    };
+    let far = two.near.client.on("far");
+    let (first, first_blob) = noise_image(&two.near.client, "first", 1).await;
+    let (second, second_blob) = noise_image(&two.near.client, "second", 2).await;
+    let (layer, whole) = (&first.layers[0], first.layers[0].bytes);
+    // A beginning of it, then the same blob with another length: it counts as before.
+    let half = first_blob.slice(..300_000);
+    assert_eq!(push(&far, layer, whole, 0, half).await.unwrap(), 300_000);
+    let _ = push(&far, layer, 1, 0, bytes::Bytes::new()).await;
+    let other = &second.layers[0];
+    let denied = push(&far, other, other.bytes, 0, second_blob.clone()).await;
+    assert_eq!(denied.unwrap_err().kind, ErrorKind::Denied);
+    // And when it is whole, too.
+    let rest = first_blob.slice(300_000..);
+    assert_eq!(
+        push(&far, layer, whole, 300_000, rest).await.unwrap(),
+        whole
+    );
+    assert_eq!(
+        push(&far, layer, 1, 0, bytes::Bytes::new()).await.unwrap(),
+        whole
+    );
+    let denied = push(&far, other, other.bytes, 0, second_blob).await;
+    assert_eq!(denied.unwrap_err().kind, ErrorKind::Denied);
+    let image = ended(far.assemble_image(&first).await).await.unwrap();
+    assert_eq!(image.id, first.id);
+    let grants = two.far.client.grants().await.unwrap();
+    assert!(grants[0].disk_used_bytes >= Some(whole), "{grants:?}");
+
+    // Archives are asked for before they come, all of them together.
+    two.far.client.remove_image(&image.id, true).await.unwrap();
+    let archives = (3..6_u8).map(|seed| {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(600_000);
+        header.set_mode(0o644);
+        let content = std::io::Read::take(std::io::repeat(seed), 600_000);
+        tar.append_data(&mut header, "file", content).unwrap();
+        let archive = tar.into_inner().unwrap();
+        let far = far.clone();
+        async move { imported(&far, &format!("many:{seed}"), archive).await }
+    });
+    let all = futures_util::future::join_all(archives).await;
+    assert!(all.iter().filter(|one| one.is_ok()).count() <= 1, "{all:?}");
+}
+
+#[tokio::test]
+async fn an_archive_of_somebody_elses_takes_no_name_of_the_owners() {
+    let Some(two) = two(Some(grant(&["run", "images"]))).await else {
+        return;
+    };
+    let owners = two.far.client.image("test").await.unwrap();
+    let far = two.near.client.on("far");
+    let (parts, _) = noise_image(&far, "own", 7).await;
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(1);
+    tar.append_data(&mut header, "x", &b"x"[..]).unwrap();
+    let archive = tar.into_inner().unwrap();
+    let image = imported(&far, "test", archive).await.unwrap();
+    assert_ne!(image.id, owners.id);
+    assert_eq!(two.far.client.image("test").await.unwrap().id, owners.id);
+    let named = ImageParts {
+        names: vec!["docker.io/library/test:latest".to_owned()],
+        ..parts
+    };
+    ended(far.assemble_image(&named).await).await.unwrap();
+    assert_eq!(two.far.client.image("test").await.unwrap().id, owners.id);
+}
