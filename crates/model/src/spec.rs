@@ -374,6 +374,9 @@ impl Rates {
     /// A packet or two in each tenth of a second.
     pub const NETWORK_PER_S_MIN: Bytes = Bytes(32 << 10);
 
+    /// The most of bytes, far above what any disk or network does, and well within what monitors count with.
+    pub const PER_S_MAX: Bytes = Bytes(1 << 40);
+
     /// Whether a disk has a bound.
     pub fn of_disks(&self) -> bool {
         self.disk_per_s.is_some() || self.disk_ops_per_s.is_some()

@@ -63,13 +63,18 @@ pub(crate) fn hypervisor(text: Option<&String>) -> Answer<Hypervisor> {
     parse_or(text, Hypervisor::default())
 }
 
-/// The bounds that were asked for. Below the least of each a guest would not come up in time.
+/// The bounds that were asked for. Below the least of each a guest would not come up in time, and none is above what monitors
+/// can count with.
 fn rates(request: &RunRequest, network: Network) -> Answer<Rates> {
     let rate = |name: &str, text: Option<&String>, least: Bytes| -> Answer<Option<Bytes>> {
         let rate: Option<Bytes> = text.map(|text| parse(text)).transpose()?;
         match rate {
             Some(rate) if rate < least => Err(Fault::user(format!(
                 "{rate} a second is too little for {name}: the least is {least}"
+            ))),
+            Some(rate) if rate > Rates::PER_S_MAX => Err(Fault::user(format!(
+                "{rate} a second is too much for {name}: the most is {}; leave it out for no bound",
+                Rates::PER_S_MAX
             ))),
             rate => Ok(rate),
         }
@@ -221,6 +226,20 @@ mod tests {
             },
         ] {
             assert!(refused(bad).contains("the least is"));
+        }
+        for rate in ["200000t", "1025g"] {
+            for bad in [
+                RunRequest {
+                    disk_rate: Some(rate.to_owned()),
+                    ..RunRequest::default()
+                },
+                RunRequest {
+                    network_rate: Some(rate.to_owned()),
+                    ..RunRequest::default()
+                },
+            ] {
+                assert!(refused(bad).contains("the most is 1"));
+            }
         }
         let neither = RunRequest {
             network: Some("none".to_owned()),
