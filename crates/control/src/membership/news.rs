@@ -16,7 +16,7 @@ const SENDS_MORE: u32 = 6;
 const FACTS_SENDS_MAX: u32 = 6;
 /// How long news that were passed on are remembered, so that they are not taken for new ones.
 const REMEMBERED: Duration = Duration::from_secs(60);
-/// Most that are waiting to be tried because somebody contradicts: half a minute's.
+/// Most that are waiting to be tried because somebody contradicts: a minute's.
 const DOUBTS_MAX: usize = 256;
 /// Most of them on one peer's word: who contradicts everything delays the others by seconds.
 const DOUBTS_EACH_MAX: usize = 64;

@@ -1,6 +1,6 @@
 //! Pinging, directly and through helpers.
 
-use super::{Body, Life, Membership, News, Output};
+use super::{Body, Life, Membership, News, Output, Packet};
 use std::time::Duration;
 use vistara_model::NodeId;
 
@@ -11,7 +11,7 @@ const OTHERS_MAX: usize = 64;
 /// Most in the stead of one of them: it pings two others a second, and waits for one.
 const EACH_MAX: usize = 8;
 /// How many that are doubted are pinged in one period.
-const DOUBTS_A_PERIOD: usize = 4;
+const DOUBTS_A_PERIOD: usize = 2;
 
 /// A ping under way.
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ impl Membership {
     pub(super) fn probe(&mut self, now: Duration, outputs: &mut Vec<Output>) {
         for _ in 0..DOUBTS_A_PERIOD {
             if let Some(node) = self.doubts.pop().filter(|node| self.life(*node).is_some()) {
-                self.ping(now, node, None, outputs);
+                self.ping(now, node, None, true, outputs);
             }
         }
         let cursor = self.probe_cursor;
@@ -54,7 +54,7 @@ impl Membership {
             .next();
         if let Some(place) = next {
             self.probe_cursor = place;
-            self.ping(now, place.1, None, outputs);
+            self.ping(now, place.1, None, false, outputs);
         }
     }
 
@@ -63,6 +63,7 @@ impl Membership {
         now: Duration,
         target: NodeId,
         asked_by: Option<(NodeId, u64)>,
+        doubted: bool,
         outputs: &mut Vec<Output>,
     ) {
         let own = asked_by.is_none();
@@ -90,7 +91,23 @@ impl Membership {
             .get(&self.place(target))
             .and_then(|one| one.facts.as_ref());
         let version = facts.map_or(0, |facts| facts.version);
-        self.send(target, Body::Ping { number, version }, outputs);
+        let body = Body::Ping { number, version };
+        if doubted {
+            // Beside the usual ones, and with no more than has to be said.
+            let believed = self.members.get(&self.place(target)).map(|one| one.news);
+            let news = [
+                Some(self.me),
+                believed.filter(|one| one.life != Life::Alive),
+            ];
+            let packet = Packet {
+                body,
+                news: news.into_iter().flatten().collect(),
+                facts: Vec::new(),
+            };
+            outputs.push(Output::Send(target, packet));
+        } else {
+            self.send(target, body, outputs);
+        }
     }
 
     pub(super) fn ping_for(
@@ -103,7 +120,7 @@ impl Membership {
     ) {
         // Only members are pinged: nobody makes this node send to strangers.
         if target != self.me.node && self.life(target).is_some() {
-            self.ping(now, target, Some((from, number)), outputs);
+            self.ping(now, target, Some((from, number)), false, outputs);
         }
     }
 
