@@ -41,10 +41,11 @@ fn small_networks_in_which_half_of_the_nodes_die_and_much_is_lost_keep_every_pro
     }
 }
 
-/// Not kept yet: at 41.6 s one node still believes, 10 s after it, that node 188 is alive; everything else held until then.
+/// Not kept yet: at 30 s nodes gossip up to 33 kB a second, above their bound. Before members that others contradict a node about
+/// were pinged it ended at 41.6 s: one node still believed, 10 s after it, that node 188 is alive.
 /// To be run again when membership has changed: `cargo nextest run --release -p vistara-sim --run-ignored only`.
 #[test]
-#[ignore = "fails: of a thousand nodes one notices a death after more than 10 s; and takes half a minute of a processor"]
+#[ignore = "fails: of a thousand nodes some gossip more than their bound; and takes half a minute of a processor"]
 fn a_thousand_nodes_keep_every_promise() {
     let report = run(Scenario {
         time: Duration::from_secs(100),
