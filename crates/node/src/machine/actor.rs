@@ -60,7 +60,7 @@ pub(crate) enum Origin {
         /// What it goes on from, if it is not to begin anew.
         moment: Option<Arc<Moment>>,
         /// The machine of the stock that it is.
-        warm: Option<Warm>,
+        warm: Option<Box<Warm>>,
     },
     /// An earlier node, when it had not ended yet.
     Earlier,
@@ -205,7 +205,7 @@ impl Actor {
                 self.zero = Some(zero);
                 self.attach = attach;
                 self.moment = moment;
-                self.warm = warm;
+                self.warm = warm.map(|warm| *warm);
                 self.prepare(zero);
             }
             Origin::Earlier => self.find_out().await,

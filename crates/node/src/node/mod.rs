@@ -435,7 +435,7 @@ impl Node {
             at: zero,
             attach: request.attach,
             moment: None,
-            warm,
+            warm: warm.map(Box::new),
         };
         self.begin(record, origin).await
     }

@@ -6,7 +6,7 @@ use crate::fault::chain;
 use crate::machine::{OVERLAY, Record, disks, fork, guest_config, make_dir, now_ns, plan};
 use crate::node::Node;
 use crate::templates::Template;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -79,7 +79,7 @@ async fn launch(
     node: &Arc<Node>,
     record: &Record,
     template: &Arc<Template>,
-    dir: &PathBuf,
+    dir: &Path,
 ) -> Result<Arc<dyn Vm>, String> {
     let mechanisms = node.mechanisms();
     let vmm = mechanisms
@@ -94,7 +94,7 @@ async fn launch(
         .root_disk(&image, &ProgressSink::none())
         .await
         .map_err(|error| chain(&error))?;
-    let made = dir.clone();
+    let made = dir.to_owned();
     let note = Note::new(vmm.capabilities().kind, record.slot);
     tokio::task::spawn_blocking(move || make_dir(&made).and_then(|()| note.write(&made)))
         .await
