@@ -105,7 +105,7 @@ fn a_program_runs_on_another_node_as_if_it_were_here() {
     let Some(two) = Two::with_machines("run") else {
         return;
     };
-    let (far, near) = (&two.far, &two.near);
+    let near = &two.near;
     let run = ["--on", "far", "run", "--rm", "-q", "-m", "128m"];
     let refused = near.vistara(&[&run[..], &[IMAGE, "true"]].concat());
     assert_eq!(

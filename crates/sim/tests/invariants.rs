@@ -2,7 +2,7 @@
 //!
 //! A seed that was once broken stays here with what it showed.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::time::Duration;
 use vistara_sim::{Fault, Report, Scenario, Weather, World};
