@@ -173,6 +173,8 @@ const KERNEL_LINES: &[(&str, &str)] = &[
     ("setsockopt unimplemented: fd ", ""),
     ("sigaction flag SA_NOCLDSTOP unsupported", ""),
     ("sigaction flag SA_NOCLDWAIT unsupported", ""),
+    // It matters only to a program that gets the same signal twice; nobody outside sends it one while it is tried.
+    ("sigaction flag SA_RESETHAND unsupported", ""),
 ];
 /// Most bytes of a kernel's line that are looked at.
 const KERNEL_LINE_MAX: usize = 1024;

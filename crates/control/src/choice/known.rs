@@ -5,8 +5,8 @@
 //! keep the program from making processes, and every word that would make it do so after all, and is silent when in doubt.
 //!
 //! What a rule cannot see is the program's own configuration file. A rule stands here only where a setting there would be
-//! contrary to the command line, where the file knows none, or where nobody would put it there: `curl` and `wget` read files of
-//! the user's or the system's, in which authentication by NTLM or `background = on` would be found.
+//! contrary to the command line, where the file knows none, or where nobody would put it there: `curl`, `wget` and
+//! `sqlite3` read files of the user's or the system's, in which authentication by NTLM or `background = on` would be found.
 //! Should the program die of a process that it cannot make, the facts are corrected, and the command is for Linux from then on.
 
 use vistara_model::{ProgramFacts, Runtime};
@@ -84,6 +84,18 @@ const RULES: &[Rule] = &[
         why: "curl makes processes for NTLM only",
     },
     Rule {
+        program: "gawk",
+        files: &[],
+        applies: awk_runs_nothing,
+        why: "an awk program makes processes by a pipe or by system() only",
+    },
+    Rule {
+        program: "mawk",
+        files: &[],
+        applies: awk_runs_nothing,
+        why: "an awk program makes processes by a pipe or by system() only",
+    },
+    Rule {
         program: "memcached",
         files: &[],
         applies: |words| !words.letter('d') && !words.option("daemon"),
@@ -111,6 +123,19 @@ const RULES: &[Rule] = &[
         why: "without snapshots and append-only file redis makes no process to save its data",
     },
     Rule {
+        program: "sqlite3",
+        files: &[],
+        // A command with a dot may run one of the system's, and so may the function that calls an editor.
+        applies: |words| {
+            words.0.iter().all(|word| {
+                !word.starts_with('-')
+                    && !word.to_ascii_lowercase().contains("edit")
+                    && !word.lines().any(|line| line.trim_start().starts_with('.'))
+            })
+        },
+        why: "SQL alone has sqlite3 make no process",
+    },
+    Rule {
         program: "wget",
         files: &[],
         applies: |words| {
@@ -122,6 +147,19 @@ const RULES: &[Rule] = &[
         why: "wget makes processes only to go to the background or to ask for a password",
     },
 ];
+
+/// The program stands in the first word, and has nothing that runs a command or asks which groups the user is in, which a
+/// unikernel cannot tell; `@` calls functions by a made-up name.
+fn awk_runs_nothing(words: &Words<'_>) -> bool {
+    let risky = ["|", "system", "@", "PROCINFO", "SYMTAB"];
+    words
+        .first()
+        .is_some_and(|program| !program.starts_with('-'))
+        && !words
+            .0
+            .iter()
+            .any(|word| risky.iter().any(|risk| word.contains(risk)))
+}
 
 /// Each setting is one word and its value the next, as redis reads them; any that is not known here may be a file with others.
 fn redis_saves_nothing(words: &Words<'_>) -> bool {
@@ -258,6 +296,13 @@ mod tests {
             &["caddy", "file-server", "--root", "/srv", "--listen", ":80"],
             &["curl", "-s", "http://host/"],
             &["wget", "-q", "-O", "-", "http://host/"],
+            &["gawk", "BEGIN { print 6*7; exit 5 }"],
+            &["mawk", "{ print $1 }", "/etc/passwd"],
+            &[
+                "sqlite3",
+                "/tmp/x.db",
+                "create table t(a); select sum(a) from t;",
+            ],
         ] {
             assert!(known(line), "{line:?}");
         }
@@ -314,6 +359,17 @@ mod tests {
             &["wget", "--background", "http://host/"],
             &["wget", "-e", "background=on", "http://host/"],
             &["wget", "--use-ask=/bin/ask", "http://host/"],
+            &["gawk", "BEGIN { \"ls\" | getline }"],
+            &["gawk", "BEGIN { system(\"ls\") }"],
+            &["gawk", "BEGIN { f = \"sys\" \"tem\"; @f(\"ls\") }"],
+            &["gawk", "-f", "/x.awk"],
+            &["gawk"],
+            &["mawk", "-W", "exec", "/x.awk"],
+            &["sqlite3", "/tmp/x.db", ".shell ls"],
+            &["sqlite3", "/tmp/x.db", "select 1;\n .system ls"],
+            &["sqlite3", "/tmp/x.db", "select EDIT('x')"],
+            &["sqlite3", "-cmd", ".shell ls", "/tmp/x.db"],
+            &["sqlite3", "-init", "/x", "/tmp/x.db"],
             &["lighttpd", "-D"],
             &["bash", "-c", "true"],
         ] {
