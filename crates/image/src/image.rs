@@ -58,8 +58,6 @@ pub struct PullOptions {
     pub docker_config: Option<PathBuf>,
     /// Never look for credentials.
     pub anonymous: bool,
-    /// Most bytes that its layers may have together, besides the store's own bound.
-    pub bytes_max: Option<u64>,
 }
 
 /// What a removal did.

@@ -53,14 +53,6 @@ pub(crate) async fn pull(
     let subject = name.familiar();
     let refused = |why| ImageError::refused(subject.clone(), why);
     check(&chosen.manifest, limits).map_err(refused)?;
-    if let Some(limit) = options.bytes_max {
-        let layers = chosen.manifest.layers.iter().map(|layer| layer.size);
-        // The check has bounded their sum.
-        if layers.sum::<u64>() > limit {
-            let what = "bytes of layers, as many as may be taken";
-            return Err(refused(Refusal::Limit { what, limit }));
-        }
-    }
     let descriptor = &chosen.manifest.config;
     let config = match files.blob_bytes(&descriptor.digest) {
         Some(_) => files.read_blob(&descriptor.digest, limits.manifest_bytes_max.0)?,

@@ -133,13 +133,9 @@ impl Membership {
         target: NodeId,
         outputs: &mut Vec<Output>,
     ) {
-        let found = |probe: &Probe| {
-            probe.number == number && probe.target == target && probe.helpers.contains(&from)
-        };
-        let Some(index) = self.probes.iter().position(found) else {
+        if (self.answered(number, target, |probe| probe.helpers.contains(&from))).is_none() {
             return;
-        };
-        self.probes.swap_remove(index);
+        }
         let place = self.place(target);
         let Some(member) = self.members.get_mut(&place) else {
             return;
@@ -157,13 +153,23 @@ impl Membership {
 
     /// An answer came. That its sender lives was heard already.
     pub(super) fn acked(&mut self, target: NodeId, number: u64, outputs: &mut Vec<Output>) {
-        let found = |probe: &Probe| probe.number == number && probe.target == target;
-        if let Some(index) = self.probes.iter().position(found) {
-            let probe = self.probes.swap_remove(index);
-            if let Some((asker, number)) = probe.asked_by {
-                self.send(asker, Body::AckFor { number, target }, outputs);
-            }
+        let probe = self.answered(number, target, |_| true);
+        if let Some((asker, number)) = probe.and_then(|probe| probe.asked_by) {
+            self.send(asker, Body::AckFor { number, target }, outputs);
         }
+    }
+
+    /// The probe that this answers, which is over then.
+    fn answered(
+        &mut self,
+        number: u64,
+        target: NodeId,
+        counts: impl Fn(&Probe) -> bool,
+    ) -> Option<Probe> {
+        let found =
+            |probe: &Probe| probe.number == number && probe.target == target && counts(probe);
+        let index = self.probes.iter().position(found)?;
+        Some(self.probes.swap_remove(index))
     }
 
     /// Asks helpers, and suspects who answered nobody.

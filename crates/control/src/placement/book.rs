@@ -296,6 +296,17 @@ impl Book {
         Ok(())
     }
 
+    /// What is held under this key and not over yet.
+    fn held_now(
+        &mut self,
+        now: Duration,
+        key: (NodeId, RequestId),
+    ) -> Result<&mut Held, TakeRefused> {
+        self.expire(now);
+        let why_not = self.why_not(key);
+        self.held.get_mut(&key).ok_or(why_not)
+    }
+
     /// Takes an offer: what it held is the asker's. Taking twice is taking once.
     ///
     /// # Errors
@@ -306,10 +317,7 @@ impl Book {
         asker: NodeId,
         request: RequestId,
     ) -> Result<Stock, TakeRefused> {
-        self.expire(now);
-        let key = (asker, request);
-        let why_not = self.why_not(key);
-        let held = self.held.get_mut(&key).ok_or(why_not)?;
+        let held = self.held_now(now, (asker, request))?;
         match held.hold {
             Hold::Offered(_) => held.hold = Hold::Taken(now + Self::TAKEN_TTL),
             Hold::Taken(_) => {}
@@ -329,10 +337,7 @@ impl Book {
         asker: NodeId,
         request: RequestId,
     ) -> Result<Stock, TakeRefused> {
-        self.expire(now);
-        let key = (asker, request);
-        let why_not = self.why_not(key);
-        let held = self.held.get_mut(&key).ok_or(why_not)?;
+        let held = self.held_now(now, (asker, request))?;
         match held.hold {
             Hold::Taken(_) => held.hold = Hold::Used,
             Hold::Used => return Err(TakeRefused::Begun),

@@ -164,16 +164,8 @@ pub(crate) async fn prepare(
     // Shared directories cannot be captured; a template's machine has none.
     if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
         let begin = Instant::now();
-        let shape = Shape {
-            image_id: &record.image_id,
-            spec: &record.spec,
-            kernel: record.kernel.as_deref(),
-            accelerator: record.backend.accelerator,
-            argv: &record.argv,
-            env: &record.env,
-        };
         let parts = node.parts(root.path, boot, Arc::clone(&vmm));
-        let blueprint = Blueprint::new(shape, parts);
+        let blueprint = Blueprint::new(Shape::of(record), parts);
         let templates = node.templates();
         let template = tokio::select! {
             template = templates.get_or_make(blueprint) => template,

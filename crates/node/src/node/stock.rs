@@ -4,8 +4,7 @@ use super::{Decision, Node};
 use crate::fault::Answer;
 use crate::machine::Record;
 use crate::stock::{Pattern, Stock, Warm, keep, suits};
-use crate::templates::{Blueprint, Shape};
-use std::path::PathBuf;
+use crate::templates::Shape;
 use std::sync::Arc;
 use std::time::Duration;
 use vistara_machine::Vm;
@@ -43,17 +42,8 @@ impl Node {
         let vmm = self.mechanisms.vmm(record.backend.vmm)?;
         vmm.capabilities().capture.as_ref().ok()?;
         // What is wrong here is told when the machine is prepared.
-        let (_, boot) = self.planned_boot(&record.spec).await.ok()??;
-        let shape = Shape {
-            image_id: &record.image_id,
-            spec: &record.spec,
-            kernel: record.kernel.as_deref(),
-            accelerator: record.backend.accelerator,
-            argv: &record.argv,
-            env: &record.env,
-        };
-        // The key does not depend on where the root disk lies.
-        let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();
+        let boot = self.planned_boot(record.kernel.clone()).await.ok()??;
+        let key = self.template_key(Shape::of(record), boot, vmm);
         let peer = record.owner.as_ref().map(|owner| owner.node);
         Some(Wish { key, pattern, peer })
     }

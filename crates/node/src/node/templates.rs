@@ -63,9 +63,13 @@ impl Node {
     }
 
     /// The kernel of a machine that names none is the default one.
+    fn kernel_of(&self, spec: &MachineSpec) -> Option<String> {
+        let named = spec.kernel.clone();
+        named.or_else(|| self.facts().linux_kernel)
+    }
+
     async fn boot_of(&self, spec: &MachineSpec) -> Answer<(Option<String>, LinuxBoot)> {
-        let (mechanisms, kernel) = (self.mechanisms(), spec.kernel.clone());
-        let kernel = kernel.or_else(|| self.facts().linux_kernel);
+        let (mechanisms, kernel) = (self.mechanisms(), self.kernel_of(spec));
         let boot = {
             let kernel = kernel.clone();
             tokio::task::spawn_blocking(move || {
@@ -79,18 +83,11 @@ impl Node {
     }
 
     /// As [`Node::boot_of`], of which nothing need be there yet, and nothing is made; `None` where there is no kernel.
-    pub(super) async fn planned_boot(
-        &self,
-        spec: &MachineSpec,
-    ) -> Answer<Option<(Option<String>, LinuxBoot)>> {
-        let (mechanisms, kernel) = (self.mechanisms(), spec.kernel.clone());
-        let kernel = kernel.or_else(|| self.facts().linux_kernel);
-        let planned = {
-            let kernel = kernel.clone();
-            tokio::task::spawn_blocking(move || mechanisms.planned_boot(kernel.as_deref()))
-        };
-        let boot = planned.await.map_err(|error| Fault::internal(&error))??;
-        Ok(boot.map(|boot| (kernel, boot)))
+    pub(super) async fn planned_boot(&self, kernel: Option<String>) -> Answer<Option<LinuxBoot>> {
+        let mechanisms = self.mechanisms();
+        let planned =
+            tokio::task::spawn_blocking(move || mechanisms.planned_boot(kernel.as_deref()));
+        planned.await.map_err(|error| Fault::internal(&error))?
     }
 
     /// The template for a request, and whether it was made now.
@@ -150,6 +147,17 @@ impl Node {
         }
     }
 
+    /// The key of the template from which such a machine is forked, whether it is there or not.
+    pub(super) fn template_key(
+        &self,
+        shape: Shape<'_>,
+        boot: LinuxBoot,
+        vmm: Arc<dyn Vmm>,
+    ) -> String {
+        // It does not depend on where the root disk lies.
+        Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key()
+    }
+
     /// How a machine would start, in words.
     pub(crate) async fn outlook(&self, decision: &Decision) -> Answer<String> {
         let (spec, choice) = (&decision.spec, &decision.choice);
@@ -168,15 +176,14 @@ impl Node {
         if let (Some(reason), Payload::Nanos) = (&reason, choice.backend.payload) {
             return boots(reason.clone());
         }
-        let Some((kernel, boot)) = self.planned_boot(spec).await? else {
+        let kernel = self.kernel_of(spec);
+        let Some(boot) = self.planned_boot(kernel.clone()).await? else {
             return Ok("cannot boot (no Linux kernel; vistara kernel add debian)".to_owned());
         };
         if let Some(reason) = reason {
             return boots(reason);
         }
-        let shape = shape(decision, kernel.as_deref());
-        // The key does not depend on where the root disk lies.
-        let key = Blueprint::new(shape, self.parts(PathBuf::new(), boot, vmm)).key();
+        let key = self.template_key(shape(decision, kernel.as_deref()), boot, vmm);
         let known = self.templates.list().await;
         Ok(if self.is_in_stock(decision, &key) {
             format!("warm, from the stock of template {key}")

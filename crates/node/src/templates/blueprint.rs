@@ -1,6 +1,6 @@
 //! Of what a template is made, and the key that follows from it.
 
-use crate::machine::{MACHINE_UIDS, MONITOR_PIDS, OVERHEAD, UID_BASE};
+use crate::machine::{MACHINE_UIDS, MONITOR_PIDS, OVERHEAD, Record, UID_BASE};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,6 +30,20 @@ pub(crate) struct Shape<'a> {
     /// The program that the template's guest reads before it is captured, and the environment whose `PATH` finds it.
     pub(crate) argv: &'a [String],
     pub(crate) env: &'a [EnvVar],
+}
+
+impl<'a> Shape<'a> {
+    /// That of a machine that is accepted.
+    pub(crate) fn of(record: &'a Record) -> Shape<'a> {
+        Shape {
+            image_id: &record.image_id,
+            spec: &record.spec,
+            kernel: record.kernel.as_deref(),
+            accelerator: record.backend.accelerator,
+            argv: &record.argv,
+            env: &record.env,
+        }
+    }
 }
 
 /// The host's part in a template.
