@@ -20,6 +20,8 @@ pub(crate) const VIRTIOFSD: &str = "VISTARA_VIRTIOFSD";
 
 /// Firecracker's program.
 pub(crate) const FIRECRACKER: &str = "VISTARA_FIRECRACKER";
+/// What Firecracker's guests see of the processor.
+pub(crate) const CPU_TEMPLATE: &str = "VISTARA_CPU_TEMPLATE";
 /// The program of Firecracker's jailer.
 pub(crate) const JAILER: &str = "VISTARA_JAILER";
 /// slirp4netns's program.
@@ -69,6 +71,10 @@ pub(crate) const VARIABLES: &[Variable] = &[
     Variable {
         name: SLIRP4NETNS,
         meaning: "slirp4netns's program, where it is not on the node's `PATH`; the network of Firecracker's machines needs it.",
+    },
+    Variable {
+        name: CPU_TEMPLATE,
+        meaning: "File with a processor template of Firecracker's, as its `cpu-template-helper` writes one: Firecracker's guests see the processor so, alike on hosts that differ.",
     },
     Variable {
         name: WARM_MEMORY,

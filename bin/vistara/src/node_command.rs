@@ -40,6 +40,20 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::new(format!("cannot start the node's threads: {error}")))?;
+    // Guests that see another processor than they should would be found out too late.
+    let cpu_template = crate::environment::path(crate::environment::CPU_TEMPLATE)
+        .map(|path| vistara_node::CpuTemplate::read(&path))
+        .transpose()
+        .map_err(|error| {
+            Failure::new(format!(
+                "the node cannot start: {:#}",
+                anyhow::Error::from(error)
+            ))
+            .hint(format!(
+                "mend the file, or unset {}",
+                crate::environment::CPU_TEMPLATE
+            ))
+        })?;
     let options = vistara_node::NodeOptions {
         state_dir: places.state_dir,
         socket: places.socket,
@@ -51,6 +65,7 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         firecracker: crate::environment::path(crate::environment::FIRECRACKER),
         jailer: crate::environment::path(crate::environment::JAILER),
         slirp4netns: crate::environment::path(crate::environment::SLIRP4NETNS),
+        cpu_template,
         boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
         template_limits: None,
         warm_memory,

@@ -102,6 +102,9 @@ pub(crate) struct RunOptions {
     /// Most bytes in a second through the network, each way (takes Firecracker)
     #[arg(long, value_name = "BYTES")]
     pub(crate) network_rate: Option<String>,
+    /// Guest memory of the huge pages (2 MiB) that the host has set aside; the machine boots and cannot be forked
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// Label
     #[arg(short, long = "label", value_name = "NAME[=value]")]
     pub(crate) labels: Vec<String>,
@@ -234,6 +237,7 @@ impl RunOptions {
             disk_rate: self.disk_rate.clone(),
             disk_ops: self.disk_ops,
             network_rate: self.network_rate.clone(),
+            huge_pages: self.huge_pages,
             labels: self
                 .labels
                 .iter()

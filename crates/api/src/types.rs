@@ -136,6 +136,10 @@ pub struct RunRequest {
     /// Most bytes in a second through the network, each way. Takes Firecracker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_rate: Option<String>,
+    /// Whether the guest's memory is to be of the huge pages (2 MiB) that the host has set aside. Such a machine boots, and
+    /// cannot be forked or captured; its memory is rounded up to whole pages.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
     /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the

@@ -130,6 +130,7 @@ mod tests {
             no_template: false,
             retry_safe: false,
             rates: Default::default(),
+            huge_pages: false,
             labels: Default::default(),
         }
     }

@@ -8,6 +8,7 @@ pub mod facts;
 pub mod files;
 pub mod foreign;
 pub mod frames;
+pub mod hugepages;
 pub mod kvm;
 pub mod launch;
 pub mod memory;

@@ -47,7 +47,13 @@ pub struct Capabilities {
     pub vcpus_max: u32,
     /// Whether machines can be captured and forked; the reason where not.
     pub capture: Result<(), String>,
+    /// What tells the processor that its guests see from the host's own, where it is not that.
+    pub cpu_template: Option<String>,
 }
+
+/// Why a machine with [`LaunchPlan::huge_pages`] is refused what goes by captured memory: the captured lies in a file of small
+/// pages, and forks map that.
+pub(crate) const CAPTURED_HUGE_PAGES: &str = "capturing or forking a machine with huge pages";
 
 /// How a Linux guest is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +141,8 @@ pub struct LaunchPlan {
     pub vcpus: u32,
     /// Guest memory.
     pub memory: Bytes,
+    /// Whether that is of the host's huge pages (2 MiB), of which there are enough. Such a machine cannot be captured or forked.
+    pub huge_pages: bool,
     /// What it starts from.
     pub start: Start,
     /// Whether the machine is to be captured ([`Vm::capture`]).

@@ -51,6 +51,7 @@ impl Subject for Fake {
                 initramfs: "/unused".into(),
                 cmdline: String::new(),
             }),
+            huge_pages: false,
             capturable: false,
             disks: vec![],
             nic: None,

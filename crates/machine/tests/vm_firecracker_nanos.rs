@@ -83,6 +83,7 @@ async fn lab() -> Option<Lab> {
         program: None,
         jailer: None,
         slirp4netns: None,
+        cpu_template: None,
         kvm: KvmVerdict::Works,
     };
     let vmm = match FirecrackerVmm::detect(options).await {
@@ -162,6 +163,7 @@ impl Lab {
             start: Start::Nanos(NanosBoot {
                 kernel: self.kernel.clone(),
             }),
+            huge_pages: false,
             capturable: false,
             disks: vec![Disk {
                 path: disk,

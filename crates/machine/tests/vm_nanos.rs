@@ -135,6 +135,7 @@ impl Lab {
             start: Start::Nanos(NanosBoot {
                 kernel: self.kernel.clone(),
             }),
+            huge_pages: false,
             capturable: false,
             disks: vec![Disk {
                 path: disk,

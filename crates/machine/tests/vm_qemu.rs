@@ -60,6 +60,7 @@ impl Subject for Qemu {
             vcpus: 1,
             memory: Bytes::mib(256),
             start: Start::Linux(guest::boot().unwrap()),
+            huge_pages: false,
             capturable: false,
             disks: vec![],
             nic: None,

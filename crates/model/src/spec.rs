@@ -351,6 +351,9 @@ pub struct MachineSpec {
     /// Bounds on what it moves.
     #[serde(default)]
     pub rates: Rates,
+    /// Whether its memory is of the huge pages that the host has set aside.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// Free labels.
     pub labels: std::collections::BTreeMap<String, String>,
 }

@@ -32,5 +32,5 @@ pub use service::{openapi, run};
 pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
-pub use vistara_machine::firecracker::RawFirecracker;
+pub use vistara_machine::firecracker::{CpuTemplate, CpuTemplateError, RawFirecracker};
 pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};

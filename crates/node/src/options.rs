@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use vistara_machine::Vmm;
+use vistara_machine::firecracker::CpuTemplate;
 use vistara_model::Bytes;
 
 /// Where monitors come from.
@@ -38,6 +39,8 @@ pub struct NodeOptions {
     pub jailer: Option<PathBuf>,
     /// `slirp4netns`, where it is not on `PATH`.
     pub slirp4netns: Option<PathBuf>,
+    /// What Firecracker's guests see of the processor; all that KVM offers where absent.
+    pub cpu_template: Option<CpuTemplate>,
     /// How long a guest may take to answer after its start.
     pub boot_bound: Duration,
     /// What templates may take together; absent for what suits this host.

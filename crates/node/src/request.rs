@@ -5,6 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 use vistara_api::RunRequest;
+use vistara_host::hugepages;
 use vistara_model::{
     Bytes, Cpus, Hypervisor, ImageRef, MachineSpec, NamedVolume, Network, PortMapping, Rates,
     TtySize,
@@ -169,7 +170,10 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         entrypoint: request.entrypoint.clone(),
         name: request.name.as_deref().map(parse).transpose()?,
         cpus: cpus(request.cpus.as_ref())?,
-        memory: memory(request.memory.as_ref())?,
+        memory: match memory(request.memory.as_ref())? {
+            memory if request.huge_pages => Bytes(memory.0.next_multiple_of(hugepages::PAGE)),
+            memory => memory,
+        },
         disk: parse_or(request.disk.as_ref(), DISK_DEFAULT)?,
         env: parse_all(&request.env)?,
         user: request.user.clone(),
@@ -190,6 +194,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         no_template: request.no_template,
         retry_safe: request.retry_safe,
         rates: rates(request, network)?,
+        huge_pages: request.huge_pages,
         labels: request.labels.clone(),
     })
 }

@@ -89,6 +89,7 @@ impl FakeVmm {
                 pause: true,
                 vcpus_max: 64,
                 capture: Ok(()),
+                cpu_template: None,
             },
             guest,
             faults: Arc::default(),

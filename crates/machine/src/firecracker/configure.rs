@@ -141,6 +141,7 @@ pub(super) fn settings(
     plan: &LaunchPlan,
     version: Version,
     tap: Option<&str>,
+    cpu_template: Option<&Value>,
 ) -> Result<Vec<Setting>, serde_json::Error> {
     let mut settings = Vec::new();
     let mut set = |path: &str, body: &dyn erased::Body| -> Result<(), serde_json::Error> {
@@ -157,10 +158,12 @@ pub(super) fn settings(
             mem_size_mib: plan.memory.to_mib_ceil(),
             smt: false,
             track_dirty_pages: false,
-            huge_pages: None,
-            cpu_template: None,
+            huge_pages: plan.huge_pages.then_some("2M"),
         },
     )?;
+    if let Some(template) = cpu_template {
+        set("/cpu-config", template)?;
+    }
     let linux = match &plan.start {
         Start::Linux(boot) => Some(boot),
         Start::Nanos(_) | Start::Fork(_) => None,
@@ -273,6 +276,7 @@ mod tests {
                 initramfs: "/secret/i".into(),
                 cmdline: "quiet vistara.channel=virtio-serial".to_owned(),
             }),
+            huge_pages: false,
             capturable: false,
             disks: vec![
                 Disk {
@@ -303,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_linux_machine_is_told_in_order_and_without_a_path_of_the_host() {
-        let settings = settings(&plan(), Version::NEWEST_TRIED, None).unwrap();
+        let settings = settings(&plan(), Version::NEWEST_TRIED, None, None).unwrap();
         let text = format!("{settings:?}");
         assert!(!text.contains("secret"), "{text}");
         let at = |path: &str| settings.iter().position(|one| one.path == path).unwrap();
@@ -344,7 +348,7 @@ mod tests {
             disk_ops_per_s: Some(55),
             network_per_s: Some(Bytes(1_000_000)),
         };
-        let made = settings(&plan, Version::NEWEST_TRIED, Some("tap")).unwrap();
+        let made = settings(&plan, Version::NEWEST_TRIED, Some("tap"), None).unwrap();
         let forks = bounds(&plan);
         assert_eq!(forks.len(), 3);
         for (settings, in_fork) in [(&made, false), (&forks, true)] {
@@ -370,7 +374,7 @@ mod tests {
     #[test]
     fn an_older_version_hears_nothing_new() {
         let old = Version::parse("Firecracker v1.7.0").unwrap();
-        let settings = settings(&plan(), old, None).unwrap();
+        let settings = settings(&plan(), old, None, None).unwrap();
         assert_eq!(find(&settings, "/serial"), None);
     }
 
@@ -380,7 +384,7 @@ mod tests {
         plan.start = Start::Nanos(NanosBoot {
             kernel: "/k".into(),
         });
-        let settings = settings(&plan, Version::NEWEST_TRIED, None).unwrap();
+        let settings = settings(&plan, Version::NEWEST_TRIED, None, None).unwrap();
         for path in ["/vsock", "/balloon", "/serial"] {
             assert_eq!(find(&settings, path), None, "{path}");
         }

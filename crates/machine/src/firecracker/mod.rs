@@ -17,6 +17,7 @@ mod baseline;
 mod channel;
 mod configure;
 mod console;
+mod cpu_template;
 mod network;
 mod stage;
 mod start;
@@ -31,6 +32,7 @@ use crate::{
 use api::Api;
 pub use baseline::{RawFirecracker, RawRun};
 use console::Console;
+pub use cpu_template::{CpuTemplate, CpuTemplateError};
 use network::UserNetwork;
 use state::BackendRecord;
 use std::path::{Path, PathBuf};
@@ -67,6 +69,8 @@ pub struct FirecrackerOptions {
     pub jailer: Option<PathBuf>,
     /// `slirp4netns`; looked for as that where absent.
     pub slirp4netns: Option<PathBuf>,
+    /// What guests see of the processor; all that KVM offers where absent.
+    pub cpu_template: Option<CpuTemplate>,
     /// The KVM probe's verdict: machines run only if it works.
     pub kvm: KvmVerdict,
 }
@@ -89,6 +93,7 @@ struct Tools {
     /// What gives machines a network, or why nothing does.
     network: Result<UserNetwork, String>,
     version: Version,
+    cpu_template: Option<CpuTemplate>,
     cgroups: Result<Cgroups, String>,
     boot_id: String,
 }
@@ -183,6 +188,8 @@ impl FirecrackerVmm {
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),
+                cpu_template: (options.cpu_template.as_ref())
+                    .map(|template| template.digest().to_owned()),
             },
             no_kvm,
             tools: Arc::new(Tools {
@@ -191,6 +198,7 @@ impl FirecrackerVmm {
                 jailer,
                 network,
                 version,
+                cpu_template: options.cpu_template,
                 cgroups,
                 boot_id,
             }),
@@ -230,6 +238,9 @@ impl FirecrackerVmm {
                     "a machine that runs as the node itself has no network namespace".to_owned(),
                 ));
             }
+        }
+        if plan.huge_pages && (plan.capturable || matches!(plan.start, Start::Fork(_))) {
+            return Err(unsupported(crate::vmm::CAPTURED_HUGE_PAGES.to_owned()));
         }
         match &plan.start {
             Start::Linux(_) => {}
@@ -335,7 +346,10 @@ fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
         kind: VmmKind::Firecracker,
         version: tools.version.to_string(),
         accelerator: plan.accelerator,
-        cpu: facts::cpu_model(),
+        cpu: match &tools.cpu_template {
+            Some(template) => format!("{} as {}", facts::cpu_model(), template.digest()),
+            None => facts::cpu_model(),
+        },
         // The state says by which counter the guest tells the time, and Firecracker has KVM go on with it.
         counter_khz: None,
         vcpus: plan.vcpus,
@@ -469,6 +483,7 @@ mod tests {
             program: Some("/no/such/firecracker".into()),
             jailer: None,
             slirp4netns: None,
+            cpu_template: None,
             kvm: KvmVerdict::Works,
         };
         match FirecrackerVmm::detect(options).await {
@@ -483,6 +498,7 @@ mod tests {
             program: Some("/bin/true".into()),
             jailer: None,
             slirp4netns: None,
+            cpu_template: None,
             kvm: KvmVerdict::Works,
         };
         let refused = FirecrackerVmm::detect(options).await.err().unwrap();

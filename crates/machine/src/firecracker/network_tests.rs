@@ -43,6 +43,7 @@ fn plan(dir: &Path, ports: Vec<PortMapping>) -> LaunchPlan {
             initramfs: "/i".into(),
             cmdline: String::new(),
         }),
+        huge_pages: false,
         capturable: false,
         disks: vec![],
         nic: Some(Nic {

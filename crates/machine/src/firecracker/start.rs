@@ -185,8 +185,13 @@ async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure>
     if let Start::Fork(_) = &plan.start {
         return Ok(());
     }
-    let settings = configure::settings(plan, tools.version, Some(TAP))
-        .map_err(|error| Failure::At(BUILDING, error.to_string()))?;
+    let settings = configure::settings(
+        plan,
+        tools.version,
+        Some(TAP),
+        tools.cpu_template.as_ref().map(|template| template.body()),
+    )
+    .map_err(|error| Failure::At(BUILDING, error.to_string()))?;
     for setting in settings {
         api.put(&setting.path, &setting.body, api::ANSWER_LIMIT)
             .await

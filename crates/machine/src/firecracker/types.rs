@@ -13,9 +13,6 @@ pub(super) struct MachineConfig {
     /// `2M` for huge pages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) huge_pages: Option<&'static str>,
-    /// A static processor template, such as `T2`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) cpu_template: Option<String>,
 }
 
 /// `PUT /boot-source`.

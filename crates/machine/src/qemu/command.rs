@@ -71,6 +71,20 @@ pub(super) fn arguments(
             ),
         );
         machine.push_str(",memory-backend=memory");
+    } else if plan.huge_pages {
+        // Taken at once: what is taken when it is first touched may be gone by then, and that kills the monitor.
+        let share = if handles.shares.is_empty() {
+            "off"
+        } else {
+            "on"
+        };
+        option(
+            "-object",
+            format!(
+                "memory-backend-memfd,id=memory,size={memory_mib}M,hugetlb=on,hugetlbsize=2M,prealloc=on,share={share}"
+            ),
+        );
+        machine.push_str(",memory-backend=memory");
     } else if !handles.shares.is_empty() {
         // The share's server works on the guest's memory, so the two have it in common.
         option(
@@ -297,6 +311,7 @@ mod tests {
                 initramfs: "/i".into(),
                 cmdline: "quiet a,b".to_owned(),
             }),
+            huge_pages: false,
             capturable: false,
             disks: vec![],
             nic: None,

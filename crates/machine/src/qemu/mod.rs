@@ -142,6 +142,7 @@ impl QemuVmm {
                 pause: true,
                 vcpus_max: VCPUS_MAX,
                 capture: Ok(()),
+                cpu_template: None,
             },
             no_kvm,
             tools: Arc::new(Tools {
@@ -202,6 +203,9 @@ impl QemuVmm {
             return Err(unsupported(
                 "capturing or forking a machine with shared directories".to_owned(),
             ));
+        }
+        if (fork || plan.capturable) && plan.huge_pages {
+            return Err(unsupported(crate::vmm::CAPTURED_HUGE_PAGES.to_owned()));
         }
         if fork && plan.capturable {
             return Err(unsupported("capturing a fork".to_owned()));

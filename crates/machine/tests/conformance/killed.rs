@@ -500,7 +500,7 @@ async fn node_dies(id: &MachineId, dir: &Path, moment: Duration) -> bool {
 }
 
 /// Waits until there is nothing of what is looked for.
-async fn nothing_is_left(what: &str, look: impl Fn() -> Vec<String>) {
+pub(super) async fn nothing_is_left(what: &str, look: impl Fn() -> Vec<String>) {
     let mut left = Vec::new();
     let gone = async {
         loop {

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use vistara_host::facts;
+use vistara_host::{facts, hugepages};
 use vistara_machine::{
     Adoption, ChannelStream, Disk, LaunchPlan, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };
@@ -602,6 +602,46 @@ pub(crate) async fn a_disks_rate_holds_from_a_boot_on_and_in_a_fork(subject: &dy
     }
 }
 
+pub(crate) async fn a_machine_of_huge_pages_takes_them_and_gives_them_back(subject: &dyn Subject) {
+    let Some(vmm) = subject.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = subject.plan(dir.path());
+    plan.huge_pages = true;
+    plan.memory = Bytes::mib(128);
+    let wanted = plan.memory.0 / hugepages::PAGE;
+    let before = hugepages::pool().unwrap();
+    if before.free < wanted {
+        return println!(
+            "SKIP: {} huge pages are free, and it takes {wanted}: sysctl vm.nr_hugepages={wanted}",
+            before.free
+        );
+    }
+    let vm = launch(&*vmm, &plan).await;
+    Lines::open(&*vm).await.echo("up").await;
+    let touched = hugepages::touched(vm.record().pid);
+    println!("{touched} bytes of huge pages are touched");
+    assert!(touched > Bytes::mib(16).0 && touched <= plan.memory.0);
+    let left = subject.leftovers(&*vm);
+    soon("killing", vm.kill()).await.unwrap();
+    killed::nothing_is_left("huge pages", || {
+        let mut left = left();
+        let now = hugepages::pool().unwrap();
+        if now != before {
+            left.push(format!("{now:?}, and there were {before:?}"));
+        }
+        left
+    })
+    .await;
+    plan.capturable = true;
+    let refused = soon("launching", vmm.launch(&plan)).await.err();
+    assert!(
+        matches!(refused, Some(VmmError::Unsupported { .. })),
+        "{refused:?}"
+    );
+}
+
 /// The tests for one subject that a fake cannot show: `of_real_monitors!(subject_expression)`.
 #[macro_export]
 macro_rules! of_real_monitors {
@@ -609,6 +649,11 @@ macro_rules! of_real_monitors {
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn a_disks_rate_holds_from_a_boot_on_and_in_a_fork() {
             conformance::a_disks_rate_holds_from_a_boot_on_and_in_a_fork(&$subject).await;
+        }
+
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn a_machine_of_huge_pages_takes_them_and_gives_them_back() {
+            conformance::a_machine_of_huge_pages_takes_them_and_gives_them_back(&$subject).await;
         }
 
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -161,8 +161,9 @@ pub(crate) async fn prepare(
     let disks = disks(root.path.clone(), overlay.clone());
     let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
 
-    // Shared directories cannot be captured; a template's machine has none.
-    if !record.spec.no_template && plan.shares.is_empty() && vmm.capabilities().capture.is_ok() {
+    // Shared directories and huge pages cannot be captured; a template's machine has none.
+    let may_fork = !record.spec.no_template && plan.shares.is_empty() && !plan.huge_pages;
+    if may_fork && vmm.capabilities().capture.is_ok() {
         let begin = Instant::now();
         let parts = node.parts(root.path, boot, Arc::clone(&vmm));
         let blueprint = Blueprint::new(Shape::of(record), parts);
@@ -342,6 +343,7 @@ pub(crate) fn plan(
         vcpus: spec.cpus.vcpus(),
         memory: spec.memory,
         start,
+        huge_pages: spec.huge_pages,
         capturable: false,
         disks,
         nic: match spec.network {

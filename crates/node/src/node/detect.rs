@@ -53,6 +53,7 @@ impl Node {
             program: self.options.firecracker.clone(),
             jailer: self.options.jailer.clone(),
             slirp4netns: self.options.slirp4netns.clone(),
+            cpu_template: self.options.cpu_template.clone(),
             kvm: self
                 .kvm
                 .lock()

@@ -60,6 +60,11 @@ fn refusal(record: &Record) -> Option<Fault> {
             "machine {name} has volumes, which belong to one machine and cannot be captured"
         )));
     }
+    if record.spec.huge_pages {
+        return Some(Fault::conflict(format!(
+            "machine {name} has huge pages, which cannot be captured"
+        )));
+    }
     None
 }
 
@@ -364,7 +369,7 @@ impl Node {
     ) -> Answer<Arc<Handle>> {
         let mut spec: MachineSpec = from.spec.clone();
         changes.apply(&mut spec)?;
-        super::choose_ports(&mut spec)?;
+        super::create::choose_ports(&mut spec)?;
         let vmm = from.backend.vmm;
         let Some(monitor) = self.mechanisms.vmm(vmm) else {
             let message = format!("{vmm} is not on this node");
@@ -421,7 +426,7 @@ impl Node {
                 format!("{parent} cannot be used here: {}", chain(&error)),
             )
         })?;
-        let (name, slot) = self.reserve(&spec, for_name)?;
+        let (name, slot) = self.reserve(&spec, None, for_name)?;
         let origin = Origin::Request {
             at: zero,
             attach: false,

@@ -168,6 +168,8 @@ impl Node {
                 Some("--no-template".to_owned())
             } else if !spec.volumes.is_empty() {
                 Some("volumes cannot be captured".to_owned())
+            } else if spec.huge_pages {
+                Some("huge pages cannot be captured".to_owned())
             } else {
                 None
             }

@@ -34,6 +34,7 @@ pub(crate) fn suits(spec: &MachineSpec, payload: Payload) -> bool {
         no_template,
         cpus,
         rates,
+        huge_pages,
         // Of the template's key, and so the same.
         image: _,
         memory: _,
@@ -64,6 +65,7 @@ pub(crate) fn suits(spec: &MachineSpec, payload: Payload) -> bool {
         && !no_template
         && cpus.millis.is_multiple_of(1000)
         && *rates == Default::default()
+        && !huge_pages
         && payload == Payload::Linux
 }
 

@@ -108,6 +108,13 @@ impl Blueprint {
         part(boot.cmdline.as_bytes());
         part(capabilities.kind.to_string().as_bytes());
         part(capabilities.version.as_bytes());
+        part(
+            capabilities
+                .cpu_template
+                .as_deref()
+                .unwrap_or_default()
+                .as_bytes(),
+        );
         part(self.accelerator.to_string().as_bytes());
         part(&self.vcpus.to_le_bytes());
         part(&self.memory.0.to_le_bytes());
@@ -125,6 +132,7 @@ impl Blueprint {
             vcpus: self.vcpus,
             memory: self.memory,
             start: Start::Linux(self.parts.boot.clone()),
+            huge_pages: false,
             capturable: true,
             disks: vec![
                 Disk {

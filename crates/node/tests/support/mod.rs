@@ -76,6 +76,7 @@ impl TestNode {
             firecracker: None,
             jailer: None,
             slirp4netns: None,
+            cpu_template: None,
             boot_bound: Duration::from_secs(30),
             template_limits: None,
             // No stock where a test does not ask for it: machines are counted.

@@ -1,0 +1,288 @@
+//! Faults, and ends that nobody ordered.
+
+use super::*;
+
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_is_killed_from_outside_has_crashed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    let left = Firecracker.leftovers(&*machine.vm);
+    signal(machine.vm.record().pid, "-9");
+    match soon("ending", machine.vm.wait()).await {
+        VmEnd::Crashed { message } => assert!(message.contains("signal 9"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(left(), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_whose_api_is_gone_can_still_be_taken_over_held_and_killed() {
+    let Some(machine) = run(|plan| plan.capturable = true).await else {
+        return;
+    };
+    let vmm = Firecracker.vmm().await.unwrap();
+    std::fs::remove_file(machine.root().join("api.sock")).unwrap();
+    match soon("capturing", machine.vm.capture()).await {
+        Err(VmmError::Control { message, .. }) => assert!(message.contains("API"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    let record = machine.vm.record().clone();
+    drop((machine.vm, machine.lines));
+    let adopted = soon("adopting", vmm.adopt(machine.dir.path(), &record)).await;
+    let Adoption::Running(vm) = adopted.unwrap() else {
+        panic!("it runs");
+    };
+    let mut lines = Lines::open(&*vm).await;
+    lines.echo("there").await;
+    soon("holding", vm.pause()).await.unwrap();
+    soon("letting go", vm.resume()).await.unwrap();
+    lines.echo("still there").await;
+    soon("killing", vm.kill()).await.unwrap();
+    assert_eq!(left_of(&record), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_monitor_that_stands_still_is_taken_over_as_it_is_and_can_be_killed() {
+    let Some(machine) = run(|_| {}).await else {
+        return;
+    };
+    let vmm = Firecracker.vmm().await.unwrap();
+    signal(machine.vm.record().pid, "-STOP");
+    let record = machine.vm.record().clone();
+    drop((machine.vm, machine.lines));
+    let begin = Instant::now();
+    let adopted = soon("adopting", vmm.adopt(machine.dir.path(), &record)).await;
+    let Adoption::Running(vm) = adopted.unwrap() else {
+        panic!("it is there");
+    };
+    soon("killing", vm.kill()).await.unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert_eq!(left_of(&record), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_booted_is_refused_with_the_reason_and_leaves_nothing() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let files = tempfile::tempdir().unwrap();
+    let Start::Linux(good) = Firecracker.plan(files.path()).start else {
+        unreachable!()
+    };
+    let text = disk(files.path(), "text", "no kernel at all", 0o644);
+    // The header of a program for another processor (183, AArch64).
+    let mut foreign = std::fs::read(&good.kernel).unwrap();
+    foreign[18] = 183;
+    foreign.truncate(1 << 20);
+    let foreign_path = files.path().join("foreign");
+    std::fs::write(&foreign_path, foreign).unwrap();
+    for kernel in [files.path().join("missing"), text, foreign_path] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = Firecracker.plan(dir.path());
+        let mut boot = good.clone();
+        boot.kernel = kernel.clone();
+        plan.start = Start::Linux(boot);
+        let error = soon("launching", vmm.launch(&plan)).await.err().unwrap();
+        println!("{}: {error}", kernel.display());
+        match error {
+            VmmError::Io { path, .. } => assert_eq!(path, kernel),
+            VmmError::Launch { message, .. } => assert!(!message.is_empty()),
+            other => panic!("{other}"),
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_kvm_every_plan_is_refused_with_the_reason() {
+    let mut options = options();
+    options.kvm = KvmVerdict::Broken("guests are emulated".to_owned());
+    let Ok(vmm) = FirecrackerVmm::detect(options).await else {
+        return println!("SKIP: no Firecracker");
+    };
+    assert_eq!(vmm.capabilities().accelerators, []);
+    if guest::boot_with(guest::Channel::Vsock).is_err() {
+        return println!("SKIP: no kernel");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    match vmm.launch(&Firecracker.plan(dir.path())).await.err() {
+        Some(VmmError::Unsupported { reason, .. }) => {
+            assert!(reason.contains("guests are emulated"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_beyond_its_memory_limit_is_ended_with_that_reason() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = Firecracker.plan(dir.path());
+    plan.fence.memory_max = Bytes::mib(48);
+    let vm = match soon("launching", vmm.launch(&plan)).await {
+        Ok(vm) => vm,
+        // It may not even come so far as to start the guest.
+        Err(error) => return println!("refused: {error}"),
+    };
+    ends_with_this_test(vm.record());
+    let held = vm
+        .record()
+        .fences
+        .iter()
+        .any(|fence| fence.starts_with("cgroup: memory"));
+    if !held {
+        println!("SKIP: no memory cgroup");
+        return vm.kill().await.unwrap();
+    }
+    match soon("ending", vm.wait()).await {
+        VmEnd::Crashed { message } => assert!(message.contains("memory limit"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(left_of(vm.record()), [] as [&str; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_host_disk_fails_the_guests_writes_and_is_told() {
+    if !facts::is_root() {
+        return println!("SKIP: a small file system of its own takes root");
+    }
+    let small = tempfile::tempdir().unwrap();
+    let at = small.path().to_str().unwrap().to_owned();
+    let mount = |args: &[&str]| {
+        let status = Command::new(args[0]).args(&args[1..]).status();
+        status.unwrap().success()
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "small", &at]) {
+        return println!("SKIP: a tmpfs cannot be mounted here");
+    }
+    let path = small.path().join("disk");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(20 << 20).unwrap();
+    drop(file);
+    std::fs::write(small.path().join("ballast"), vec![1; 18 << 20]).unwrap();
+    let tested = async {
+        let own = vec![Disk {
+            path,
+            read_only: false,
+        }];
+        let Some(mut machine) = run(|plan| plan.disks = own).await else {
+            return;
+        };
+        machine.load_drivers().await;
+        let write = "dd if=/dev/zero of=/dev/vda bs=1M count=12 conv=fsync 2>/dev/null; echo $?";
+        assert_eq!(machine.sh(write).await, "1");
+        let told = async {
+            while machine.vm.trouble().is_none() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        soon("telling of the full disk", told).await;
+        println!("trouble: {:?}", machine.vm.trouble());
+        std::fs::remove_file(small.path().join("ballast")).unwrap();
+        assert_eq!(machine.sh(write).await, "0");
+        machine.end().await;
+    };
+    let done = tokio::time::timeout(2 * limit(), tested).await;
+    // The kernel gives up the machine's mounts a moment after its last process.
+    let begin = Instant::now();
+    while !mount(&["umount", &at]) {
+        assert!(begin.elapsed() < Duration::from_secs(10), "it stays busy");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("unmounted after {:?}", begin.elapsed());
+    done.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "each of 400,000 bytes is a trap: minutes in the lab"]
+async fn a_guest_that_floods_its_console_takes_no_room_on_the_host() {
+    let Some(mut machine) = run(|_| {}).await else {
+        return;
+    };
+    let flood = "i=0; while [ $i -lt 6000 ]; do echo line $i of a flood that is written to the console for ever; i=$((i+1)); done > /dev/ttyS0";
+    machine.sh(flood).await;
+    let live = machine.dir.path().join("console.live");
+    let len = std::fs::metadata(live).map_or(0, |data| data.len());
+    println!("console: {len} bytes");
+    assert!(len <= 512 << 10, "{len}");
+    assert!(machine.vm.console(usize::MAX).await.len() <= 64 << 10);
+    machine.end().await;
+}
+
+/// Names the directory to the process that [`a_machine_survives_the_process_that_launched_it`] starts.
+const LAUNCHER_DIR: &str = "VISTARA_TEST_LAUNCHER_DIR";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "the other process of the test below"]
+async fn launcher_that_dies() {
+    let Some(dir) = std::env::var_os(LAUNCHER_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let vm = launch(&*vmm, &Firecracker.plan(&dir.join("machine"))).await;
+    std::fs::write(dir.join("record"), serde_json::to_vec(vm.record()).unwrap()).unwrap();
+    // No destructor, no goodbye.
+    std::process::abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_survives_the_process_that_launched_it() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    // It goes off while somebody watches, and while nobody does: the log tells what the exit status cannot.
+    for watched in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let machine = dir.path().join("machine");
+        std::fs::create_dir(&machine).unwrap();
+        let mut launcher = tokio::process::Command::new(std::env::current_exe().unwrap());
+        launcher
+            .args(["--ignored", "--exact", "ends::launcher_that_dies"])
+            .env(LAUNCHER_DIR, dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let status = soon("launching", launcher.status()).await.unwrap();
+        assert!(!status.success());
+        let record = std::fs::read(dir.path().join("record")).unwrap();
+        let record: VmRecord = serde_json::from_slice(&record).unwrap();
+        ends_with_this_test(&record);
+        let adopt = || async {
+            soon("adopting", vmm.adopt(&machine, &record))
+                .await
+                .unwrap()
+        };
+        let Adoption::Running(vm) = adopt().await else {
+            panic!("it should run");
+        };
+        let mut lines = Lines::open(&*vm).await;
+        lines.echo("still here").await;
+        lines.say("off").await;
+        let end = if watched {
+            soon("ending", vm.wait()).await
+        } else {
+            drop(vm);
+            let gone = async {
+                while facts::start_ticks(record.pid) == Some(record.pid_start_ticks) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            soon("going", gone).await;
+            match adopt().await {
+                Adoption::Gone(end) => end,
+                Adoption::Running(_) => panic!("it is gone"),
+            }
+        };
+        assert_eq!(end, VmEnd::GuestOff, "watched: {watched}");
+        assert_eq!(left_of(&record), [] as [&str; 0]);
+    }
+}
