@@ -2,6 +2,7 @@
 //! [`crate::run_options`].
 
 use crate::mesh_commands::{GrantOptions, IdOptions, NodesOptions};
+use crate::receipt_commands::ReceiptOptions;
 use crate::run_options::RunOptions;
 use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
 use crate::template_commands::TemplateOptions;
@@ -81,6 +82,8 @@ pub(crate) enum Command {
     Stats(StatsOptions),
     /// Wait until machines end, and print their exit codes
     Wait(WaitOptions),
+    /// Show a machine's receipt, or check one
+    Receipt(ReceiptOptions),
     /// Manage images (alone: list them)
     #[command(visible_alias = "image")]
     Images(ImagesOptions),
@@ -519,6 +522,8 @@ pub(crate) enum KernelCommand {
         #[arg(value_name = "debian|FILE|nanos FILE", required = true, num_args = 1..=2)]
         source: Vec<String>,
     },
+    /// Build a small, fast Linux guest kernel out of Debian's source, and add it (takes 10 minutes of a processor, once)
+    Build(BuildKernelOptions),
     /// Remove guest kernels
     Rm {
         /// Kernels
@@ -530,6 +535,24 @@ pub(crate) enum KernelCommand {
         /// Kernel
         name: String,
     },
+}
+
+/// `kernel build`.
+#[derive(Debug, Args)]
+pub(crate) struct BuildKernelOptions {
+    /// Name (default: the kernel's version)
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Make it the default also where another was chosen
+    #[arg(long)]
+    pub(crate) default: bool,
+    /// Directory to build in; 2.5 GB are needed meanwhile (default: /var/cache/vistara/kernel for root,
+    /// ~/.cache/vistara/kernel for others)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// Compilers at a time (default: as many as there are processors)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) jobs: Option<u16>,
 }
 
 /// `doctor`.

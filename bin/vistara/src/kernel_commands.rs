@@ -37,6 +37,8 @@ pub(crate) async fn kernel(client: &Client, command: &KernelCommand) -> Result<u
             print(&format!("{}\n", visible(&kernel.name, false)))?;
             Ok(0)
         }
+        // Done before a node was asked for: `kernel_build`.
+        KernelCommand::Build(_) => Ok(0),
         KernelCommand::Rm { names } => {
             remove_each(names, async |name| {
                 client.remove_kernel(name).await?;

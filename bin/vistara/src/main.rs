@@ -17,6 +17,7 @@ mod failure;
 mod forward;
 mod image_commands;
 mod image_transfer;
+mod kernel_build;
 mod kernel_commands;
 mod listing;
 mod logs_command;
@@ -27,6 +28,8 @@ mod output;
 mod place;
 mod places;
 mod progress;
+mod receipt_commands;
+mod receipts;
 mod run_command;
 mod run_options;
 mod session;
@@ -117,7 +120,7 @@ fn execute(line: CommandLine) -> Result<u8, Failure> {
 
 async fn command(command: Command, places: &Places, on: Option<String>) -> Result<u8, Failure> {
     let begin = std::time::Instant::now();
-    if on.is_some() && is_local(&command) {
+    if on.is_some() && (is_local(&command) || kernel_build::is_build(&command)) {
         return Err(
             Failure::new("--on is for commands about machines and images")
                 .hint("type this command on the other node"),
@@ -133,7 +136,15 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
         }
         _ => {}
     }
+    // Before a node is started: it would not wait so long for something to do.
+    let built = match &command {
+        Command::Kernel(options) => kernel_build::prepare(&options.command).await?,
+        _ => None,
+    };
     let client = connect::or_start(places).await?;
+    if let Some(built) = built {
+        return kernel_build::add(&client, built).await;
+    }
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
         command => {
@@ -206,6 +217,7 @@ async fn with_node(
         Command::Inspect(options) => machine_commands::inspect(client, &options).await,
         Command::Stats(options) => stats_command::stats(client, &options).await,
         Command::Wait(options) => machine_commands::wait(client, &options).await,
+        Command::Receipt(options) => receipt_commands::receipt(client, &options).await,
         Command::Images(options) => image_commands::images(client, options).await,
         Command::Pull(options) => image_commands::pull(client, &options).await,
         Command::Rmi(options) => image_commands::remove(client, &options).await,

@@ -15,6 +15,7 @@ mod machine;
 mod mesh;
 mod node;
 mod options;
+mod receipts;
 mod request;
 mod service;
 mod snapshots;
@@ -32,5 +33,7 @@ pub use service::{openapi, run};
 pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
+/// For whoever builds a kernel that is then added to a node.
+pub use vistara_machine::boot::own as own_kernel;
 pub use vistara_machine::firecracker::{CpuTemplate, CpuTemplateError, RawFirecracker};
 pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/.default              the default's name
+//! <root>/.chosen               the same, where its owner chose it
 //! <root>/<name>/record.json    what is recorded of it
 //! <root>/.new-*                being made; removed when a day old
 //! ```
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const DEFAULT_FILE: &str = ".default";
+const CHOSEN_FILE: &str = ".chosen";
 const RECORD_FILE: &str = "record.json";
 const SCRATCH_PREFIX: &str = ".new-";
 /// Scratch this old was left by a process that died; adding a kernel takes seconds.
@@ -109,11 +111,14 @@ impl Shelf {
         serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))
     }
 
+    fn exists(&self, name: &str) -> bool {
+        self.dir(name).join(RECORD_FILE).exists()
+    }
+
     fn existing(&self, name: &str) -> Result<PathBuf, BootError> {
         check_name(name)?;
-        let dir = self.dir(name);
-        if dir.join(RECORD_FILE).exists() {
-            return Ok(dir);
+        if self.exists(name) {
+            return Ok(self.dir(name));
         }
         Err(BootError::UnknownKernel {
             name: name.to_owned(),
@@ -122,8 +127,24 @@ impl Shelf {
     }
 
     pub(super) fn set_default(&self, name: &str) -> Result<(), BootError> {
+        self.write_name(DEFAULT_FILE, name)
+    }
+
+    /// Makes this the default by its owner's word, which holds until the owner says another or removes it.
+    pub(super) fn choose(&self, name: &str) -> Result<(), BootError> {
+        self.write_name(DEFAULT_FILE, name)?;
+        self.write_name(CHOSEN_FILE, name)
+    }
+
+    /// Whether the default is its owner's choice.
+    pub(super) fn is_chosen(&self) -> bool {
+        let default = self.default_name();
+        default.is_some_and(|name| self.exists(&name) && self.name_in(CHOSEN_FILE) == Some(name))
+    }
+
+    fn write_name(&self, file: &str, name: &str) -> Result<(), BootError> {
         self.existing(name)?;
-        let path = self.root.join(DEFAULT_FILE);
+        let path = self.root.join(file);
         let error = || BootError::io("write", &path);
         let mut file = tempfile::Builder::new()
             .prefix(SCRATCH_PREFIX)
@@ -160,7 +181,11 @@ impl Shelf {
     }
 
     pub(super) fn default_name(&self) -> Option<String> {
-        let name = fs::read_to_string(self.root.join(DEFAULT_FILE)).ok()?;
+        self.name_in(DEFAULT_FILE)
+    }
+
+    fn name_in(&self, file: &str) -> Option<String> {
+        let name = fs::read_to_string(self.root.join(file)).ok()?;
         check_name(&name).is_ok().then_some(name)
     }
 

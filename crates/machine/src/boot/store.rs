@@ -9,7 +9,7 @@
 use super::modules::{ModuleIndex, StagedModule, stages};
 use super::shelf::{Shelf, check_name, now_unix_s, write_synced};
 use super::unpack::{self, KERNEL_BYTES_MAX, bzimage_payload, decompress, read_bounded};
-use super::{BootError, debian, elf};
+use super::{BootError, debian, elf, own};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::fs;
@@ -90,7 +90,8 @@ impl KernelStore {
 
     /// Adds the kernel in `source`: a Debian `linux-image-*.deb`, a bzImage (`vmlinuz`) or a `vmlinux`; for the last two
     /// `modules` may name a directory of modules. Its name is `name`, or the kernel's release. The first kernel becomes
-    /// the default. One of the same name is replaced, also while machines that were started from it run.
+    /// the default; one that [`own::build`] made becomes it too, unless the default was chosen by
+    /// [`KernelStore::set_default`]. One of the same name is replaced, also while machines that were started from it run.
     ///
     /// # Errors
     /// [`BootError`]; the store is as it was then.
@@ -143,6 +144,9 @@ impl KernelStore {
             added_unix_s: now_unix_s(),
         };
         self.shelf.put(&fresh, &name, &record)?;
+        if own::is_own(&record.release) && !self.shelf.is_chosen() {
+            self.shelf.set_default(&name)?;
+        }
         self.get(&name)
     }
 
@@ -192,25 +196,28 @@ impl KernelStore {
         }
     }
 
-    /// Makes a kernel the default.
+    /// Makes a kernel the default by its owner's word: none that is added takes its place.
     ///
     /// # Errors
     /// [`BootError::UnknownKernel`].
     pub fn set_default(&self, name: &str) -> Result<(), BootError> {
-        self.shelf.set_default(name)
+        self.shelf.choose(name)
     }
 
     /// Removes a kernel. Running machines keep theirs: a monitor has read it by then. If it was the default, the one
-    /// added last of those that are left becomes it.
+    /// added last of those that are left becomes it, and one of our own before all others.
     ///
     /// # Errors
     /// [`BootError::UnknownKernel`].
     pub fn remove(&self, name: &str) -> Result<(), BootError> {
         self.shelf.remove(name, || {
             let left = self.list()?;
-            let next = left
-                .into_iter()
-                .max_by_key(|kernel| kernel.record.added_unix_s);
+            let next = left.into_iter().max_by_key(|kernel| {
+                (
+                    own::is_own(&kernel.record.release),
+                    kernel.record.added_unix_s,
+                )
+            });
             Ok(next.map(|kernel| kernel.record.name))
         })
     }

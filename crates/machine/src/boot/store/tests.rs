@@ -156,6 +156,62 @@ fn the_default_is_what_was_set() {
 }
 
 #[test]
+fn our_own_kernel_becomes_the_default_unless_its_owner_chose_another() {
+    let bench = bench();
+    let own = bench.file("vmlinux", &fixtures::vmlinux("6.1.9-vistara", true));
+    let default = || bench.store.default_kernel().unwrap().unwrap().record.name;
+    let debian = bench.deb("6.1.0-1");
+    bench.store.add(&debian, None, Some("debian")).unwrap();
+    assert!(bench.store.add(&own, None, Some("own")).unwrap().is_default);
+    // It stays so when others come.
+    bench.store.add(&debian, None, Some("later")).unwrap();
+    assert_eq!(default(), "own");
+    bench.store.set_default("debian").unwrap();
+    let newer = bench.store.add(&own, None, Some("newer")).unwrap();
+    assert!(!newer.is_default, "another was chosen");
+    assert_eq!(default(), "debian");
+    // What was chosen is gone, and the choice with it.
+    bench.store.remove("debian").unwrap();
+    assert_ne!(default(), "later", "our own come first");
+    bench.store.set_default("later").unwrap();
+    bench.store.remove("later").unwrap();
+    bench.store.add(&debian, None, Some("later")).unwrap();
+    assert!(bench.store.add(&own, None, Some("own")).unwrap().is_default);
+    bench.assert_tidy();
+}
+
+#[test]
+fn what_is_built_in_is_looked_for_in_the_list_of_it() {
+    let bench = bench();
+    let image = bench.file("vmlinux", &fixtures::vmlinux("6.1.9-vistara", true));
+    let modules = bench.dir.path().join("list");
+    fs::create_dir(&modules).unwrap();
+    let list = |names: &[&str]| {
+        let lines: String = names
+            .iter()
+            .map(|name| format!("kernel/x/{name}.ko\n"))
+            .collect();
+        fs::write(modules.join("modules.builtin"), lines).unwrap();
+        bench.store.add(&image, Some(&modules), Some("own"))
+    };
+    let boot = [
+        "virtio_ring",
+        "virtio",
+        "virtio_mmio",
+        "virtio_console",
+        "virtio_blk",
+        "squashfs",
+        "ext4",
+        "overlay",
+    ];
+    let some = list(&boot).unwrap().record;
+    assert!(some.modules.is_empty(), "{some:?}");
+    assert!(some.missing.contains(&"virtiofs".to_owned()), "{some:?}");
+    let error = list(&boot[1..]).unwrap_err().to_string();
+    assert!(error.contains("lacks virtio_ring"), "{error}");
+}
+
+#[test]
 fn what_cannot_be_booted_is_refused_and_leaves_nothing() {
     let bench = bench();
     let add = |name: &str, data: &[u8]| {
