@@ -30,8 +30,12 @@ pub enum Verdict {
 /// emulated nested machine 30 to 150 ms, and where guest code is emulated one instruction at a time 2 to 6 s.
 pub const PROBE_BOUND: Duration = Duration::from_millis(300);
 
-/// How long a guest that was told to come out may take for it, which is a matter of microseconds.
-const GRACE: Duration = Duration::from_millis(200);
+/// How long it may take to make a guest. The first one after a boot of an emulated nested machine took more than half a second.
+const MAKING: Duration = Duration::from_secs(5);
+
+/// How long a guest that was told to come out may take for it and for being cleared away: a matter of microseconds, unless the
+/// host has no processor to spare.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// How many times `bound` on the clock the guest gets in each further try.
 const FURTHER: [u32; 2] = [2, 8];
@@ -142,26 +146,43 @@ fn try_program(clock: Duration, bound: Duration, program: &'static [u8]) -> Trie
     if ABANDONED.load(Ordering::SeqCst) {
         return Tried::Lost("an earlier guest still does not come back".to_owned());
     }
+    enum Word {
+        /// The guest is made, and runs.
+        Begun,
+        Ended(Result<Ran, Verdict>),
+    }
     let (sender, receiver) = mpsc::channel();
     let spawned = std::thread::Builder::new()
         .name("kvm-probe".to_owned())
         .spawn(move || {
             // The receiver may have given up; then nobody is left to tell.
-            let _ = sender.send(arch::run(clock, program));
+            let begun = || {
+                let _ = sender.send(Word::Begun);
+            };
+            let _ = sender.send(Word::Ended(arch::run(clock, program, begun)));
             ABANDONED.store(false, Ordering::SeqCst);
         });
     let thread = match spawned {
         Ok(thread) => thread,
         Err(error) => return known_broken(format!("no thread could be started: {error}")),
     };
-    let ran = receiver.recv_timeout(clock).or_else(|_| {
+    let word = receiver.recv_timeout(MAKING).and_then(|word| match word {
+        Word::Begun => receiver.recv_timeout(clock),
+        ended => Ok(ended),
+    });
+    let word = word.or_else(|_| {
         // SAFETY: the thread is not joined yet, so its handle is valid, also where it has ended meanwhile. It blocks this
         // signal as the first thing that it does, before it can take as long as `clock`.
         let _ = unsafe { libc::pthread_kill(thread.as_pthread_t(), come_out()) };
         receiver.recv_timeout(GRACE)
     });
-    match ran {
-        Ok(ran) => {
+    // One that was long in the making begins only now, and was told to end.
+    let word = word.and_then(|word| match word {
+        Word::Begun => receiver.recv_timeout(clock + GRACE),
+        ended => Ok(ended),
+    });
+    match word {
+        Ok(Word::Ended(ran)) => {
             // It has said its last word.
             let _ = thread.join();
             match ran {
@@ -174,7 +195,7 @@ fn try_program(clock: Duration, bound: Duration, program: &'static [u8]) -> Trie
                 Err(verdict) => Tried::Known(verdict),
             }
         }
-        Err(_) => {
+        Ok(Word::Begun) | Err(_) => {
             ABANDONED.store(true, Ordering::SeqCst);
             if thread.is_finished() {
                 ABANDONED.store(false, Ordering::SeqCst);
@@ -295,7 +316,11 @@ mod arch {
         }
     }
 
-    pub(super) fn run(clock: Duration, program: &[u8]) -> Result<Ran, Verdict> {
+    pub(super) fn run(
+        clock: Duration,
+        program: &[u8],
+        begun: impl FnOnce(),
+    ) -> Result<Ran, Verdict> {
         block_signals();
         let kvm = Kvm::new().map_err(|error| Verdict::Absent(absence(&error)))?;
         let memory = Memory::new();
@@ -303,6 +328,7 @@ mod arch {
             memory.map_err(|error| Verdict::Broken(format!("no memory for a guest: {error}")))?;
         // Locals are dropped in reverse order: the machine first, then its memory.
         let (vm, mut vcpu) = machine(&kvm, &mut memory, program)?;
+        begun();
         let ran = turns(&mut vcpu, clock);
         drop(vcpu);
         drop(vm);
