@@ -2,11 +2,6 @@
 
 use super::*;
 
-fn signal(pid: u32, name: &str) {
-    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
-    assert!(sent.unwrap().success());
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_monitor_that_is_killed_from_outside_has_crashed() {
     let Some(machine) = run(|_| {}).await else {

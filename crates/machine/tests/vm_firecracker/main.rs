@@ -268,6 +268,11 @@ async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
     machine.end().await;
 }
 
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
 fn nic(ports: Vec<PortMapping>) -> Nic {
     Nic {
         ports,
