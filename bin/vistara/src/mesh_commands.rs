@@ -174,6 +174,7 @@ pub(crate) async fn nodes(client: &Client, options: &NodesOptions) -> Result<u8,
             "NODE",
             "NAME",
             "STATE",
+            "KNOWN",
             "ADDRESS",
             "GRANTED",
             "UNTIL",
@@ -187,16 +188,28 @@ pub(crate) async fn nodes(client: &Client, options: &NodesOptions) -> Result<u8,
     Ok(0)
 }
 
+/// What the network believes of a node, and how it stands between it and this one where that says something else.
+fn state(node: &PeerNode) -> String {
+    let link = match &node.reason {
+        Some(reason) => format!("{}: {}", node.state, visible(reason, false)),
+        None => node.state.clone(),
+    };
+    match node.life.as_deref() {
+        None => link,
+        Some("alive") if node.state == "connected" || node.state == "idle" => "alive".to_owned(),
+        Some("alive") => format!("alive, but {link}"),
+        Some(life) => life.to_owned(),
+    }
+}
+
 fn row(node: &PeerNode) -> Vec<String> {
     let grant = node.grant.as_ref();
     let facts = node.facts.as_ref();
     vec![
         node.id.chars().take(12).collect(),
         node.name.clone().unwrap_or_default(),
-        match &node.reason {
-            Some(reason) => format!("{}: {}", node.state, visible(reason, false)),
-            None => node.state.clone(),
-        },
+        state(node),
+        node.known.clone(),
         node.addresses.first().cloned().unwrap_or_default(),
         grant.map_or_else(|| "nothing".to_owned(), |grant| grant.rights.join(",")),
         grant.map(|grant| grant.until.clone()).unwrap_or_default(),
@@ -381,6 +394,12 @@ pub(crate) struct TermsOptions {
     /// Take something again
     #[arg(long)]
     no_drain: bool,
+    /// Speak with the joined nodes only: say nothing of this node to the rest of their network, and hear nothing of it
+    #[arg(long, conflicts_with = "no_private")]
+    private: bool,
+    /// Take part in the network again
+    #[arg(long)]
+    no_private: bool,
 }
 
 /// `vistara node terms`: what this node says of itself to those who may use it.
@@ -401,6 +420,7 @@ pub(crate) async fn terms(client: &Client, options: &TermsOptions) -> Result<u8,
         terms.memory_max_bytes = Some(size.0);
     }
     terms.draining = (terms.draining || options.drain) && !options.no_drain;
+    terms.private = (terms.private || options.private) && !options.no_private;
     if terms != before {
         terms = client
             .set_terms(&terms)

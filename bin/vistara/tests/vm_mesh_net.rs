@@ -130,11 +130,21 @@ impl<'a> Node<'a> {
 
     /// How it stands with a node that it has joined.
     fn state_of(&self, name: &str) -> String {
+        self.of(name, "state")
+    }
+
+    /// What the network believes of a node, by its name here or its id; nothing where it is not known.
+    fn life_of(&self, node: &str) -> String {
+        self.of(node, "life")
+    }
+
+    fn of(&self, node: &str, what: &str) -> String {
         let nodes: serde_json::Value =
             serde_json::from_str(&self.said(&["nodes", "--json"])).unwrap();
         let found = nodes.as_array().unwrap().iter();
-        let mut found = found.filter(|node| node["name"] == name);
-        found.next().unwrap()["state"].as_str().unwrap().to_owned()
+        let mut found = found.filter(|one| one["name"] == node || one["id"] == node);
+        let found = found.next().and_then(|one| one[what].as_str());
+        found.unwrap_or_default().to_owned()
     }
 }
 
@@ -145,21 +155,39 @@ impl Drop for Node<'_> {
     }
 }
 
+/// A switch, and three hosts at it: the network's addresses 1 to 3.
+fn three_on_a_switch(name: &str, network: &str) -> (Space, Vec<Space>) {
+    let switch = Space::new(&format!("{name}s"));
+    switch.run(&["ip", "link", "add", "sw0", "type", "bridge"]);
+    switch.run(&["ip", "link", "set", "sw0", "up"]);
+    let spaces: Vec<Space> = (0..3)
+        .map(|index| Space::new(&format!("{name}{index}")))
+        .collect();
+    for (index, space) in spaces.iter().enumerate() {
+        let own = format!("{network}.{}/24", index + 1);
+        space.cable(&own, &switch, None, &format!("v{index}"));
+    }
+    (switch, spaces)
+}
+
+/// Cuts the way between two addresses, both ways, until the table `cut` is deleted.
+fn cut_between(switch: &Space, one: &str, other: &str) {
+    let table = ["nft", "add", "table", "bridge", "cut"];
+    switch.run(&table);
+    let hook = "{ type filter hook forward priority 0 ; }";
+    switch.run(&["nft", "add", "chain", "bridge", "cut", "f", hook]);
+    for (from, to) in [(one, other), (other, one)] {
+        let rule = ["nft", "add", "rule", "bridge", "cut", "f"];
+        switch.run(&[&rule[..], &["ip", "saddr", from, "ip", "daddr", to, "drop"]].concat());
+    }
+}
+
 #[test]
 fn a_network_that_parts_is_noticed_within_ten_seconds_and_healed_by_the_next_request() {
     if skipped() {
         return;
     }
-    let switch = Space::new("switch");
-    switch.run(&["ip", "link", "add", "sw0", "type", "bridge"]);
-    switch.run(&["ip", "link", "set", "sw0", "up"]);
-    let spaces: Vec<Space> = (0..3)
-        .map(|index| Space::new(&format!("p{index}")))
-        .collect();
-    for (index, space) in spaces.iter().enumerate() {
-        let own = format!("10.77.0.{}/24", index + 1);
-        space.cable(&own, &switch, None, &format!("v{index}"));
-    }
+    let (switch, spaces) = three_on_a_switch("p", "10.77.0");
     let [a, b, c] =
         [0, 1, 2].map(|index: usize| Node::new(&spaces[index], &format!("net-p{index}")));
     a.join(&b, "b", "10.77.0.2");
@@ -168,50 +196,7 @@ fn a_network_that_parts_is_noticed_within_ten_seconds_and_healed_by_the_next_req
     a.said(&["--on", "c", "ps"]);
 
     // The cable between two is cut, both ways; the third hears both.
-    for rule in [
-        &["nft", "add", "table", "bridge", "cut"][..],
-        &[
-            "nft",
-            "add",
-            "chain",
-            "bridge",
-            "cut",
-            "f",
-            "{ type filter hook forward priority 0 ; }",
-        ],
-        &[
-            "nft",
-            "add",
-            "rule",
-            "bridge",
-            "cut",
-            "f",
-            "ip",
-            "saddr",
-            "10.77.0.1",
-            "ip",
-            "daddr",
-            "10.77.0.2",
-            "drop",
-        ],
-        &[
-            "nft",
-            "add",
-            "rule",
-            "bridge",
-            "cut",
-            "f",
-            "ip",
-            "saddr",
-            "10.77.0.2",
-            "ip",
-            "daddr",
-            "10.77.0.1",
-            "drop",
-        ],
-    ] {
-        switch.run(rule);
-    }
+    cut_between(&switch, "10.77.0.1", "10.77.0.2");
     let cut = Instant::now();
     until("that the loss is noticed", || {
         a.state_of("b") != "connected"
@@ -229,6 +214,54 @@ fn a_network_that_parts_is_noticed_within_ten_seconds_and_healed_by_the_next_req
         a.vistara(&["--on", "b", "ps"]).status.success()
     });
     assert_eq!(a.state_of("b"), "connected");
+}
+
+#[test]
+fn a_part_of_the_network_that_is_cut_off_is_dead_to_the_other_until_it_heals_by_itself() {
+    if skipped() {
+        return;
+    }
+    let (switch, spaces) = three_on_a_switch("g", "10.79.0");
+    let [a, b, c] =
+        [0, 1, 2].map(|index: usize| Node::new(&spaces[index], &format!("net-g{index}")));
+    a.join(&b, "b", "10.79.0.2");
+    c.join(&b, "b", "10.79.0.2");
+    let [a_id, c_id] = [&a, &c].map(|node| node.said(&["id"]));
+    until("that who joined one hears of the other", || {
+        a.life_of(&c_id) == "alive" && c.life_of(&a_id) == "alive"
+    });
+
+    // Two that cannot speak with each other have a third to say that both live.
+    cut_between(&switch, "10.79.0.1", "10.79.0.3");
+    let cut = Instant::now();
+    while cut.elapsed() < Duration::from_secs(12) {
+        assert_ne!(a.life_of(&c_id), "dead");
+        assert_ne!(c.life_of(&a_id), "dead");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    switch.run(&["nft", "delete", "table", "bridge", "cut"]);
+
+    // Nobody reaches the third.
+    spaces[2].run(&["ip", "link", "set", "v20", "down"]);
+    let cut = Instant::now();
+    until("that all take it for dead", || {
+        a.life_of(&c_id) == "dead" && b.life_of(&c_id) == "dead"
+    });
+    let took = cut.elapsed();
+    println!("dead to both others after {took:?}");
+    assert!(took < Duration::from_secs(10), "noticed after {took:?}");
+    until("that it takes them for dead, too", || {
+        c.life_of("b") == "dead" && c.life_of(&a_id) == "dead"
+    });
+    spaces[2].run(&["ip", "link", "set", "v20", "up"]);
+    let healed = Instant::now();
+    until("that all are alive to all", || {
+        a.life_of(&c_id) == "alive"
+            && b.life_of(&c_id) == "alive"
+            && c.life_of(&a_id) == "alive"
+            && c.life_of("b") == "alive"
+    });
+    println!("healed after {:?}", healed.elapsed());
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub struct JoinRequest {
     pub grant: Option<String>,
 }
 
-/// A node that was joined.
+/// A node that was joined, or that this one has heard of in the network that it has joined.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PeerNode {
     /// Its id.
@@ -51,15 +51,23 @@ pub struct PeerNode {
     pub name: Option<String>,
     /// Where it is dialled.
     pub addresses: Vec<String>,
-    /// `connected`, `connecting` or `away`.
+    /// How it stands between this node and that one: `connected`, `connecting` or `away`; `idle` where it was only heard of and
+    /// nothing is being said.
     pub state: String,
+    /// What the network believes of it: `alive`, `suspect`, `dead`, or `left` where it said goodbye; nothing where it takes no
+    /// part, or this node does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life: Option<String>,
+    /// How it is known: `joined`, or `heard`.
+    #[serde(default)]
+    pub known: String,
     /// Which of its starts this is, while it is connected.
     pub generation: Option<u64>,
     /// Why it is away.
     pub reason: Option<String>,
     /// What this node has been granted there, as the token says; that node may have revoked it.
     pub grant: Option<Grant>,
-    /// What it states about itself, where it has given a grant and was heard within half a minute.
+    /// What it states about itself: to the network while it lives there, or to this node within the last half minute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub facts: Option<crate::types::StatedFacts>,
 }

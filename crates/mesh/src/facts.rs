@@ -5,7 +5,7 @@
 
 use crate::identity::Identity;
 use iroh::{PublicKey, Signature};
-use vistara_model::{FactsError, NodeFacts};
+use vistara_model::{FactsError, NodeFacts, NodeId};
 
 /// What is signed begins with this.
 const CONTEXT: &[u8] = b"vistara 2026-11 facts of a node\0";
@@ -30,8 +30,26 @@ pub enum StatementError {
     Facts(#[from] FactsError),
 }
 
-fn signed(body: &[u8]) -> Vec<u8> {
-    [CONTEXT, body].concat()
+/// The signature of these bytes in this context, and they.
+pub(crate) fn seal(identity: &Identity, context: &[u8], body: &[u8]) -> Vec<u8> {
+    let signature = identity.secret().sign(&[context, body].concat());
+    [&signature.to_bytes()[..], body].concat()
+}
+
+/// The signature, and what was signed, as far as that can be told without knowing by whom.
+pub(crate) fn split(bytes: &[u8]) -> Result<(&[u8; SIGNATURE_BYTES], &[u8]), StatementError> {
+    (bytes.split_first_chunk::<SIGNATURE_BYTES>()).ok_or(StatementError::Length(bytes.len()))
+}
+
+/// Whether a node has signed these bytes in this context.
+pub(crate) fn verify(
+    node: &NodeId,
+    context: &[u8],
+    (signature, body): (&[u8; SIGNATURE_BYTES], &[u8]),
+) -> Result<(), StatementError> {
+    let key = PublicKey::from_bytes(node.as_bytes()).map_err(|_| StatementError::Signature)?;
+    key.verify(&[context, body].concat(), &Signature::from_bytes(signature))
+        .map_err(|_| StatementError::Signature)
 }
 
 /// Signs what this node states about itself.
@@ -44,8 +62,7 @@ pub fn state(identity: &Identity, facts: &NodeFacts) -> Result<Vec<u8>, Statemen
     }
     facts.check()?;
     let body = postcard::to_stdvec(facts).map_err(|_| StatementError::Malformed)?;
-    let mut bytes = identity.secret().sign(&signed(&body)).to_bytes().to_vec();
-    bytes.extend_from_slice(&body);
+    let bytes = seal(identity, CONTEXT, &body);
     if bytes.len() > STATEMENT_BYTES_MAX {
         return Err(StatementError::Length(bytes.len()));
     }
@@ -60,29 +77,25 @@ pub fn read(bytes: &[u8]) -> Result<NodeFacts, StatementError> {
     if bytes.len() > STATEMENT_BYTES_MAX {
         return Err(StatementError::Length(bytes.len()));
     }
-    let Some((signature, body)) = bytes.split_first_chunk::<SIGNATURE_BYTES>() else {
-        return Err(StatementError::Length(bytes.len()));
-    };
+    let (signature, body) = split(bytes)?;
     let facts: NodeFacts = match postcard::take_from_bytes(body) {
         Ok((facts, [])) => facts,
         Ok(_) | Err(_) => return Err(StatementError::Malformed),
     };
-    let key =
-        PublicKey::from_bytes(facts.node.as_bytes()).map_err(|_| StatementError::Signature)?;
-    key.verify(&signed(body), &Signature::from_bytes(signature))
-        .map_err(|_| StatementError::Signature)?;
+    verify(&facts.node, CONTEXT, (signature, body))?;
     facts.check()?;
     Ok(facts)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::collections::BTreeSet;
     use vistara_model::{Architecture, Bytes, Hypervisor, ImageMark, OwnerTerms, Stock};
 
-    fn facts(node: vistara_model::NodeId) -> NodeFacts {
+    /// As many as a node may tell of.
+    pub(crate) fn facts(node: NodeId) -> NodeFacts {
         let stock = Stock {
             memory: Bytes(u64::MAX),
             machines: u32::MAX,

@@ -4,10 +4,11 @@
 //! other end; **whether** a caller may do what it asks is decided elsewhere (`vistara-control`), and what is asked is HTTP
 //! that this crate never looks into.
 //!
-//! - No packet goes to anybody but the addresses that the user named or that a joined node told: no relays, no name
-//!   services, no port mapping, no 0-RTT (whose first bytes could be replayed).
+//! - No packet goes to anybody but the addresses that the user named or that a member of the joined network states: no
+//!   relays, no name services, no port mapping, no 0-RTT (whose first bytes could be replayed).
 //! - What a peer sends is bounded, in size, number and time, before it is looked at ([`frame`]), and makes nothing panic.
 
+pub mod card;
 pub mod facts;
 mod files;
 pub mod frame;
@@ -19,7 +20,9 @@ mod ticket;
 mod token;
 
 pub use identity::{Identity, IdentityError};
-pub use link::{Accepted, Link, LinkError, LinkOptions, MeshStream, PeerState};
+pub use link::{
+    Accepted, Heard, Link, LinkError, LinkOptions, MeshStream, PAGE_BYTES_MAX, PeerState,
+};
 pub use nonces::{NonceError, Nonces, timely};
 pub use peers::{Peer, Peers, PeersError};
 pub use ticket::{Ticket, TicketError};

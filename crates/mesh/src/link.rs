@@ -7,8 +7,12 @@
 //! has made itself. Only what the user named is dialled, at the addresses that were named.
 
 mod accept;
+mod packets;
+
+pub use self::packets::{Heard, PAGE_BYTES_MAX};
 
 use self::accept::{Place, Taken};
+use self::packets::Packets;
 use crate::frame::{self, ALPN, FrameError, Hello, Open};
 use crate::identity::Identity;
 use crate::ticket::ADDRESSES_MAX;
@@ -49,6 +53,15 @@ const ACCEPTED_MAX: usize = 512;
 const HANDSHAKES_MAX: usize = 128;
 /// Nodes among those connected that have no business here: they can only be told so.
 const STRANGERS_MAX: usize = 64;
+/// Nodes among those connected that have no business here beyond being members of the same network: half of all, so that who
+/// makes many keys leaves the other half to those that were named.
+const MEMBERS_MAX: usize = 256;
+/// Connections of one of those: a second one while the first is timing out.
+const OF_MEMBER_MAX: usize = 2;
+/// Streams one way at a time: each is one long packet.
+const PAGE_STREAMS_MAX: u32 = 2;
+/// Datagrams that have come and not been read; they are read at once.
+const DATAGRAMS_BYTES_MAX: usize = 64 << 10;
 /// What a stranger may have under way unread, on all its streams: a token and a request are a tenth of it.
 const STRANGER_WINDOW: u32 = 64 << 10;
 /// Streams of a stranger at a time.
@@ -203,6 +216,7 @@ struct Inner {
     slots: Mutex<HashMap<NodeId, Slot>>,
     accepted: Mutex<HashMap<NodeId, Taken>>,
     handshakes: Arc<Semaphore>,
+    packets: Packets,
     stranger_idle: Duration,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -232,7 +246,8 @@ fn transport(window: u32, streams: u32) -> QuicTransportConfig {
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(window))
         .max_concurrent_bidi_streams(VarInt::from_u32(streams))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(PAGE_STREAMS_MAX))
+        .datagram_receive_buffer_size(Some(DATAGRAMS_BYTES_MAX))
         .build()
 }
 
@@ -284,6 +299,7 @@ impl Link {
             slots: Mutex::default(),
             accepted: Mutex::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            packets: Packets::default(),
             stranger_idle,
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -347,8 +363,6 @@ impl Link {
         {
             return Ok(());
         }
-        let address =
-            EndpointAddr::from_parts(key, addresses.iter().copied().map(TransportAddr::Ip));
         let (publish, published) = watch::channel(Published {
             state: PeerState::Connecting,
             live: None,
@@ -358,9 +372,9 @@ impl Link {
         let wanted = Arc::new(Notify::new());
         let stop = self.0.stop.child_token();
         let task = keep_connected(
-            self.0.endpoint.clone(),
-            address,
-            self.0.identity.generation(),
+            Arc::clone(&self.0),
+            key,
+            addresses.clone(),
             publish,
             Arc::clone(&wanted),
         );
@@ -532,29 +546,37 @@ fn pause(failures: u32, random: u8) -> Duration {
 }
 
 async fn keep_connected(
-    endpoint: Endpoint,
-    address: EndpointAddr,
-    generation: u64,
+    inner: Arc<Inner>,
+    key: PublicKey,
+    named: Vec<SocketAddr>,
     publish: watch::Sender<Published>,
     wanted: Arc<Notify>,
 ) {
+    let node = NodeId::from_bytes(*key.as_bytes());
+    let generation = inner.identity.generation();
     let mut failures = 0;
     loop {
         publish.send_modify(|now| now.state = PeerState::Connecting);
-        let dialled = tokio::time::timeout(STEP_BOUND, dial(&endpoint, &address, generation)).await;
+        // It may say by now that it is elsewhere.
+        let stated = inner.packets.stated(&node);
+        let addresses = named.iter().chain(&stated).copied();
+        let address = EndpointAddr::from_parts(key, addresses.map(TransportAddr::Ip));
+        let dial = dial(&inner.endpoint, &address, generation, CONNECTION_WINDOW);
+        let dialled = tokio::time::timeout(STEP_BOUND, dial).await;
         let reason = match dialled {
             Ok(Ok(live)) => {
                 failures = 0;
                 let connection = live.connection.clone();
-                tracing::info!(peer = %address.id.fmt_short(), "a node is connected");
+                tracing::info!(peer = %key.fmt_short(), "a node is connected");
                 publish.send_modify(|now| {
                     now.state = PeerState::Connected {
                         generation: live.generation,
                     };
                     now.live = Some(live);
                 });
+                packets::listen(&inner, node, &connection).await;
                 let reason = connection.closed().await;
-                tracing::info!(peer = %address.id.fmt_short(), %reason, "a node is lost");
+                tracing::info!(peer = %key.fmt_short(), %reason, "a node is lost");
                 Ok(reason.to_string())
             }
             Ok(Err(reason)) => Err(reason),
@@ -582,9 +604,10 @@ async fn dial(
     endpoint: &Endpoint,
     address: &EndpointAddr,
     generation: u64,
+    window: u32,
 ) -> Result<Live, String> {
-    // The node that was dialled opens no streams: it dials for its own requests.
-    let options = ConnectOptions::new().with_transport_config(transport(CONNECTION_WINDOW, 0));
+    // The node that was dialled opens no streams for requests: it dials for its own.
+    let options = ConnectOptions::new().with_transport_config(transport(window, 0));
     let connection = endpoint
         .connect_with_opts(address.clone(), ALPN, options)
         .await

@@ -16,7 +16,8 @@ pub struct StatedFacts {
     /// When it was heard.
     pub heard_at: String,
     /// How long the answer took, in microseconds.
-    pub rtt_us: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_us: Option<u64>,
     /// Processors.
     pub cpus: u32,
     /// What its processors execute.
@@ -55,6 +56,8 @@ pub struct NodeTerms {
     pub draining: bool,
     /// Largest machine taken, in bytes of memory.
     pub memory_max_bytes: Option<u64>,
+    /// It speaks with the nodes that were joined and says nothing of itself to the rest of their network, nor hears of it.
+    pub private: bool,
 }
 
 /// `POST /v1/offers`: would the node take this?

@@ -412,14 +412,30 @@ impl Membership {
         }
     }
 
-    /// Takes leave: tells some, who tell the others.
+    /// Takes leave: tells some, who tell the others; its last facts go along.
     pub fn leave(&mut self) -> Vec<Output> {
         self.me.life = Life::Dead;
         let mut outputs = Vec::new();
+        let own = self.own_facts.clone();
         for node in self.some_alive(2 * self.config.gossip_fanout + 2, self.me.node) {
-            self.send(node, Body::Gossip, &mut outputs);
+            let mut packet = self.packet(Body::Gossip, Some(node), own.as_ref());
+            packet.facts.extend(own.clone());
+            outputs.push(Output::Send(node, packet));
         }
         outputs
+    }
+
+    /// A first word to a node that is no member yet, which answers if it is one of ours. It tells nothing but that this node
+    /// is here.
+    pub fn greeting(&mut self) -> Packet {
+        Packet {
+            body: Body::Ping {
+                number: self.keys.number(),
+                version: 0,
+            },
+            news: vec![self.me],
+            facts: Vec::new(),
+        }
     }
 
     /// Takes what another node sent. Facts in it have been verified.

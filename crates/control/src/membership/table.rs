@@ -189,6 +189,16 @@ impl Membership {
         true
     }
 
+    /// Has a member that is dead and not pinned out of the table; says whether it is.
+    pub fn forget(&mut self, node: NodeId) -> bool {
+        let forgotten = (self.members.get(&self.place(node)))
+            .is_some_and(|member| member.news.life == Life::Dead && !member.pinned);
+        if forgotten {
+            self.remove(node);
+        }
+        forgotten
+    }
+
     fn remove(&mut self, node: NodeId) {
         if let Some(member) = self.members.remove(&self.place(node)) {
             self.alive -= usize::from(member.news.life == Life::Alive);

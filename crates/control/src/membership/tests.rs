@@ -517,3 +517,44 @@ fn pages_are_given_at_a_bounded_rate() {
     }
     assert!((64..=75).contains(&given), "{given}");
 }
+
+#[test]
+fn who_leaves_is_dead_to_all_with_its_last_facts_and_can_be_forgotten() {
+    let mut net = Net::new(12);
+    net.run(5 * SECOND);
+    let one = net.nodes.get_mut(&id(4)).unwrap();
+    one.state(9, Arc::from(&b"goodbye"[..]));
+    let outputs = one.leave();
+    net.carry(id(4), outputs);
+    net.run(SECOND / 2);
+    net.deaf.insert(id(4));
+    net.run(9 * SECOND);
+    assert!(net.all_believe(id(4), Life::Dead));
+    for node in net.nodes.values().filter(|one| one.node() != id(4)) {
+        let mut of = node.members().filter(|(node, ..)| *node == id(4));
+        let (_, _, facts) = of.next().unwrap();
+        assert_eq!(facts.map(|facts| facts.version), Some(9));
+    }
+    let first = net.nodes.get_mut(&id(1)).unwrap();
+    assert!(!first.forget(id(5)), "it lives");
+    assert!(first.forget(id(4)));
+    assert_eq!(first.life(id(4)), None);
+    let joiner = net.nodes.get_mut(&id(2)).unwrap();
+    joiner.pin(id(4), true);
+    assert!(!joiner.forget(id(4)), "the user named it");
+}
+
+#[test]
+fn a_greeting_makes_members_of_both_and_says_nothing_of_others() {
+    let mut net = Net::new(3);
+    net.run(5 * SECOND);
+    let fourth = Membership::new(Config::default(), id(4), 1, 4, net.now);
+    net.nodes.insert(id(4), fourth);
+    let greeting = net.nodes.get_mut(&id(1)).unwrap().greeting();
+    assert_eq!(greeting.news.len(), 1);
+    assert!(greeting.facts.is_empty());
+    net.carry(id(1), vec![Output::Send(id(4), greeting)]);
+    net.run(5 * SECOND);
+    assert!(net.all_believe(id(4), Life::Alive));
+    assert_eq!(net.nodes[&id(4)].alive(), 3);
+}

@@ -2,11 +2,12 @@
 
 use super::{
     ACCEPTED_MAX, Accepted, CODE_GARBAGE, CODE_LEAVING, CODE_TOO_MANY, CONNECTION_WINDOW,
-    HANDSHAKES_MAX, Inner, MeshStream, OF_ONE_MAX, OF_STRANGER_MAX, STEP_BOUND, STRANGERS_MAX,
-    STREAMS_MAX, lock,
+    HANDSHAKES_MAX, Inner, MEMBERS_MAX, MeshStream, OF_MEMBER_MAX, OF_ONE_MAX, OF_STRANGER_MAX,
+    STEP_BOUND, STRANGERS_MAX, STREAMS_MAX, lock, packets,
 };
 use crate::frame::{self, FrameError, Hello};
 use iroh::endpoint::{Connection, Incoming, VarInt};
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,12 +50,41 @@ pub(super) async fn accept_all(inner: Arc<Inner>, sender: mpsc::Sender<Accepted>
     }
 }
 
+/// What business a node has here, as far as its places among the connections go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Standing {
+    /// Nobody knows it, and nobody has [vouched](Accepted::vouch) for it.
+    #[default]
+    Stranger,
+    /// It is a member of the network, which gives it a place and nothing else.
+    Member,
+    /// It was joined, or has a grant.
+    Known,
+}
+
 /// What one node has of the accepted connections.
 #[derive(Debug, Default)]
 pub(super) struct Taken {
     connections: usize,
-    /// Nobody knows it, and nobody has [vouched](Accepted::vouch) for it.
-    stranger: bool,
+    standing: Standing,
+}
+
+fn count(accepted: &HashMap<NodeId, Taken>, standing: Standing) -> usize {
+    let alike = |taken: &&Taken| taken.standing == standing;
+    accepted.values().filter(alike).count()
+}
+
+/// Looks which strangers are members by now, and says whether that makes room for another.
+fn clear(inner: &Inner, accepted: &mut HashMap<NodeId, Taken>) -> bool {
+    let mut members = count(accepted, Standing::Member);
+    for (node, taken) in accepted.iter_mut() {
+        let room = members < MEMBERS_MAX && taken.standing == Standing::Stranger;
+        if room && inner.packets.is_member(node) {
+            taken.standing = Standing::Member;
+            members += 1;
+        }
+    }
+    count(accepted, Standing::Stranger) < STRANGERS_MAX
 }
 
 /// One place among the accepted connections, given back when dropped.
@@ -69,26 +99,35 @@ pub(super) struct Place {
 impl Place {
     fn take(inner: &Arc<Inner>, node: NodeId, connection: &Connection) -> Option<Place> {
         let known = (inner.knows)(&node);
+        let member = inner.packets.is_member(&node);
         let mut accepted = lock(&inner.accepted);
-        let (connections, stranger) = accepted
+        let (connections, before) = accepted
             .get(&node)
-            .map_or((0, true), |taken| (taken.connections, taken.stranger));
-        let stranger = stranger && !known;
-        let most = if stranger {
-            OF_STRANGER_MAX
+            .map_or((0, Standing::Stranger), |taken| {
+                (taken.connections, taken.standing)
+            });
+        let standing = if known || before == Standing::Known {
+            Standing::Known
+        } else if member && count(&accepted, Standing::Member) < MEMBERS_MAX {
+            Standing::Member
         } else {
-            OF_ONE_MAX
+            Standing::Stranger
+        };
+        let most = match standing {
+            Standing::Stranger => OF_STRANGER_MAX,
+            Standing::Member => OF_MEMBER_MAX,
+            Standing::Known => OF_ONE_MAX,
         };
         if connections >= most {
             return None;
         }
-        let strangers = accepted.values().filter(|taken| taken.stranger).count();
-        if stranger && strangers >= STRANGERS_MAX {
+        let crowded = count(&accepted, Standing::Stranger) >= STRANGERS_MAX;
+        if standing == Standing::Stranger && crowded && !clear(inner, &mut accepted) {
             return None;
         }
         let taken = accepted.entry(node).or_default();
         taken.connections += 1;
-        taken.stranger = stranger;
+        taken.standing = standing;
         drop(accepted);
         let place = Place {
             inner: Arc::clone(inner),
@@ -96,7 +135,7 @@ impl Place {
             connection: connection.clone(),
             raised: AtomicBool::new(false),
         };
-        if !stranger {
+        if standing == Standing::Known {
             place.raise();
         }
         Some(place)
@@ -110,13 +149,35 @@ impl Place {
         self.raised.load(Ordering::Acquire)
     }
 
+    /// Whether it may stay though it asks nothing: as a member of the network, if there is a place for one.
+    fn is_member(&self) -> bool {
+        let member = self.inner.packets.is_member(&self.node);
+        let mut accepted = lock(&self.inner.accepted);
+        let others = count(&accepted, Standing::Member);
+        let Some(taken) = accepted.get_mut(&self.node) else {
+            return false;
+        };
+        match taken.standing {
+            Standing::Known => true,
+            Standing::Member if member => true,
+            Standing::Stranger if member && others < MEMBERS_MAX => {
+                taken.standing = Standing::Member;
+                true
+            }
+            Standing::Member | Standing::Stranger => {
+                taken.standing = Standing::Stranger;
+                false
+            }
+        }
+    }
+
     /// Gives it what a node gets that has business here.
     pub(super) fn raise(&self) {
         if self.raised.swap(true, Ordering::AcqRel) {
             return;
         }
         if let Some(taken) = lock(&self.inner.accepted).get_mut(&self.node) {
-            taken.stranger = false;
+            taken.standing = Standing::Known;
         }
         self.connection
             .set_receive_window(VarInt::from_u32(CONNECTION_WINDOW));
@@ -173,6 +234,11 @@ async fn accept_one(
         }
     }
     drop(permit);
+    let (listener, line) = (Arc::clone(&inner), connection.clone());
+    let listen = async move { packets::listen(&listener, peer, &line).await };
+    inner
+        .tasks
+        .spawn(inner.stop.clone().run_until_cancelled_owned(listen));
     let counted = Arc::new(());
     loop {
         let stream = if place.is_known() {
@@ -180,7 +246,8 @@ async fn accept_one(
         } else {
             match tokio::time::timeout(inner.stranger_idle, connection.accept_bi()).await {
                 Ok(stream) => stream,
-                Err(_) if Arc::strong_count(&counted) > 1 || place.is_known() => continue,
+                Err(_) if Arc::strong_count(&counted) > 1 => continue,
+                Err(_) if place.is_known() || place.is_member() => continue,
                 Err(_) => {
                     connection.close(CODE_LEAVING.into(), b"nothing was asked");
                     return;

@@ -446,3 +446,84 @@ fn pauses_grow_to_a_bound_and_are_not_all_alike() {
         assert!(pause(failures, 255) >= PAUSE_MAX * 3 / 4 && pause(failures, 255) < PAUSE_MAX);
     }
 }
+
+/// What the next packet says, and from whom.
+async fn next_packet(heard: &mut mpsc::Receiver<Heard>) -> (NodeId, Vec<u8>) {
+    loop {
+        if let Heard::Packet(from, bytes) = within(heard.recv()).await.unwrap() {
+            return (from, bytes.to_vec());
+        }
+    }
+}
+
+#[tokio::test]
+async fn packets_go_both_ways_over_one_connection_that_is_dialled_when_there_is_none() {
+    let (a, b) = (end().await, end().await);
+    let mut to_b = b.link.hear(Arc::new(|_| true));
+    let mut to_a = a.link.hear(Arc::new(|_| true));
+    // Nobody has said where it is: nothing happens.
+    a.link.say(b.link.id(), b"lost".to_vec());
+    assert!(!a.link.is_connected(&b.link.id()));
+    a.link.know(b.link.id(), &b.link.addresses());
+    a.link.say(b.link.id(), b"one".to_vec());
+    a.link.say(b.link.id(), b"two".to_vec());
+    assert_eq!(
+        within(to_b.recv()).await,
+        Some(Heard::Connected(a.link.id()))
+    );
+    for word in [&b"one"[..], b"two"] {
+        assert_eq!(next_packet(&mut to_b).await, (a.link.id(), word.to_vec()));
+    }
+    // The other has no address of this one, and needs none. A page is longer than any datagram.
+    b.link.say(a.link.id(), b"three".to_vec());
+    assert_eq!(next_packet(&mut to_a).await.1, b"three");
+    b.link.say_long(&a.link.id(), vec![7; PAGE_BYTES_MAX]);
+    assert_eq!(next_packet(&mut to_a).await.1, vec![7; PAGE_BYTES_MAX]);
+    assert!(a.link.round_trip(&b.link.id()).is_some());
+    // More than a page is not taken.
+    b.link.say_long(&a.link.id(), vec![7; PAGE_BYTES_MAX + 1]);
+    b.link.say(a.link.id(), b"four".to_vec());
+    assert_eq!(next_packet(&mut to_a).await.1, b"four");
+}
+
+#[tokio::test]
+async fn who_is_not_heard_says_nothing_and_who_says_too_much_is_heard_in_part() {
+    let (a, b) = (end().await, end().await);
+    a.link.know(b.link.id(), &b.link.addresses());
+    a.link.say(b.link.id(), b"nobody hears".to_vec());
+    while !a.link.is_connected(&b.link.id()) {
+        tokio::task::yield_now().await;
+    }
+    let mut to_b = b.link.hear(Arc::new(|_| true));
+    for number in 0..2000_u32 {
+        a.link.say(b.link.id(), number.to_le_bytes().to_vec());
+        if number % 50 == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let mut count = 0;
+    while let Ok(Some(heard)) = tokio::time::timeout(Duration::from_millis(300), to_b.recv()).await
+    {
+        count += u32::from(matches!(heard, Heard::Packet(..)));
+    }
+    assert!((1..1000).contains(&count), "{count} of 2000 were heard");
+}
+
+#[tokio::test]
+async fn a_member_keeps_its_place_without_asking_anything_and_a_stranger_does_not() {
+    for member in [true, false] {
+        let b = end_among_strangers(|_| false, Duration::from_millis(100)).await;
+        let mut to_b = b.link.hear(Arc::new(move |_| member));
+        let a = end().await;
+        a.link.know(b.link.id(), &b.link.addresses());
+        a.link.say(b.link.id(), b"here".to_vec());
+        assert_eq!(next_packet(&mut to_b).await.1, b"here");
+        let gone = async {
+            while b.link.is_connected(&a.link.id()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let stayed = tokio::time::timeout(Duration::from_secs(2), gone).await;
+        assert_eq!(stayed.is_err(), member);
+    }
+}

@@ -14,13 +14,16 @@ mod caller;
 mod faults;
 mod forwards;
 mod ledger;
+mod gossip;
 mod place;
+mod members;
 mod placing;
 
 pub(crate) use bring::Bringing;
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
 pub(crate) use forwards::Forwards;
 pub(crate) use ledger::{Given, Ledger};
+pub(crate) use gossip::Member;
 pub(crate) use place::number as place_number;
 pub(crate) use placing::{Heard, Placing};
 
@@ -65,6 +68,10 @@ pub(crate) struct Mesh {
     open: Mutex<Option<Arc<Open>>>,
     link: Mutex<Option<Link>>,
     /// Held while the link is made or closed.
+    /// This node's part in the network, while it listens and is not private.
+    gossip: Mutex<Option<Arc<gossip::Gossip>>>,
+    /// What this node says of itself may have changed.
+    restate: tokio::sync::Notify,
     turning: tokio::sync::Mutex<()>,
     nonces: Mutex<Nonces>,
     /// What machines that are being made will take, by grant.
@@ -117,7 +124,7 @@ impl Open {
 }
 
 impl Mesh {
-    /// Nothing is made or opened yet. The node holds the lock of its state directory. Visits come out of the channel.
+    /// Nothing is made or opened yet. The node holds the lock of its state directory before anything is. Visits come out of the channel.
     pub(crate) fn new(state_dir: &Path) -> (Arc<Mesh>, mpsc::Receiver<Visit>) {
         let (visits, receiver) = mpsc::channel(VISITS_QUEUE);
         let mesh = Mesh {
@@ -125,6 +132,8 @@ impl Mesh {
             open: Mutex::default(),
             link: Mutex::default(),
             turning: tokio::sync::Mutex::default(),
+            gossip: Mutex::default(),
+            restate: tokio::sync::Notify::new(),
             nonces: Mutex::default(),
             held: Mutex::default(),
             brought: Mutex::new(brought::Brought::at(&state_dir.join("mesh"))),
@@ -199,6 +208,7 @@ impl Mesh {
                 return Ok(link);
             }
             *lock(&self.link) = None;
+            self.end_gossip(true).await;
             link.close().await;
         }
         let path = self.dir.join("listen.json");
@@ -232,6 +242,7 @@ impl Mesh {
         }
         *lock(&self.link) = Some(link.clone());
         // It ends with the link, which closes the channel.
+        self.begin_gossip(&open, &link).await;
         tokio::spawn(Arc::clone(self).receive(open, accepted));
         tracing::info!(%listen, "this node listens for others");
         Ok(link)
@@ -242,6 +253,7 @@ impl Mesh {
         let _turn = self.turning.lock().await;
         let open = self.open_in_turn().await?;
         let path = self.dir.join("listen.json");
+        self.end_gossip(false).await;
         blocking(move || {
             lock(&open.peers).clear()?;
             match std::fs::remove_file(&path) {
@@ -263,6 +275,7 @@ impl Mesh {
     /// Says goodbye to others: the node leaves.
     pub(crate) async fn close(&self) {
         let link = lock(&self.link).take();
+        self.end_gossip(true).await;
         if let Some(link) = link {
             link.close().await;
         }
@@ -329,7 +342,7 @@ impl Mesh {
     /// A stream to a node that was joined, under its id, an unambiguous beginning of it, or its name here.
     pub(crate) async fn stream_to(&self, typed: &str) -> Answer<MeshStream> {
         let open = self.open().await?;
-        let peer = find(&open, typed)?;
+        let peer = find(&open, typed).map_err(|fault| self.only_heard_of(&open, typed, fault))?;
         let link = self.link().ok_or_else(|| {
             Fault::conflict("this node is not in the mesh")
                 .hint("vistara node join TICKET, or vistara node ticket")
@@ -339,6 +352,17 @@ impl Mesh {
     }
 
     /// The id of a node that was joined.
+    /// What this node calls the one with this key; none where it does not know it.
+    pub(crate) async fn known_as(&self, node: &NodeId) -> Answer<Option<String>> {
+        let open = self.open().await?;
+        if open.identity.id() == *node {
+            return Ok(Some("this node".to_owned()));
+        }
+        let peers = lock(&open.peers);
+        let peer = peers.get(node);
+        Ok(peer.map(|peer| peer.name.clone().unwrap_or_else(|| peer.id.short())))
+    }
+
     pub(crate) async fn peer_id(&self, typed: &str) -> Answer<NodeId> {
         Ok(find(&*self.open().await?, typed)?.id)
     }
@@ -391,6 +415,9 @@ impl Mesh {
             return Err(fault);
         }
         Ok((open, peer))
+        if let Some(gossip) = self.gossip() {
+            gossip.joined(peer.id);
+        }
     }
 
     /// Forgets a node that was joined.
@@ -402,6 +429,9 @@ impl Mesh {
             link.forget(&id);
         }
         Ok(())
+        if let Some(gossip) = self.gossip() {
+            gossip.unjoined(id);
+        }
     }
 
     /// Remembers a token that a node gave to this one.
@@ -409,11 +439,13 @@ impl Mesh {
         let open = self.open().await?;
         let node = token.unchecked_terms()?.node;
         check_is_for(&open, &token, &node)?;
-        let Some(mut peer) = lock(&open.peers).get(&node).cloned() else {
+        let joined = lock(&open.peers).get(&node).cloned();
+        // Who was only heard of is remembered and kept connected from now on, where it states to be.
+        let Some(mut peer) = joined.or_else(|| self.as_peer(&node)) else {
             return Err(Fault::new(
                 ErrorKind::NotFound,
                 format!(
-                    "the grant is for the node {}, which was not joined",
+                    "the grant is for the node {}, which was not joined, nor heard of",
                     node.short()
                 ),
             )
@@ -423,6 +455,12 @@ impl Mesh {
         let (books, put) = (Arc::clone(&open), peer.clone());
         blocking(move || lock(&books.peers).put(put)).await??;
         Ok((open, peer))
+        if let Some(link) = self.link() {
+            link.keep(peer.id, peer.addresses.clone())?;
+        }
+        if let Some(gossip) = self.gossip() {
+            gossip.joined(peer.id);
+        }
     }
 
     /// Takes a grant back; what goes on under it is cut off.

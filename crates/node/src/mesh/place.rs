@@ -39,7 +39,7 @@ impl Placing {
         policy: Policy,
     ) -> Answer<Placed> {
         // What one knows may be seconds old, and a node that was joined just now has said nothing yet.
-        self.ask_others().await;
+        self.ask_others(true).await;
         let known = self.candidates().await?;
         let names: HashMap<NodeId, String> = known
             .iter()

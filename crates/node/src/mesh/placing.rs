@@ -1,7 +1,7 @@
 //! What this node says of itself and hears of others, what it has promised, and the choice of a node for a machine.
 //!
-//! Facts are asked of each joined node that has given a grant, every few seconds, over the connection that is there; they are
-//! signed, so that they may be passed on later. What is chosen, and why, is `vistara_control::placement`'s.
+//! Facts come with the network's gossip. Joined nodes that take no part in it and have given a grant are asked every few
+//! seconds; and before a choice whoever has given one. What is chosen, and why, is `vistara_control::placement`'s.
 
 use super::{Asker, Mesh, lock};
 use crate::fault::{Answer, Fault, blocking};
@@ -10,9 +10,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt;
 use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vistara_api::{Client, ErrorKind, NodeTerms};
+use vistara_control::membership::Life;
 use vistara_control::placement::{Book, Candidate, RequestId, Seen, TakeRefused};
 use vistara_mesh::{PeerState, facts};
 use vistara_model::{
@@ -20,13 +22,13 @@ use vistara_model::{
     NodeId, OwnerTerms, Stock, VmmKind,
 };
 
-/// How often others are asked.
+/// How often those are asked that say nothing by themselves, and this node looks whether it has something to say.
 const ASK_EVERY: Duration = Duration::from_secs(5);
 /// How long their answer is waited for.
 const ASK_BOUND: Duration = Duration::from_secs(3);
 /// Asked at a time.
 const ASKED_AT_ONCE: usize = 32;
-/// What is older is not shown and not counted on any more.
+/// What was asked for and is older is not shown and not counted on any more.
 const HEARD_MAX: Duration = Duration::from_secs(30);
 /// How long a statement is given again before another is made: many may ask, and facts only steer whom one asks.
 const STATEMENT_FRESH: Duration = Duration::from_secs(2);
@@ -39,7 +41,21 @@ pub(crate) struct Heard {
     pub(crate) facts: NodeFacts,
     pub(crate) at: Instant,
     pub(crate) at_ns: u64,
-    pub(crate) rtt: Duration,
+    /// How long an answer takes; nothing where there is no connection to measure it.
+    pub(crate) rtt: Option<Duration>,
+}
+
+/// What the owner has the node say, as it is written down. Blocks.
+pub(super) fn read_terms(path: &Path) -> Answer<NodeTerms> {
+    let damaged = |why: String| {
+        Fault::new(ErrorKind::Host, format!("{path:?} cannot be read: {why}"))
+            .hint("say it again: vistara node terms …")
+    };
+    match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(NodeTerms::default()),
+        Err(error) => Err(damaged(error.to_string())),
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string())),
+    }
 }
 
 /// This node's side of placement.
@@ -78,16 +94,7 @@ impl Placing {
 
     /// What the owner has this node say. Blocks.
     pub(crate) fn terms(&self) -> Answer<NodeTerms> {
-        let path = self.terms_path();
-        let damaged = |why: String| {
-            Fault::new(ErrorKind::Host, format!("{path:?} cannot be read: {why}"))
-                .hint("say it again: vistara node terms …")
-        };
-        match std::fs::read(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(NodeTerms::default()),
-            Err(error) => Err(damaged(error.to_string())),
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string())),
-        }
+        read_terms(&self.terms_path())
     }
 
     /// Has this node say something else. Blocks.
@@ -199,41 +206,83 @@ impl Placing {
         Ok(bytes)
     }
 
-    /// What was heard of a node, while it is fresh.
+    /// What a node says of itself: to the network, while it is believed to live, or when it was asked, while that is fresh.
     pub(crate) fn heard(&self, node: &NodeId) -> Option<Heard> {
-        let heard = lock(&self.heard);
-        heard
+        let asked = lock(&self.heard)
             .get(node)
             .filter(|heard| heard.at.elapsed() < HEARD_MAX)
-            .cloned()
+            .cloned();
+        let link = self.mesh.link();
+        let rtt = link.and_then(|link| link.round_trip(node));
+        let rtt = rtt.or(asked.as_ref().and_then(|asked| asked.rtt));
+        let member = self.mesh.member(node);
+        let gossiped = member
+            .filter(|member| member.life != Life::Dead)
+            .and_then(|member| {
+                let card = member.card.filter(|card| !card.leaves)?;
+                Some(Heard {
+                    facts: card.facts.clone(),
+                    at: member.at?,
+                    at_ns: member.at_ns,
+                    rtt,
+                })
+            });
+        // What was asked for before a choice may be newer.
+        let newest = [asked, gossiped].into_iter().flatten();
+        newest.max_by_key(|heard| heard.facts.version)
     }
 
-    /// Asks the others now and then, as long as the node lives.
+    /// Tells the network what this node has, and asks those who take no part in it, as long as the node lives.
     pub(crate) fn listen_to_others(self: &Arc<Self>) {
         let placing = Arc::downgrade(self);
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(ASK_EVERY).await;
+                let Some(mesh) = placing.upgrade().map(|placing| Arc::clone(&placing.mesh)) else {
+                    return;
+                };
+                // Soon where something has changed, and now and then.
+                let _ = tokio::time::timeout(ASK_EVERY, mesh.restate.notified()).await;
+                drop(mesh);
                 let Some(placing) = placing.upgrade() else {
                     return;
                 };
                 if placing.mesh.link().is_some() {
-                    placing.ask_others().await;
+                    placing.tell_others().await;
+                    placing.ask_others(false).await;
                 }
             }
         });
     }
 
-    /// Asks every joined node that answers and has given a grant.
-    pub(crate) async fn ask_others(&self) {
+    /// Has the network hear what this node has now, if that is news.
+    async fn tell_others(self: &Arc<Self>) {
+        let (Some(gossip), Ok(open)) = (self.mesh.gossip(), self.mesh.open().await) else {
+            return;
+        };
+        let (placing, id) = (Arc::clone(self), open.identity.id());
+        match blocking(move || placing.own(id)).await.flatten() {
+            Ok(facts) => gossip.state(facts),
+            Err(fault) => {
+                tracing::warn!(error = fault.0.message, "this node cannot state itself");
+            }
+        }
+    }
+
+    /// Asks joined nodes that answer and have given a grant: all of them, or those that say nothing by themselves.
+    pub(crate) async fn ask_others(&self, all: bool) {
         let Ok(open) = self.mesh.open().await else {
             return;
         };
         let peers = lock(&open.peers).all().to_vec();
         let known: BTreeSet<NodeId> = peers.iter().map(|peer| peer.id).collect();
+        let speaks = |node: &NodeId| {
+            let member = self.mesh.member(node);
+            member.is_some_and(|member| member.card.is_some() && member.life == Life::Alive)
+        };
         let asked = peers
             .into_iter()
             .filter(|peer| peer.grant.is_some() && self.answers(&peer.id))
+            .filter(|peer| all || !speaks(&peer.id))
             .map(|peer| self.ask(peer.id));
         futures_util::stream::iter(asked)
             .buffer_unordered(ASKED_AT_ONCE)
@@ -268,7 +317,7 @@ impl Placing {
                             facts,
                             at,
                             at_ns,
-                            rtt,
+                            rtt: Some(rtt),
                         },
                     );
                 }
@@ -304,10 +353,12 @@ impl Placing {
             let Some(heard) = self.heard(&peer.id) else {
                 continue;
             };
+            let member = self.mesh.member(&peer.id);
+            let suspect = member.is_some_and(|member| member.life != Life::Alive);
             let seen = Seen {
                 granted: peer.grant.is_some(),
-                doubtful: !self.answers(&peer.id),
-                rtt: Some(heard.rtt),
+                doubtful: !self.answers(&peer.id) || suspect,
+                rtt: heard.rtt,
                 ..Seen::default()
             };
             let called = peer.name.unwrap_or_else(|| peer.id.short());

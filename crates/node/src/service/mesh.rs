@@ -3,7 +3,7 @@
 use super::App;
 use super::ports::{switch, take_upgrade};
 use crate::fault::{Answer, Fault, blocking};
-use crate::mesh::{Given, Open, lock, now_s, used};
+use crate::mesh::{Given, Member, Open, lock, now_s, used};
 use crate::view;
 use axum::Json;
 use axum::extract::{Path, Request, State};
@@ -105,6 +105,7 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
         Some(PeerState::Away { reason, .. }) => ("away", None, Some(reason)),
         None => ("away", None, Some("this node does not listen".to_owned())),
     };
+    let member = app.mesh.member(&peer.id);
     let terms = peer
         .grant
         .as_ref()
@@ -115,6 +116,8 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
         name: peer.name.clone(),
         addresses: peer.addresses.iter().map(ToString::to_string).collect(),
         state: state.to_owned(),
+        life: member.map(|member| member.word().to_owned()),
+        known: "joined".to_owned(),
         generation,
         reason,
         grant: terms.map(|terms| grant(&terms, Standing::Live, None)),
@@ -123,6 +126,26 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
             .heard(&peer.id)
             .as_ref()
             .map(super::placing::shown),
+    }
+}
+
+/// A member of the network that was only heard of.
+fn heard_of(app: &App, member: &Member) -> PeerNode {
+    let link = app.mesh.link();
+    let connected = (link.as_ref()).is_some_and(|link| link.is_connected(&member.id));
+    let addresses = link.map(|link| link.stated(&member.id)).unwrap_or_default();
+    let facts = app.placing.heard(&member.id);
+    PeerNode {
+        id: member.id.to_string(),
+        name: None,
+        addresses: addresses.iter().map(ToString::to_string).collect(),
+        state: if connected { "connected" } else { "idle" }.to_owned(),
+        life: Some(member.word().to_owned()),
+        known: "heard".to_owned(),
+        generation: None,
+        reason: None,
+        grant: None,
+        facts: facts.as_ref().map(super::placing::shown),
     }
 }
 
@@ -184,12 +207,18 @@ pub(super) async fn leave(State(app): State<App>) -> Answer<Json<()>> {
     Ok(Json(()))
 }
 
-/// The nodes that were joined.
+/// The nodes that were joined, and then those that were only heard of in their network.
 #[utoipa::path(get, path = "/v1/nodes", responses((status = 200, body = Vec<PeerNode>), (status = 503, body = ErrorBody)))]
 pub(super) async fn nodes(State(app): State<App>) -> Answer<Json<Vec<PeerNode>>> {
     let open = app.mesh.open().await?;
     let peers = lock(&open.peers).all().to_vec();
-    Ok(Json(peers.iter().map(|known| peer(&app, known)).collect()))
+    let joined: BTreeSet<NodeId> = peers.iter().map(|peer| peer.id).collect();
+    let mut heard = app.mesh.members();
+    heard.retain(|member| !joined.contains(&member.id));
+    heard.sort_by_key(|member| member.id);
+    let joined = peers.iter().map(|known| peer(&app, known));
+    let heard = heard.iter().map(|member| heard_of(&app, member));
+    Ok(Json(joined.chain(heard).collect()))
 }
 
 /// Joins a node: dials it, and remembers it once it has answered.
@@ -203,7 +232,7 @@ pub(super) async fn join(
     State(app): State<App>,
     Json(request): Json<JoinRequest>,
 ) -> Answer<Json<PeerNode>> {
-    let ticket = request.ticket.parse::<Ticket>()?;
+    let ticket = app.mesh.ticket_of(&request.ticket)?;
     let token = request
         .grant
         .as_deref()

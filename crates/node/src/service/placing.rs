@@ -23,7 +23,7 @@ pub(super) fn shown(heard: &Heard) -> StatedFacts {
     let facts = &heard.facts;
     StatedFacts {
         heard_at: view::time(heard.at_ns),
-        rtt_us: u64::try_from(heard.rtt.as_micros()).unwrap_or(u64::MAX),
+        rtt_us: (heard.rtt).map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
         cpus: facts.cpus,
         arch: facts.arch.to_string(),
         memory_bytes: facts.capacity.memory.0,
@@ -76,8 +76,10 @@ pub(super) async fn set_terms(
     }
     // Its directory and key are made where there are none.
     app.mesh.open().await?;
-    let placing = Arc::clone(&app.placing);
-    blocking(move || placing.set_terms(&terms).map(|()| Json(terms))).await?
+    let (placing, private) = (Arc::clone(&app.placing), terms.private);
+    let kept = blocking(move || placing.set_terms(&terms).map(|()| terms)).await??;
+    app.mesh.terms_changed(private).await?;
+    Ok(Json(kept))
 }
 
 async fn own(app: &App) -> Answer<NodeId> {

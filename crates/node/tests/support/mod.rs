@@ -114,8 +114,10 @@ impl TestNode {
     /// As `kill -9` would: no task of the node runs any further, nothing is said goodbye to.
     pub(crate) fn vanish(mut self) {
         let lock = self.dir.join("state/lock");
-        self.runtime.take().unwrap().shutdown_background();
-        // A killed process is gone at once, a runtime's tasks a moment later: the lock goes with the last of them.
+        let runtime = self.runtime.take().unwrap();
+        // A killed process is gone at once, with its sockets; a runtime's tasks go one after the other.
+        let gone = std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(5)));
+        gone.join().unwrap();
         let deadline = std::time::Instant::now() + BOUND;
         while std::fs::File::open(&lock).unwrap().try_lock().is_err() {
             assert!(

@@ -1,0 +1,56 @@
+//! Members that were alive when this node last ran: whom it asks first when those that it has joined are gone. Their signed
+//! cards, in one file that is replaced as a whole; one that cannot be read is as good as none.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+use vistara_mesh::card::Card;
+
+/// Version of the file's form.
+const FORMAT: u32 = 1;
+/// Most that are remembered: any of them leads to all others.
+pub(super) const REMEMBERED_MAX: usize = 64;
+/// Largest file that is read.
+const FILE_BYTES_MAX: u64 = 256 << 10;
+
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    format: u32,
+    members: Vec<String>,
+}
+
+/// Replaces the file. Blocks.
+pub(super) fn write(path: &Path, cards: &[Arc<[u8]>]) -> std::io::Result<()> {
+    let kept = Kept {
+        format: FORMAT,
+        members: cards.iter().map(|card| STANDARD.encode(card)).collect(),
+    };
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, serde_json::to_vec(&kept)?)?;
+    std::fs::rename(&fresh, path)
+}
+
+/// The cards in the file, each of them verified again. Blocks.
+pub(super) fn read(path: &Path) -> Vec<Card> {
+    let length = std::fs::metadata(path).map_or(0, |file| file.len());
+    if length == 0 || length > FILE_BYTES_MAX {
+        return Vec::new();
+    }
+    let kept = std::fs::read(path)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok())
+        .filter(|kept| kept.format == FORMAT);
+    let Some(kept) = kept else {
+        tracing::warn!(
+            ?path,
+            "remembered members cannot be read; they are found again"
+        );
+        return Vec::new();
+    };
+    (kept.members.iter())
+        .take(REMEMBERED_MAX)
+        .filter_map(|text| Card::read(&STANDARD.decode(text).ok()?).ok())
+        .collect()
+}
