@@ -314,7 +314,7 @@ async fn memory(client: &Client, image: &str) -> Result<(u64, u64), Failure> {
         // Waits until the program runs, as an attached client does.
         let request = vistara_api::AttachRequest {
             from_start: true,
-            stdin: false,
+            ..Default::default()
         };
         running = match client.attach(&machine.id, &request).await {
             Ok(mut streams) => streams.output.next().await.map(drop),

@@ -51,6 +51,7 @@ pub(crate) async fn exec(client: &Client, options: &ExecOptions) -> Result<u8, F
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
         detail: false,
+        count: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;
     if let End::Exited {
@@ -80,6 +81,7 @@ pub(crate) async fn attach(client: &Client, options: &AttachOptions) -> Result<u
     let mut request = AttachRequest {
         from_start: options.from_start,
         stdin: !options.no_stdin,
+        receipt: false,
     };
     let mut signals =
         Signals::install().map_err(|error| Failure::because("cannot start", error))?;
@@ -101,6 +103,7 @@ pub(crate) async fn attach(client: &Client, options: &AttachOptions) -> Result<u
         resize: detail.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
         detail: false,
+        count: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;
     match &report.end {

@@ -30,6 +30,7 @@ mod places;
 mod progress;
 mod receipt_commands;
 mod receipts;
+mod replicas;
 mod run_command;
 mod run_options;
 mod session;
@@ -147,6 +148,16 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
     }
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
+        Command::Run(options) if options.replicas_agree.is_some() => {
+            if on.as_deref().is_some_and(|node| node != place::ANY) {
+                return Err(
+                    Failure::new("--replicas-agree asks several nodes, and --on names one")
+                        .hint("leave --on out; --region and --capable narrow the choice")
+                        .code(2),
+                );
+            }
+            replicas::run(&client, &options).await
+        }
         command => {
             let (target, on) = match (&command, on) {
                 (Command::Run(options), on)

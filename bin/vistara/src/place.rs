@@ -57,7 +57,11 @@ fn policy(text: Option<&String>) -> Result<(Option<String>, Option<String>), Fai
 }
 
 /// Chooses, and says whom where that is asked for.
-async fn choose(local: &Client, options: &RunOptions) -> Result<Placed, Failure> {
+pub(crate) async fn choose(
+    local: &Client,
+    options: &RunOptions,
+    apart_from: Vec<String>,
+) -> Result<Placed, Failure> {
     let (image, _) = head_and_command(&options.words);
     let image = match ImageSource::parse(image) {
         ImageSource::Named(name) => Some(name),
@@ -74,6 +78,7 @@ async fn choose(local: &Client, options: &RunOptions) -> Result<Placed, Failure>
         regions: options.place.region.clone(),
         capabilities: options.place.capable.clone(),
         price_micros_max: options.place.max_price,
+        apart_from,
     };
     let placed = local.place(&request).await?;
     for field in &placed.ignored {
@@ -97,7 +102,7 @@ pub(crate) async fn place(
     local: &Client,
     options: &RunOptions,
 ) -> Result<(Client, Option<String>), Failure> {
-    let placed = choose(local, options).await?;
+    let placed = choose(local, options, Vec::new()).await?;
     if placed.here {
         return Ok((local.local().under(placed.offer), None));
     }

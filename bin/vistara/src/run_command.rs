@@ -6,6 +6,8 @@ use crate::forward;
 use crate::image_commands;
 use crate::image_transfer;
 use crate::output::{print, print_json};
+use crate::receipt_commands;
+use crate::receipts::Expected;
 use crate::run_options::{ImageSource, PullPolicy, RunOptions, Surroundings, callers};
 use crate::session::signals::{Came, Signals};
 use crate::session::{self, End, Plan, Report, Subject, terminal};
@@ -60,7 +62,7 @@ pub(crate) async fn explain(client: &Client, options: &RunOptions) -> Result<u8,
 }
 
 /// The request, with the image at the node where it is a path or is always pulled.
-async fn prepare(client: &Client, options: &RunOptions) -> Result<RunRequest, Failure> {
+pub(crate) async fn prepare(client: &Client, options: &RunOptions) -> Result<RunRequest, Failure> {
     // An input that is at its end from the start is none, and who names a unikernel knows that it has none: neither is a
     // reason against one.
     let implied = !terminal::stdin_is_terminal()
@@ -136,7 +138,7 @@ async fn fetch(client: &Client, options: &RunOptions, image: &str) -> Result<(),
 }
 
 /// Asks; where the image is not there, pulls it and asks again. So an image that is there costs no question.
-async fn with_image<T>(
+pub(crate) async fn with_image<T>(
     client: &Client,
     options: &RunOptions,
     request: &RunRequest,
@@ -206,7 +208,7 @@ async fn started(client: &Client, machine: Machine) -> Result<Machine, Failure> 
                 }));
             }
             Some(
-                StreamItem::Event(StreamEvent::Exited { .. })
+                StreamItem::Event(StreamEvent::Exited { .. } | StreamEvent::Receipt { .. })
                 | StreamItem::Stdout(_)
                 | StreamItem::Stderr(_),
             )
@@ -226,6 +228,12 @@ async fn foreground(
             "vistara: standard input is not a terminal: -t gives the program one that cannot be typed on as usual",
         );
     }
+    let mut request = request.clone();
+    let expected = match &options.receipt {
+        Some(_) => Some(Expected::of(&mut request)?),
+        None => None,
+    };
+    let request = &request;
     // From here on a signal must not leave a machine behind that nobody knows of.
     let mut signals =
         Signals::install().map_err(|error| Failure::because("cannot start", error))?;
@@ -253,6 +261,7 @@ async fn foreground(
     let attach = AttachRequest {
         from_start: true,
         stdin: request.stdin,
+        receipt: expected.is_some(),
     };
     let attached = session::patiently(
         client.attach(&machine.id, &attach),
@@ -274,6 +283,7 @@ async fn foreground(
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: options.quiet,
         detail: options.rm && (options.timings || options.json),
+        count: expected.is_some(),
     };
     let mut report = session::follow(client, streams, plan, &mut signals, early).await?;
     let ended_at = Instant::now();
@@ -285,6 +295,9 @@ async fn foreground(
         ended_at,
     };
     summarize(client, options, &machine, &mut report, &clocks).await;
+    if let (Some(path), Some(expected)) = (&options.receipt, &expected) {
+        receipt_commands::keep(client, path, expected, &machine, &report).await?;
+    }
     report.exit_code(&machine.name)
 }
 

@@ -123,6 +123,17 @@ pub(crate) struct RunOptions {
     /// After the end, say on standard error how long each step of the start took
     #[arg(long)]
     pub(crate) timings: bool,
+    /// After the end, write what the node signed about the run to this file; with --replicas-agree, into this directory what
+    /// each node signed
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    pub(crate) receipt: Option<PathBuf>,
+    /// Run it on N joined nodes, without input, and take the answer (exit code and standard output) that M of them agree on
+    #[arg(
+        long,
+        value_name = "M/N",
+        conflicts_with_all = ["detach", "tty", "interactive", "name", "publish", "volumes", "timings", "json"]
+    )]
+    pub(crate) replicas_agree: Option<crate::replicas::Quorum>,
     /// Speak plain HTTP to the registry
     #[arg(long)]
     pub(crate) insecure: bool,
@@ -246,6 +257,8 @@ impl RunOptions {
                     None => (label.clone(), String::new()),
                 })
                 .collect::<BTreeMap<_, _>>(),
+            // Of who asks for a receipt.
+            nonce: None,
             // A detached run attaches too, until the program runs or could not.
             attach: true,
         })

@@ -14,6 +14,7 @@ pub(crate) mod terminal;
 mod writer;
 
 use crate::failure::{Failure, OUTPUT_CLOSED};
+use crate::receipts::Heard;
 use bytes::Bytes;
 use keys::DetachKeys;
 use signals::{Answer, Came, Signals};
@@ -59,6 +60,8 @@ pub(crate) struct Plan {
     pub(crate) quiet: bool,
     /// Ask for everything known of the machine when it starts: afterwards it may be gone.
     pub(crate) detail: bool,
+    /// Count what arrives, to compare a receipt with.
+    pub(crate) count: bool,
 }
 
 /// How a session ended.
@@ -96,6 +99,10 @@ pub(crate) struct Report {
     pub(crate) machine: Option<Machine>,
     /// Everything known of it at the start, where that was asked for.
     pub(crate) detail: Option<JoinHandle<Option<MachineDetail>>>,
+    /// The receipt, or why there is none, where that was asked for.
+    pub(crate) receipt: Option<Result<String, String>>,
+    /// Digests of what arrived, where they were asked for.
+    pub(crate) heard: Heard,
 }
 
 impl Report {
@@ -166,6 +173,8 @@ pub(crate) async fn follow(
             first_output_at: None,
             machine: None,
             detail: None,
+            receipt: None,
+            heard: Heard::default(),
         },
     };
     // Without input its channel stays open and silent: an end of input would be a ctrl-d on a program's terminal.
@@ -371,6 +380,11 @@ impl Session {
                 }
                 return Ok(Pending::None);
             }
+            StreamItem::Event(StreamEvent::Receipt { receipt, missing }) => {
+                self.report.receipt =
+                    Some(receipt.ok_or_else(|| missing.unwrap_or_else(|| "none came".to_owned())));
+                return Ok(Pending::None);
+            }
             StreamItem::Event(StreamEvent::Exited { exit_code, message }) => {
                 return Ok(Pending::Over(End::Exited {
                     code: exit_code,
@@ -383,6 +397,12 @@ impl Session {
         };
         self.on_started()?;
         self.report.first_output_at.get_or_insert_with(Instant::now);
+        if self.plan.count {
+            match &piece {
+                Piece::Stdout(bytes) => self.report.heard.stdout(bytes),
+                Piece::Stderr(bytes) => self.report.heard.stderr(bytes),
+            }
+        }
         Ok(Pending::Output(piece))
     }
 

@@ -53,6 +53,13 @@ pub enum StreamEvent {
         /// In words.
         message: String,
     },
+    /// The receipt of the machine, which has ended (only where the client asked for it; right before the end is told).
+    Receipt {
+        /// As its node signed it.
+        receipt: Option<String>,
+        /// Why there is none.
+        missing: Option<String>,
+    },
     /// The program has ended; every byte of its output has been sent.
     Exited {
         /// The exit code.

@@ -3,6 +3,7 @@
 mod forwards;
 mod parts;
 mod placing;
+mod receipts;
 mod snapshots;
 mod volumes;
 
@@ -11,6 +12,7 @@ pub use parts::{ImageParts, LayerPart, ReceivedBlob, WantedLayer, WantedParts};
 pub use placing::{
     NodeStatement, NodeTerms, OfferAnswer, OfferRequest, PlaceRequest, Placed, StatedFacts,
 };
+pub use receipts::{VerifiedReceipt, VerifyReceiptRequest};
 pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
 pub use volumes::{CreateVolumeRequest, Volume};
 
@@ -140,6 +142,10 @@ pub struct RunRequest {
     /// cannot be forked or captured; its memory is rounded up to whole pages.
     #[serde(default)]
     pub huge_pages: bool,
+    /// 32 random hexadecimal digits, which the receipt repeats: so that no receipt of another request passes for this
+    /// one's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<String>,
     /// Free labels.
     pub labels: BTreeMap<String, String>,
     /// Set by a client that will attach at once: a machine that removes itself waits some seconds for it, so that the
@@ -345,6 +351,9 @@ pub struct AttachRequest {
     pub from_start: bool,
     /// Whether standard input will be sent. One client at a time may.
     pub stdin: bool,
+    /// Say the receipt before the end.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub receipt: bool,
 }
 
 /// `GET /v1/machines/{machine}/stats` (each event, or the one answer).

@@ -35,7 +35,8 @@ pub fn requirement(method: &str, path: &[&str]) -> Requirement {
             [
                 "machines",
                 _,
-                "wait" | "logs" | "console" | "stats" | "stat" | "attach" | "exec" | "port",
+                "wait" | "logs" | "console" | "stats" | "stat" | "attach" | "exec" | "port"
+                | "receipt",
             ],
         )
         | ("GET" | "PUT", ["machines", _, "archive"]) => Requirement::OwnMachine,

@@ -231,12 +231,20 @@ pub fn process_usage(pid: u32) -> Option<ProcessUsage> {
 
 /// Memory of a process that it shares with no other and that no file holds, in bytes; absent once it is gone.
 pub fn private_memory(pid: u32) -> Option<u64> {
+    status_bytes(pid, "RssAnon:")
+}
+
+/// A number of kilobytes in `/proc/PID/status`, as bytes.
+fn status_bytes(pid: u32, field: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
+}
+
+/// The most memory that a process has held at any time, in bytes; absent once it is gone.
+pub fn memory_peak(pid: u32) -> Option<u64> {
+    status_bytes(pid, "VmHWM:")
 }
 
 /// Percentage of the last ten seconds in which something on this host waited for memory; absent where the kernel does not
@@ -299,6 +307,8 @@ mod tests {
         assert!(resident > 100_000);
         let private = private_memory(pid).unwrap();
         assert!((1..=resident + (1 << 20)).contains(&private), "{private}");
+        assert!(memory_peak(pid).unwrap() >= private);
+        assert_eq!(memory_peak(u32::MAX), None);
         assert_eq!(private_memory(u32::MAX), None);
         assert!(memory_stalled().is_none_or(|percent| (0.0..=100.0).contains(&percent)));
         // Beyond the largest number that a kernel gives.

@@ -16,6 +16,7 @@ mod identity;
 mod link;
 mod nonces;
 mod peers;
+pub mod receipt;
 mod ticket;
 mod token;
 

@@ -12,6 +12,7 @@ mod image;
 mod machine;
 mod placing;
 mod quantity;
+mod receipt;
 mod signal;
 mod spec;
 
@@ -30,6 +31,11 @@ pub use placing::{
     OwnerTerms, Stock, Wanted,
 };
 pub use quantity::{Bytes, Cpus, QuantityError};
+pub use receipt::{
+    COMMAND_BYTES_MAX, COMMAND_WORDS_MAX, RECEIPT_FORMAT, Receipt, ReceiptEnd, ReceiptFault,
+    ReceiptHow, ReceiptOutput, ReceiptRan, ReceiptRequest, ReceiptStream, ReceiptTimes,
+    ReceiptUsage, TEXT_BYTES_MAX, is_nonce, is_short,
+};
 pub use signal::{Signal, SignalError};
 pub use spec::{
     Backend, EnvVar, Hypervisor, MachineSpec, NamedVolume, Network, Payload, PortMapping, Protocol,

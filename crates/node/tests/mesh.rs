@@ -98,6 +98,7 @@ async fn follow(client: &Client, machine: &str) -> (Vec<u8>, StreamEvent) {
     let attach = AttachRequest {
         from_start: true,
         stdin: false,
+        ..Default::default()
     };
     let mut streams = client.attach(machine, &attach).await.unwrap();
     let mut out = Vec::new();

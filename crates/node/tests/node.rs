@@ -27,7 +27,9 @@ fn exit_code(event: &StreamEvent) -> Option<u8> {
     match event {
         StreamEvent::Exited { exit_code, .. } => Some(*exit_code),
         StreamEvent::Failed { error } => error.exit_code,
-        StreamEvent::Started { .. } | StreamEvent::Notice { .. } => None,
+        StreamEvent::Started { .. } | StreamEvent::Notice { .. } | StreamEvent::Receipt { .. } => {
+            None
+        }
     }
 }
 
@@ -249,6 +251,7 @@ async fn standard_input_arrives_whole_and_its_end_too() {
     let attach = AttachRequest {
         from_start: true,
         stdin: true,
+        ..Default::default()
     };
     let mut streams = node.client.attach(&machine.id, &attach).await.unwrap();
     for _ in 0..64 {
@@ -504,6 +507,7 @@ async fn a_slow_reader_gets_every_byte_of_a_machine_that_removes_itself() {
     let attach = AttachRequest {
         from_start: true,
         stdin: false,
+        ..Default::default()
     };
     let mut streams = node.client.attach(&machine.id, &attach).await.unwrap();
     // The program and its machine are long over when reading begins: sockets hold less than this output.

@@ -5,6 +5,7 @@ mod kernels;
 mod mesh;
 mod parts;
 mod placing;
+mod receipts;
 mod snapshots;
 mod streams;
 mod templates;

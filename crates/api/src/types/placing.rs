@@ -105,6 +105,9 @@ pub struct PlaceRequest {
     pub capabilities: Vec<String>,
     /// Most that a GiB of memory may cost for an hour, in millionths.
     pub price_micros_max: Option<u64>,
+    /// None of these nodes, by their whole ids.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub apart_from: Vec<String>,
 }
 
 /// Who takes it.

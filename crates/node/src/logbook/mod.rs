@@ -10,12 +10,14 @@
 
 mod reader;
 mod segment;
+mod tally;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use reader::{Reader, Start};
 pub(crate) use segment::{Entry, Stream};
+pub(crate) use tally::{Tallies, Tally};
 
 use segment::SegmentWriter;
 use std::collections::{BTreeMap, HashMap};
@@ -84,6 +86,7 @@ struct Writer {
     /// Absent once the book is finished: an ended machine holds no file open.
     segment: Option<SegmentWriter>,
     offsets: Offsets,
+    tallies: Tallies,
 }
 
 /// Positions of the readers that hold the writer back.
@@ -103,15 +106,18 @@ impl LogBook {
     pub(crate) fn open(dir: &Path, limits: Limits) -> io::Result<Arc<LogBook>> {
         std::fs::create_dir_all(dir)?;
         let mut segments = segment::list(dir)?;
-        let (segment, offsets) = loop {
+        let (segment, offsets, tallies) = loop {
             let Some((number, path)) = segments.pop_last() else {
                 break (
                     SegmentWriter::create(dir, 0, Offsets::default())?,
                     Offsets::default(),
+                    Tallies::begin(),
                 );
             };
-            match SegmentWriter::recover(number, &path) {
-                Ok(found) => break found,
+            let mut tallies = Tallies::load(dir, number);
+            let count = |entry: &Entry, counted| tallies.count(entry, counted);
+            match SegmentWriter::recover(number, &path, count) {
+                Ok((segment, offsets)) => break (segment, offsets, tallies),
                 // Cut off before its header was whole: nothing was ever recorded in it.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     std::fs::remove_file(&path)?
@@ -125,6 +131,7 @@ impl LogBook {
             Writer {
                 segment: Some(segment),
                 offsets,
+                tallies,
             },
             false,
         ))
@@ -138,6 +145,7 @@ impl LogBook {
             Writer {
                 segment: None,
                 offsets: Offsets::default(),
+                tallies: Tallies::lost(),
             },
             true,
         )
@@ -160,6 +168,11 @@ impl LogBook {
         locked(&self.writer).offsets
     }
 
+    /// What was counted of all that was ever recorded. Of a book that was closed by an earlier node nothing is known.
+    pub(crate) fn tallies(&self) -> Tallies {
+        locked(&self.writer).tallies.clone()
+    }
+
     /// Appends bytes whose place in their stream is `offset`. What is recorded already is skipped; what is missing
     /// before them is recorded as a gap. Blocks on files.
     ///
@@ -177,20 +190,29 @@ impl LogBook {
         let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) else {
             return Ok(());
         };
-        let Writer { segment, offsets } = &mut *writer;
+        let Writer {
+            segment,
+            offsets,
+            tallies,
+        } = &mut *writer;
         let Some(segment) = segment else {
             return Err(io::Error::other("the log is closed"));
         };
         if segment.len() >= self.limits.segment_bytes {
-            *segment = SegmentWriter::create(&self.dir, segment.number() + 1, *offsets)?;
+            let number = segment.number() + 1;
+            // First: a segment without what was counted before it has no digest any more.
+            tallies.save(&self.dir, number)?;
+            *segment = SegmentWriter::create(&self.dir, number, *offsets)?;
             self.drop_oldest(segment.number());
         }
         if offset > held {
             segment.append_gap(stream, time_ns, offset - held)?;
             *offsets.of(stream) = offset;
+            tallies.missed(stream, offset - held);
         }
         segment.append(stream, time_ns, fresh)?;
         *offsets.of(stream) += fresh.len() as u64;
+        tallies.delivered(stream, fresh);
         drop(writer);
         self.changed.send_modify(|(count, _)| *count += 1);
         Ok(())
@@ -205,6 +227,8 @@ impl LogBook {
             if let Err(error) = std::fs::remove_file(path) {
                 tracing::warn!(path = %path.display(), %error, "an old log segment could not be removed");
             }
+            // That of the first there is not.
+            let _ = std::fs::remove_file(path.with_extension("sum"));
         }
     }
 

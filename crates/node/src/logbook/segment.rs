@@ -184,14 +184,19 @@ impl SegmentWriter {
         })
     }
 
-    /// Takes up a segment that an earlier process wrote, cutting off a torn last record.
-    pub(super) fn recover(number: u64, path: &Path) -> io::Result<(SegmentWriter, Offsets)> {
+    /// Takes up a segment that an earlier process wrote, cutting off a torn last record. `seen` is told of each whole one.
+    pub(super) fn recover(
+        number: u64,
+        path: &Path,
+        mut seen: impl FnMut(&Entry, Option<(Stream, u64)>),
+    ) -> io::Result<(SegmentWriter, Offsets)> {
         let mut file = OpenOptions::new().read(true).write(true).open(path)?;
         let mut offsets = read_header(&mut file)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         let mut at = 0;
-        while let Parsed::Record(_, counted, size) = parse(&bytes[at..]) {
+        while let Parsed::Record(entry, counted, size) = parse(&bytes[at..]) {
+            seen(&entry, counted);
             if let Some((stream, length)) = counted {
                 *offsets.of(stream) += length;
             }

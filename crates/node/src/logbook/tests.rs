@@ -277,3 +277,86 @@ async fn a_segment_without_its_header_is_passed_over_and_a_closed_book_can_still
     drop(reader);
     closed.wait_until_unread().await;
 }
+
+/// What anybody would get for these bytes.
+fn sha256(bytes: &[u8]) -> Option<vistara_model::Digest> {
+    use sha2::{Digest as _, Sha256};
+    Some(vistara_model::Digest::from_sha256(
+        Sha256::digest(bytes).into(),
+    ))
+}
+
+#[test]
+fn the_digest_is_of_all_output_though_the_log_has_only_its_end_and_nodes_came_and_went() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut out, mut bad) = (Vec::new(), Vec::new());
+    let mut book = LogBook::open(dir.path(), small()).unwrap();
+    for round in 0..400u32 {
+        let (one, two) = (format!("line {round}\n").repeat(7), format!("{round}?"));
+        book.append(Stream::Stdout, out.len() as u64, 1, one.as_bytes())
+            .unwrap();
+        book.append(Stream::Stderr, bad.len() as u64, 1, two.as_bytes())
+            .unwrap();
+        out.extend_from_slice(one.as_bytes());
+        bad.extend_from_slice(two.as_bytes());
+        if round % 23 == 0 {
+            drop(book);
+            book = LogBook::open(dir.path(), small()).unwrap();
+        }
+    }
+    assert!(!dir.path().join("00000000.log").exists(), "nothing rotated");
+    let sums = std::fs::read_dir(dir.path()).unwrap();
+    let sums = sums.filter(|entry| {
+        let path = entry.as_ref().unwrap().path();
+        path.extension().is_some_and(|end| end == "sum")
+    });
+    assert!(sums.count() as u64 <= small().segments_max);
+    book.finish();
+    let tallies = book.tallies();
+    assert_eq!(tallies.stdout.digest(), sha256(&out));
+    assert_eq!(tallies.stderr.digest(), sha256(&bad));
+    assert_eq!(tallies.stdout.bytes, out.len() as u64);
+    assert_eq!((tallies.stdout.missing, tallies.stderr.missing), (0, 0));
+}
+
+#[test]
+fn what_was_lost_is_counted_apart_and_a_torn_record_is_counted_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let book = LogBook::open(dir.path(), Limits::default()).unwrap();
+    book.append(Stream::Stdout, 0, 1, b"abc").unwrap();
+    book.append(Stream::Stdout, 10, 1, b"xyz").unwrap();
+    book.append(Stream::Stdout, 13, 1, b"torn").unwrap();
+    drop(book);
+    let path = dir.path().join("00000000.log");
+    let len = std::fs::metadata(&path).unwrap().len();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(len - 1).unwrap();
+    let book = LogBook::open(dir.path(), Limits::default()).unwrap();
+    assert_eq!(book.tallies().stdout.digest(), sha256(b"abcxyz"));
+    book.append(Stream::Stdout, 13, 1, b"torn").unwrap();
+    let tally = book.tallies().stdout;
+    assert_eq!(tally.digest(), sha256(b"abcxyztorn"));
+    assert_eq!((tally.bytes, tally.missing), (10, 7));
+}
+
+#[test]
+fn where_count_was_lost_there_is_no_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let book = LogBook::open(dir.path(), small()).unwrap();
+    let mut at = 0;
+    while !dir.path().join("00000002.sum").exists() {
+        book.append(Stream::Stdout, at, 1, &[b'x'; 1000]).unwrap();
+        at += 1000;
+    }
+    drop(book);
+    for damage in [None, Some(&b"{"[..])] {
+        match damage {
+            None => std::fs::remove_file(dir.path().join("00000002.sum")).unwrap(),
+            Some(bytes) => std::fs::write(dir.path().join("00000002.sum"), bytes).unwrap(),
+        }
+        let book = LogBook::open(dir.path(), small()).unwrap();
+        book.append(Stream::Stdout, at, 1, b"more").unwrap();
+        at += 4;
+        assert_eq!(book.tallies().stdout.digest(), None);
+    }
+}

@@ -12,6 +12,7 @@ use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
 use crate::node::{Fate, Node};
+use crate::receipts::{self, LastUsage, Ran};
 use crate::snapshots::Moment;
 use crate::stock::Warm;
 use std::path::PathBuf;
@@ -47,7 +48,7 @@ const LAST_WORDS_BOUND: Duration = Duration::from_secs(5);
 pub(crate) const STOP_GRACE: Duration = Duration::from_secs(10);
 
 /// A launched machine with the steps that led to it, or what went wrong, in words for the user.
-type Prepared = Result<Launched, String>;
+type Prepared = Result<(Launched, Ran), String>;
 
 /// Where a machine comes from.
 pub(crate) enum Origin {
@@ -97,6 +98,8 @@ pub(crate) struct Actor {
     greeted: Option<(Agent, Welcome)>,
     /// Why a provisional run never was.
     undone: Option<Undone>,
+    /// What its monitor used when it was taken down.
+    usage: Option<LastUsage>,
     trouble: Option<String>,
     unsaved: bool,
 }
@@ -187,6 +190,7 @@ impl Actor {
             warm: None,
             greeted: None,
             undone: None,
+            usage: None,
             trouble: None,
             unsaved: false,
         };
@@ -251,6 +255,7 @@ impl Actor {
                 }
                 Ok(Fate::Over(event)) => {
                     self.trouble = None;
+                    self.record.proof.unseen = true;
                     self.learn_unseen_end(&event).await;
                     return self.on(event).await;
                 }
@@ -271,7 +276,8 @@ impl Actor {
             Some(news) = self.news.1.recv() => self.hear(news).await,
             Some(command) = self.commands.recv() => self.command(command).await,
             result = joined(&mut self.prepared) => match result.and_then(|result| result) {
-                Ok(launched) => {
+                Ok((launched, ran)) => {
+                    self.record.proof.ran = Some(ran);
                     self.add_steps(launched.steps);
                     self.record.warm &= launched.greeted.is_some();
                     self.record.template = launched.template;
@@ -453,6 +459,7 @@ impl Actor {
     async fn on(&mut self, event: Event) {
         tracing::debug!(machine = %self.record.id, ?event, "event");
         let started = event == Event::ProgramStarted;
+        self.record.proof.exit_heard |= matches!(event, Event::ProgramExited { .. });
         let effects = self.life.on(event);
         self.record.state = self.life.state();
         self.record.end = self.life.end().cloned();
@@ -472,6 +479,9 @@ impl Actor {
             self.record.ended_ns = Some(now_ns());
             self.record.vm = None;
             self.log.finish();
+            let (node, tallies) = (Arc::clone(&self.node), self.log.tallies());
+            let made = receipts::make(node.mesh(), &self.record, tallies, self.usage).await;
+            self.record.proof.receipt = Some(made);
         }
         self.publish().await;
         if ends && !self.record.spec.auto_remove {
@@ -492,11 +502,18 @@ impl Actor {
         let (cancel, moment) = (self.cancel.clone(), self.moment.take());
         let warm = self.warm.take().and_then(Warm::give);
         self.prepared = Some(tokio::spawn(async move {
-            match (moment, warm) {
-                (_, Some(warm)) => go_on_warm(&node, &record, &dir, zero, &cancel, warm).await,
-                (Some(moment), None) => go_on(&node, &record, &dir, zero, &moment).await,
-                (None, None) => prepare(&node, &record, &dir, zero, &cancel).await,
-            }
+            let launched = async {
+                match (moment, warm) {
+                    (_, Some(warm)) => go_on_warm(&node, &record, &dir, zero, &cancel, warm).await,
+                    (Some(moment), None) => go_on(&node, &record, &dir, zero, &moment).await,
+                    (None, None) => prepare(&node, &record, &dir, zero, &cancel).await,
+                }
+            };
+            let (mechanisms, told) = (node.mechanisms(), record.clone());
+            let ran = tokio::task::spawn_blocking(move || Ran::now(&mechanisms, &told));
+            // Its receipt is signed at its end; the key is at hand by then. Where it is not, the receipt says why.
+            let (launched, ran, _key) = tokio::join!(launched, ran, node.mesh().open());
+            Ok((launched?, ran.map_err(|error| error.to_string())?))
         }));
     }
 
@@ -563,8 +580,9 @@ impl Actor {
         });
     }
 
-    fn take_down(&self, flush: bool) {
+    fn take_down(&mut self, flush: bool) {
         let Some(vm) = self.vm.clone() else { return };
+        self.usage = LastUsage::of(vm.as_ref()).or(self.usage);
         let agent = self.shared.agent.borrow().clone();
         let id = self.record.id.clone();
         tokio::spawn(async move {

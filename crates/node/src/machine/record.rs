@@ -92,6 +92,9 @@ pub(crate) struct Record {
     /// Whether its guest's processes may be held still for a snapshot: a node that finds it so has them go on.
     #[serde(default)]
     pub(crate) held: bool,
+    /// What its receipt is made of, and the receipt.
+    #[serde(default)]
+    pub(crate) proof: crate::receipts::Proof,
     pub(crate) timings: Vec<Step>,
 }
 

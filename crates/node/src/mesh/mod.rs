@@ -1,6 +1,7 @@
 //! This node among others: its key, the nodes it has joined, what it has granted, and whom it lets in.
 //!
-//! Nothing of this exists until the owner asks for it: no key, no socket. Then everything lies in `mesh/` of the state
+//! Nothing of this exists until it is needed: no socket until the owner asks for one, no key until then or until the first
+//! machine is prepared, whose receipt it will sign. Everything lies in `mesh/` of the state
 //! directory. What is decided about a caller is decided by `vistara_control`; here its facts are gathered.
 //!
 //! ```text
@@ -13,17 +14,17 @@ mod brought;
 mod caller;
 mod faults;
 mod forwards;
-mod ledger;
 mod gossip;
-mod place;
+mod ledger;
 mod members;
+mod place;
 mod placing;
 
 pub(crate) use bring::Bringing;
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
 pub(crate) use forwards::Forwards;
-pub(crate) use ledger::{Given, Ledger};
 pub(crate) use gossip::Member;
+pub(crate) use ledger::{Given, Ledger};
 pub(crate) use place::number as place_number;
 pub(crate) use placing::{Heard, Placing};
 
@@ -67,11 +68,11 @@ pub(crate) struct Mesh {
     dir: PathBuf,
     open: Mutex<Option<Arc<Open>>>,
     link: Mutex<Option<Link>>,
-    /// Held while the link is made or closed.
     /// This node's part in the network, while it listens and is not private.
     gossip: Mutex<Option<Arc<gossip::Gossip>>>,
     /// What this node says of itself may have changed.
     restate: tokio::sync::Notify,
+    /// Held while the link is made or closed.
     turning: tokio::sync::Mutex<()>,
     nonces: Mutex<Nonces>,
     /// What machines that are being made will take, by grant.
@@ -131,9 +132,9 @@ impl Mesh {
             dir: state_dir.join("mesh"),
             open: Mutex::default(),
             link: Mutex::default(),
-            turning: tokio::sync::Mutex::default(),
             gossip: Mutex::default(),
             restate: tokio::sync::Notify::new(),
+            turning: tokio::sync::Mutex::default(),
             nonces: Mutex::default(),
             held: Mutex::default(),
             brought: Mutex::new(brought::Brought::at(&state_dir.join("mesh"))),
@@ -207,8 +208,8 @@ impl Mesh {
             if wish.is_none_or(|wish| wish.port() == 0 || link.port() == Some(wish.port())) {
                 return Ok(link);
             }
-            *lock(&self.link) = None;
             self.end_gossip(true).await;
+            *lock(&self.link) = None;
             link.close().await;
         }
         let path = self.dir.join("listen.json");
@@ -241,8 +242,8 @@ impl Mesh {
             }
         }
         *lock(&self.link) = Some(link.clone());
-        // It ends with the link, which closes the channel.
         self.begin_gossip(&open, &link).await;
+        // It ends with the link, which closes the channel.
         tokio::spawn(Arc::clone(self).receive(open, accepted));
         tracing::info!(%listen, "this node listens for others");
         Ok(link)
@@ -252,8 +253,8 @@ impl Mesh {
     pub(crate) async fn leave(&self) -> Answer<()> {
         let _turn = self.turning.lock().await;
         let open = self.open_in_turn().await?;
-        let path = self.dir.join("listen.json");
         self.end_gossip(false).await;
+        let path = self.dir.join("listen.json");
         blocking(move || {
             lock(&open.peers).clear()?;
             match std::fs::remove_file(&path) {
@@ -274,8 +275,8 @@ impl Mesh {
 
     /// Says goodbye to others: the node leaves.
     pub(crate) async fn close(&self) {
-        let link = lock(&self.link).take();
         self.end_gossip(true).await;
+        let link = lock(&self.link).take();
         if let Some(link) = link {
             link.close().await;
         }
@@ -351,7 +352,6 @@ impl Mesh {
         Ok(link.stream(&peer.id, token.as_ref()).await?)
     }
 
-    /// The id of a node that was joined.
     /// What this node calls the one with this key; none where it does not know it.
     pub(crate) async fn known_as(&self, node: &NodeId) -> Answer<Option<String>> {
         let open = self.open().await?;
@@ -363,6 +363,7 @@ impl Mesh {
         Ok(peer.map(|peer| peer.name.clone().unwrap_or_else(|| peer.id.short())))
     }
 
+    /// The id of a node that was joined.
     pub(crate) async fn peer_id(&self, typed: &str) -> Answer<NodeId> {
         Ok(find(&*self.open().await?, typed)?.id)
     }
@@ -414,10 +415,10 @@ impl Mesh {
             undo();
             return Err(fault);
         }
-        Ok((open, peer))
         if let Some(gossip) = self.gossip() {
             gossip.joined(peer.id);
         }
+        Ok((open, peer))
     }
 
     /// Forgets a node that was joined.
@@ -428,10 +429,10 @@ impl Mesh {
         if let Some(link) = self.link() {
             link.forget(&id);
         }
-        Ok(())
         if let Some(gossip) = self.gossip() {
             gossip.unjoined(id);
         }
+        Ok(())
     }
 
     /// Remembers a token that a node gave to this one.
@@ -454,13 +455,13 @@ impl Mesh {
         peer.grant = Some(token.to_string());
         let (books, put) = (Arc::clone(&open), peer.clone());
         blocking(move || lock(&books.peers).put(put)).await??;
-        Ok((open, peer))
         if let Some(link) = self.link() {
             link.keep(peer.id, peer.addresses.clone())?;
         }
         if let Some(gossip) = self.gossip() {
             gossip.joined(peer.id);
         }
+        Ok((open, peer))
     }
 
     /// Takes a grant back; what goes on under it is cut off.

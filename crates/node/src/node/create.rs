@@ -5,13 +5,15 @@ use crate::fault::{Answer, Fault};
 use crate::logbook::{Limits, LogBook};
 use crate::machine::{Actor, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::mesh::Asker;
+use crate::receipts::{Asked, Proof};
 use crate::stock::Warm;
 use std::sync::Arc;
 use std::time::Instant;
 use vistara_api::{ErrorKind, RunRequest};
 use vistara_control::{Capacity, Demand, MEMORY_MIN, admit};
 use vistara_model::{
-    Bytes, Generation, HostFacts, MachineId, MachineName, MachineSpec, MachineState, VmmKind,
+    Bytes, Digest, Generation, HostFacts, MachineId, MachineName, MachineSpec, MachineState,
+    VmmKind,
 };
 
 impl Node {
@@ -47,10 +49,11 @@ impl Node {
         self.admit_size(spec, MEMORY_MIN, vmm, &self.facts())
     }
 
-    /// Accepts a request: the machine exists, and is being prepared, when this returns.
+    /// Accepts a request, whose body has this digest: the machine exists, and is being prepared, when this returns.
     pub(crate) async fn create(
         self: &Arc<Self>,
         request: &RunRequest,
+        digest: Option<Digest>,
         asker: &Asker,
         zero: Instant,
     ) -> Answer<Arc<Handle>> {
@@ -71,6 +74,7 @@ impl Node {
             linux_memory,
             facts,
         } = decision;
+        let asked = Asked::new(digest, request.nonce.as_ref(), &image)?;
         let kernel = self.kernel(&spec, choice.backend, &host)?;
         choose_ports(&mut spec)?;
         let mut random = [0; 20];
@@ -120,6 +124,7 @@ impl Node {
             warm: false,
             continues: None,
             held: false,
+            proof: Proof::of(asked),
             timings: Vec::new(),
         };
         let wish = self.wish(&record).await;

@@ -14,6 +14,7 @@ pub(crate) use choice::{Decision, Look};
 
 use crate::fault::{Answer, Fault, NodeError};
 use crate::machine::{Command, Handle, Record, now_ns};
+use crate::mesh::Mesh;
 use crate::options::{NodeOptions, TemplateLimits};
 use crate::snapshots::{Captures, Snapshots};
 use crate::stock::Stock;
@@ -103,6 +104,8 @@ pub(crate) struct Node {
     snapshots: Snapshots,
     captures: Captures,
     stock: Arc<Stock>,
+    /// Whose key signs receipts.
+    mesh: Arc<Mesh>,
     kvm: Mutex<KvmVerdict>,
     machines: Mutex<Machines>,
     /// Held for the node's life: one node serves a state directory.
@@ -180,7 +183,10 @@ fn make_private_dir(dir: &Path) -> Result<(), NodeError> {
 
 impl Node {
     /// Makes the state directory ready and takes over what an earlier node left.
-    pub(crate) async fn open(options: NodeOptions) -> Result<Arc<Node>, NodeError> {
+    pub(crate) async fn open(
+        options: NodeOptions,
+        mesh: Arc<Mesh>,
+    ) -> Result<Arc<Node>, NodeError> {
         make_private_dir(&options.state_dir)?;
         let lock = take_lock(&options).await?;
         let state = options.state_dir.clone();
@@ -224,6 +230,7 @@ impl Node {
             snapshots: Snapshots::new(state.join("snapshots")),
             captures: Captures::new(),
             stock,
+            mesh,
             kvm: Mutex::new(KvmVerdict::Absent("it has not been probed yet".to_owned())),
             machines: Mutex::default(),
             _lock: lock,
@@ -244,6 +251,10 @@ impl Node {
 
     pub(crate) fn mechanisms(&self) -> Mechanisms {
         self.mechanisms.clone()
+    }
+
+    pub(crate) fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
     }
 
     pub(crate) fn templates(&self) -> Arc<Templates> {

@@ -406,6 +406,7 @@ impl Node {
                 printed_before: crate::logbook::Offsets::default(),
             }),
             held: false,
+            proof: from.proof.of_copy(),
             timings: Vec::new(),
             ..from.clone()
         };

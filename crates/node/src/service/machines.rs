@@ -4,6 +4,7 @@ use super::App;
 use super::foreign::tame;
 use super::images::sse;
 use super::placing;
+use super::receipts::AsSent;
 use crate::fault::{Answer, Fault, blocking};
 use crate::logbook::{Entry, Start, Stream as Output};
 use crate::machine::{Command, Handle, KERNEL_LOG, STOP_GRACE};
@@ -61,7 +62,7 @@ pub(super) async fn create(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
     Query(query): Query<OfferQuery>,
-    Json(mut request): Json<RunRequest>,
+    AsSent(mut request, digest): AsSent<RunRequest>,
 ) -> Answer<Json<Machine>> {
     let zero = Instant::now();
     let asker = app.asker(&caller)?;
@@ -71,7 +72,7 @@ pub(super) async fn create(
     let promised = Arc::clone(&app.placing);
     // A task of its own: a client that goes away in the middle must not leave half a machine.
     let created = tokio::spawn(async move {
-        let created = app.node.create(&request, &asker, zero).await;
+        let created = app.node.create(&request, Some(digest), &asker, zero).await;
         if let Some((from, offer)) = begun {
             // Its record counts from here on; or there is none.
             promised.counted(from, offer);

@@ -9,6 +9,7 @@ mod metrics;
 mod parts;
 mod placing;
 mod ports;
+mod receipts;
 mod snapshots;
 mod streams;
 mod system;
@@ -102,6 +103,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(snapshots::restore))
         .routes(routes!(snapshots::fork))
         .routes(routes!(machines::wait))
+        .routes(routes!(receipts::show))
+        .routes(routes!(receipts::verify))
         .routes(routes!(machines::logs))
         .routes(routes!(machines::console))
         .routes(routes!(machines::stats))
@@ -172,8 +175,8 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
         HeaderValue::from_str(&options.version).unwrap_or(HeaderValue::from_static("unknown"));
     raise_file_limit();
     let state_dir = options.state_dir.clone();
-    let node = Node::open(options).await?;
     let (mesh, visits) = Mesh::new(&state_dir);
+    let node = Node::open(options, Arc::clone(&mesh)).await?;
     mesh.resume().await;
     let listener = bind(&socket)?;
     let forwards = Forwards::new(

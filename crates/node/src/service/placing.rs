@@ -179,6 +179,10 @@ pub(super) async fn place(
         })?,
         (None, None) => Policy::default(),
     };
+    let apart_from = wish.apart_from.iter().map(|node| node.parse());
+    let apart_from = apart_from
+        .collect::<Result<_, vistara_model::AuthorityError>>()
+        .map_err(|error| Fault::user(error.to_string()))?;
     let image = wish.image.as_deref();
     let image = image.and_then(|image| app.node.image(image).ok());
     let wanted = Wanted {
@@ -191,6 +195,7 @@ pub(super) async fn place(
             regions: wish.regions.into_iter().collect(),
             capabilities: wish.capabilities.into_iter().collect(),
             price_micros_max: wish.price_micros_max,
+            apart_from,
             ..Constraints::default()
         },
     };

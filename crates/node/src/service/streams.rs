@@ -3,7 +3,8 @@
 use super::App;
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Entry, Start, Stream as Output};
-use crate::machine::{Command, Handle, HeldInput, STOP_GRACE, exit_status};
+use crate::machine::{Command, Handle, HeldInput, Record, STOP_GRACE, exit_status};
+use crate::receipts;
 use crate::view;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, State};
@@ -199,6 +200,9 @@ async fn attached(
     if let Some(message) = end.record.undone.clone() {
         say(sink, &StreamEvent::Notice { message }).await?;
     }
+    if request.receipt {
+        say(sink, &receipt(&end.record)).await?;
+    }
     // A machine is not removed while somebody reads what it printed.
     drop(reader);
     if end.record.spec.auto_remove {
@@ -206,6 +210,19 @@ async fn attached(
         handle.wait_until(|snapshot| snapshot.removed).await;
     }
     say(sink, &ended(end.record.end.as_ref())).await
+}
+
+fn receipt(record: &Record) -> StreamEvent {
+    match receipts::of(record) {
+        Ok(text) => StreamEvent::Receipt {
+            receipt: Some(text.to_owned()),
+            missing: None,
+        },
+        Err(fault) => StreamEvent::Receipt {
+            receipt: None,
+            missing: Some(fault.0.message),
+        },
+    }
 }
 
 fn ended(end: Option<&EndReason>) -> StreamEvent {

@@ -327,6 +327,7 @@ mod tests {
             warm: false,
             continues: None,
             held: false,
+            proof: Default::default(),
             timings: Vec::new(),
         }
     }

@@ -154,6 +154,7 @@ impl TestNode {
         let request = AttachRequest {
             from_start: true,
             stdin: false,
+            ..Default::default()
         };
         let mut streams = self.client.attach(machine, &request).await.unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
@@ -168,7 +169,9 @@ impl TestNode {
                         return event;
                     }
                     Some(StreamItem::Event(
-                        StreamEvent::Started { .. } | StreamEvent::Notice { .. },
+                        StreamEvent::Started { .. }
+                        | StreamEvent::Notice { .. }
+                        | StreamEvent::Receipt { .. },
                     )) => {}
                     None => panic!("the stream ended without saying how the program did"),
                 }

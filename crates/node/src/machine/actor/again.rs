@@ -94,6 +94,7 @@ impl Actor {
             self.limit = None;
         }
         record.generation.0 += 1;
+        record.proof.begin_again();
         record.undone = record.provisional.then(|| again.reason.clone());
         record.undone_boot_id =
             (record.undone.as_ref()).and_then(|_| vistara_host::facts::boot_id().ok());
