@@ -105,6 +105,22 @@ pub(crate) fn boot() -> Result<LinuxBoot, String> {
 /// What is booted with this channel, or why it cannot be.
 pub(crate) fn boot_with(channel: Channel) -> Result<LinuxBoot, String> {
     let (kernel, modules) = kernel()?;
+    if channel == Channel::Vsock && find(&modules, "vmw_vsock_virtio_transport.ko").is_none() {
+        // One that has everything built in has no modules at all.
+        let mut others = std::fs::read_dir(&modules).map_err(|error| error.to_string())?;
+        if others.next().is_some() {
+            return Err("the kernel was added without its vsock modules: add it again".to_owned());
+        }
+    }
+    boot_of(kernel, &modules, channel)
+}
+
+/// The same of this kernel and its modules.
+pub(crate) fn boot_of(
+    kernel: PathBuf,
+    modules: &Path,
+    channel: Channel,
+) -> Result<LinuxBoot, String> {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
         .find_map(|path| std::fs::read(path).ok())
@@ -115,23 +131,25 @@ pub(crate) fn boot_with(channel: Channel) -> Result<LinuxBoot, String> {
     }
     archive.entry("init", 0o100_755, INIT.as_bytes());
     archive.entry("bin/busybox", 0o100_755, &busybox);
+    let mut modular = false;
     for name in MODULES {
         // What a kernel has built in has no file.
-        if let Some(path) = find(&modules, &format!("{name}.ko")) {
+        if let Some(path) = find(modules, &format!("{name}.ko")) {
+            modular = true;
             let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
             archive.entry(&format!("m/{name}.ko"), 0o100_644, &bytes);
         }
     }
-    let mut name = "suite-initramfs";
+    let mut name = "suite-initramfs".to_owned();
     if channel == Channel::Vsock {
-        if find(&modules, "vmw_vsock_virtio_transport.ko").is_none() {
-            return Err("the kernel was added without its vsock modules: add it again".to_owned());
-        }
         archive.entry("bridge", 0o100_755, &compiled("bridge", BRIDGE)?);
-        name = "suite-initramfs-vsock";
+        name.push_str("-vsock");
+    }
+    if !modular {
+        name.push_str("-builtin");
     }
     archive.entry("TRAILER!!!", 0, b"");
-    let initramfs = kept(name, &archive.0).map_err(|error| error.to_string())?;
+    let initramfs = kept(&name, &archive.0).map_err(|error| error.to_string())?;
     Ok(LinuxBoot {
         kernel,
         initramfs,

@@ -37,7 +37,7 @@ const STEP_TIME_MAX: Duration = Duration::from_secs(900);
 /// Compiling takes about ten minutes of one processor, on a slow and busy host several times that.
 const COMPILE_TIME_MAX: Duration = Duration::from_secs(4 * 3600);
 /// Programs that `make` starts for a build, nearly one for each file: for telling how far it is.
-const FILES_EXPECTED: u32 = 1500;
+const FILES_EXPECTED: u32 = 1900;
 /// Longest small file that is read of what a build makes.
 const SMALL_FILE_MAX: u64 = 1 << 20;
 /// Parts of the source that no guest of ours is made of. Their Kconfig and Makefiles stay, as the build reads them.
@@ -231,7 +231,7 @@ pub fn build(
     let build = Build {
         tree: &tree,
         objects: &work.path().join("objects"),
-        time,
+        time: &time,
         jobs: options.jobs.max(1),
     };
     let unknown = build.configure(&source)?;
@@ -310,8 +310,8 @@ fn finished(cache: &Cache, key: &str, source: &str) -> Result<Option<BuiltKernel
     }))
 }
 
-/// Unpacks the source out of its package: its directory, and when it was made, in seconds since 1970.
-fn unpack(work: &Work, deb: &Path, package: &str) -> Result<(PathBuf, u64), BootError> {
+/// Unpacks the source out of its package: its directory, and when it was made, as a kernel's banner has it.
+fn unpack(work: &Work, deb: &Path, package: &str) -> Result<(PathBuf, String), BootError> {
     let text = |path: &Path| path.display().to_string();
     let (unpacked, tree) = (work.path().join("deb"), work.path().join("source"));
     fs::create_dir(&tree).map_err(BootError::io("make directory", &tree))?;
@@ -333,9 +333,13 @@ fn unpack(work: &Work, deb: &Path, package: &str) -> Result<(PathBuf, u64), Boot
         // Only room is won by it: what stays goes with the work.
         let _ = fs::remove_dir_all(done).or_else(|_| fs::remove_file(done));
     }
-    let time = made
+    let seconds = made
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
+    let seconds = format!("@{seconds}");
+    let words = ["-u", "-d", &seconds];
+    let time = make_runs("date", &words, work.path(), STEP_TIME_MAX, &[]).run()?;
+    let time = time.trim().to_owned();
     Ok((tree, time))
 }
 
@@ -362,7 +366,8 @@ fn make_runs<'a>(
 struct Build<'a> {
     tree: &'a Path,
     objects: &'a Path,
-    time: u64,
+    /// When the source was made, in words.
+    time: &'a str,
     jobs: usize,
 }
 
@@ -420,13 +425,12 @@ impl Build<'_> {
             self.tree.display().to_string(),
             format!("O={}", self.objects.display()),
         );
-        let time = format!("@{}", self.time);
         // Polite: it is long, and nobody waits for it with a machine.
         let mut arguments = vec!["-n", "10", "make", "-C", &tree, &objects];
         arguments.extend(words);
         // Without these a kernel tells who built it, where, when and how often.
         let mut environment = vec![
-            ("KBUILD_BUILD_TIMESTAMP", time.as_str()),
+            ("KBUILD_BUILD_TIMESTAMP", self.time),
             ("KBUILD_BUILD_USER", "vistara"),
             ("KBUILD_BUILD_HOST", "vistara"),
             ("KBUILD_BUILD_VERSION", "1"),
