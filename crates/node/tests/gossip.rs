@@ -89,7 +89,7 @@ async fn who_joined_one_node_hears_of_the_others_and_of_their_death_return_and_l
 
     let heard = until_stated(&a, &c_id).await;
     assert_eq!(heard.known, "heard");
-    assert_eq!(heard.life.as_deref(), Some("alive"));
+    until(&a, &c_id, "alive").await;
     assert_eq!(heard.facts.unwrap().region.as_deref(), Some("moon"));
     assert!(heard.grant.is_none());
     assert_eq!(until_stated(&a, &b_id).await.known, "joined");
