@@ -1,7 +1,7 @@
 # make run     a program in a virtual machine, from nothing: what it needs is installed, built and made on the way
 # make test    every check and every test; ends with one line of counts
 # make lab     the hypervisors' tests on KVM that works, in a machine that emulates it (docs/internals/lab.md); as root
-# make kernel  a small, fast guest kernel out of Debian's source, for this node (ten minutes, once); its tools are installed
+# make kernel  a small, fast guest kernel out of Debian's source, for this node (10 to 30 minutes, once); its tools are installed
 # make lint    formatting, clippy, layers, licences
 # make setup   what is missing on a Debian host, installed with apt
 # make clean   build results (a node's state stays: it is yours)

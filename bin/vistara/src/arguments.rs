@@ -522,7 +522,7 @@ pub(crate) enum KernelCommand {
         #[arg(value_name = "debian|FILE|nanos FILE", required = true, num_args = 1..=2)]
         source: Vec<String>,
     },
-    /// Build a small, fast Linux guest kernel out of Debian's source, and add it (takes 10 minutes of a processor, once)
+    /// Build a small, fast Linux guest kernel out of Debian's source, and add it (takes many minutes, once)
     Build(BuildKernelOptions),
     /// Remove guest kernels
     Rm {

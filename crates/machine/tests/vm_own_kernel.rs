@@ -31,7 +31,7 @@ fn kernel() -> Result<Kernel, String> {
     );
     let none = || {
         format!(
-            "there is no kernel of our own in {dir:?}; build one (it takes 10 minutes of a processor): cargo run --package vistara-machine --example build_kernel target/vm-tests/own-kernels"
+            "there is no kernel of our own in {dir:?}; build one (it takes many minutes): cargo run --package vistara-machine --example build_kernel target/vm-tests/own-kernels"
         )
     };
     if !dir.exists() {

@@ -34,7 +34,7 @@ const BUILD_FORMAT: u32 = 1;
 const ROOM: u64 = 2500 << 20;
 /// Unpacking and configuring take seconds.
 const STEP_TIME_MAX: Duration = Duration::from_secs(900);
-/// Compiling takes about ten minutes of one processor, on a slow and busy host several times that.
+/// Compiling took half an hour of one busy processor; a slow host may need several times that.
 const COMPILE_TIME_MAX: Duration = Duration::from_secs(4 * 3600);
 /// Programs that `make` starts for a build, nearly one for each file: for telling how far it is.
 const FILES_EXPECTED: u32 = 1900;
