@@ -150,11 +150,11 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
         Command::Run(options) if options.replicas_agree.is_some() => {
             if on.as_deref().is_some_and(|node| node != place::ANY) {
-                return Err(
-                    Failure::new("--replicas-agree asks several nodes, and --on names one")
-                        .hint("leave --on out; --region and --capable narrow the choice")
-                        .code(2),
-                );
+                return Err(Failure::new(
+                    "--replicas-agree asks several nodes, and --on names one",
+                )
+                .hint("leave --on out; --region and --capable narrow the choice")
+                .code(2));
             }
             replicas::run(&client, &options).await
         }

@@ -165,28 +165,37 @@ fn oracle() -> u16 {
     port
 }
 
+fn replicas(near: &System, quorum: &str, more: &[&str], program: &str) -> Output {
+    let options = ["run", "-q", "-m", "128m", "--replicas-agree", quorum];
+    near.vistara(&[&options, more, &[IMAGE, "python3", "-c", program]].concat())
+}
+
 #[test]
 fn the_answer_that_two_of_three_nodes_give_counts_and_who_differs_is_named() {
     let Some(nodes) = nodes("three", 3, "run,network") else {
         return;
     };
     let near = &nodes.0[0];
-    let run = |quorum: &str, more: &[&str], program: &str| -> Output {
-        let options = ["run", "-q", "-m", "128m", "--replicas-agree", quorum];
-        near.vistara(&[&options, more, &[IMAGE, "python3", "-c", program]].concat())
-    };
     let dir = near.state.join("receipts");
     let dir_text = dir.to_str().unwrap();
-    let output = run(
-        "2/3",
-        &["--receipt", dir_text],
-        "import sys; print(6 * 7); sys.exit(5)",
+    let program = format!(
+        "import socket, sys; s = socket.create_connection(('10.0.2.2', {})); print(s.makefile().read(), end=''); sys.exit(5)",
+        oracle()
     );
+    let options = ["--network", "user", "--receipt", dir_text];
+    let output = replicas(near, "2/3", &options, &program);
     let told = text(&output.stderr);
+    println!("{told}");
     assert_eq!(output.status.code(), Some(5), "{told}");
-    assert_eq!(text(&output.stdout), "42\n");
-    assert!(told.contains("3 of 3 nodes agree"), "{told}");
+    assert_eq!(text(&output.stdout), "even\n");
+    assert!(told.contains("2 of 3 nodes agree"), "{told}");
+    assert!(
+        told.contains("differs: other output (4 bytes instead of 5)"),
+        "{told}"
+    );
+    // Who differed has signed that it did.
     let mut keys = std::collections::BTreeSet::new();
+    let mut outputs = std::collections::BTreeSet::new();
     for entry in std::fs::read_dir(&dir).unwrap() {
         let path = entry.unwrap().path();
         let words = [
@@ -198,33 +207,32 @@ fn the_answer_that_two_of_three_nodes_give_counts_and_who_differs_is_named() {
             "--json",
         ];
         let json: serde_json::Value = serde_json::from_str(&said(near, &words)).unwrap();
-        keys.insert(json["receipt"]["node"].as_str().unwrap().to_owned());
+        let told = |pointer: &str| json.pointer(pointer).unwrap().as_str().unwrap().to_owned();
+        keys.insert(told("/receipt/node"));
+        outputs.insert(told("/receipt/output/stdout/digest"));
     }
-    assert_eq!(keys.len(), 3);
+    assert_eq!((keys.len(), outputs.len()), (3, 2));
+}
 
-    let program = format!(
-        "import socket; s = socket.create_connection(('10.0.2.2', {})); print(s.makefile().read(), end='')",
-        oracle()
-    );
-    let output = run("2/3", &["--network", "user"], &program);
-    let told = text(&output.stderr);
-    println!("{told}");
-    assert_eq!(output.status.code(), Some(0), "{told}");
-    assert_eq!(text(&output.stdout), "even\n");
-    assert!(told.contains("2 of 3 nodes agree"), "{told}");
-    assert!(
-        told.contains("differs: other output (4 bytes instead of 5)"),
-        "{told}"
-    );
-
-    let output = run("2/3", &[], "import os; print(os.urandom(8).hex())");
+#[test]
+fn no_answer_counts_where_too_few_agree_or_are_at_hand() {
+    let Some(nodes) = nodes("few", 2, "run") else {
+        return;
+    };
+    let near = &nodes.0[0];
+    let output = replicas(near, "2/2", &[], "import os; print(os.urandom(8).hex())");
     let told = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{told}");
     assert_eq!(text(&output.stdout), "");
     assert!(told.contains("no answer counts"), "{told}");
 
-    let output = run("3/4", &[], "print(1)");
+    let output = replicas(near, "2/3", &[], "print(1)");
     let told = text(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{told}");
-    assert!(told.contains("only 3 take it"), "{told}");
+    assert!(told.contains("only 2 take it"), "{told}");
+
+    let output = replicas(near, "2/2", &[], "import sys; print(6 * 7); sys.exit(3)");
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{told}");
+    assert_eq!(text(&output.stdout), "42\n");
 }
