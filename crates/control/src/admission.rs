@@ -24,6 +24,8 @@ pub struct Demand {
     pub memory_min: Bytes,
     /// Writable layer.
     pub disk: Bytes,
+    /// Whether the memory is of huge pages, which somebody else counts.
+    pub huge_pages: bool,
 }
 
 /// What the host has.
@@ -89,7 +91,12 @@ pub fn admit(demand: Demand, capacity: Capacity) -> Result<(), AdmissionError> {
         .memory_available
         .0
         .saturating_sub(HOST_RESERVE.0 + VMM_OVERHEAD.0);
-    if demand.memory.0 > available {
+    // What is set aside as huge pages is not among what is available, and is counted by itself.
+    let taken = match demand.huge_pages {
+        true => Bytes(0),
+        false => demand.memory,
+    };
+    if taken.0 > available || available == 0 {
         return Err(AdmissionError::MemoryShort {
             asked: demand.memory,
             available: Bytes(available),
@@ -126,7 +133,26 @@ mod tests {
             memory,
             memory_min: MEMORY_MIN,
             disk,
+            huge_pages: false,
         }
+    }
+
+    #[test]
+    fn huge_pages_are_not_of_the_memory_that_is_available() {
+        let huge = |memory_available| {
+            let demand = Demand {
+                huge_pages: true,
+                ..demand(Bytes::gib(8), 1, Bytes::gib(1))
+            };
+            let host = Capacity {
+                memory_available,
+                ..HOST
+            };
+            admit(demand, host)
+        };
+        assert_eq!(huge(Bytes::gib(1)), Ok(()));
+        // The monitor itself needs some.
+        assert!(huge(VMM_OVERHEAD).is_err());
     }
 
     #[test]

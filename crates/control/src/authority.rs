@@ -282,6 +282,10 @@ pub fn leaves_host_alone(spec: &MachineSpec, may_use_network: bool) -> Result<()
     if !spec.named_volumes.is_empty() {
         return Err(Refusal::Host("volumes"));
     }
+    // What the owner has set aside, and for what, is the owner's.
+    if spec.huge_pages {
+        return Err(Refusal::Host("huge pages"));
+    }
     // Where the caller's own host leads to through the mesh; a number of the caller's choice could be somebody's.
     let reachable = |port: &PortMapping| !port.host_address.is_loopback() || port.host_port != 0;
     if spec.ports.iter().any(reachable) {

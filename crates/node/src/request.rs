@@ -171,7 +171,12 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         name: request.name.as_deref().map(parse).transpose()?,
         cpus: cpus(request.cpus.as_ref())?,
         memory: match memory(request.memory.as_ref())? {
-            memory if request.huge_pages => Bytes(memory.0.next_multiple_of(hugepages::PAGE)),
+            memory if request.huge_pages => Bytes(
+                memory
+                    .0
+                    .checked_next_multiple_of(hugepages::PAGE)
+                    .ok_or_else(|| Fault::user(format!("{memory} of memory are too much")))?,
+            ),
             memory => memory,
         },
         disk: parse_or(request.disk.as_ref(), DISK_DEFAULT)?,

@@ -1,7 +1,7 @@
 //! A processor template: what of the host's processor guests are to see, in Firecracker's own form.
 //!
-//! It makes guests alike on hosts that differ, so that what was captured on one can go on on another. The file is what
-//! Firecracker's `cpu-template-helper` writes; what is in it is Firecracker's to judge.
+//! It makes guests alike on hosts that differ: a program finds the same processor on all of them. (Captures still go on only on
+//! hosts with the same one.) The file is what Firecracker's `cpu-template-helper` writes; what is in it is Firecracker's to judge.
 
 use serde_json::Value;
 use std::io::Read;

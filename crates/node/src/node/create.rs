@@ -35,6 +35,7 @@ impl Node {
                 memory: spec.memory,
                 memory_min,
                 disk: spec.disk,
+                huge_pages: spec.huge_pages,
             },
             Capacity {
                 cpus: facts.cpus,
@@ -129,7 +130,7 @@ impl Node {
         };
         let wish = self.wish(&record).await;
         (record.name, record.slot) =
-            self.reserve(&record.spec, huge_pages::wanted(&record), for_name)?;
+            self.reserve(&record.spec, self.huge_pages_for(&record).await, for_name)?;
         let warm = wish.and_then(|wish| self.take_from_stock(wish));
         if let Some((id, its_slot)) = warm.as_ref().and_then(Warm::identity) {
             // It is who it is already.
@@ -144,6 +145,18 @@ impl Node {
             warm: warm.map(Box::new),
         };
         self.begin(record, origin).await
+    }
+
+    /// What is to be reserved of huge pages.
+    async fn huge_pages_for(&self, record: &Record) -> Option<huge_pages::Wish> {
+        let memory = huge_pages::wanted(record)?;
+        let others: Vec<Arc<Record>> = self.all().iter().map(|handle| handle.record()).collect();
+        let looked = tokio::task::spawn_blocking(move || huge_pages::touched(&others)).await;
+        Some(huge_pages::Wish {
+            memory,
+            // Not to know it only makes what is free look less.
+            touched: looked.unwrap_or_default(),
+        })
     }
 
     /// Gives a machine whose name and slot are reserved its directory and its task.
@@ -201,7 +214,7 @@ impl Node {
     pub(super) fn reserve(
         &self,
         spec: &MachineSpec,
-        huge_pages: Option<Bytes>,
+        huge_pages: Option<huge_pages::Wish>,
         random: [u8; 4],
     ) -> Answer<(MachineName, u32)> {
         let wanted = spec.name.as_ref();
@@ -227,10 +240,10 @@ impl Node {
                     .hint("wait until that machine ends, stop it, or use another volume"));
             }
         }
-        if let Some(wanted) = huge_pages {
+        if let Some(wish) = &huge_pages {
             let promised = machines.huge_pages.values();
             let promised = Bytes(promised.map(|memory| memory.0).sum());
-            huge_pages::admit(wanted, &records, promised)?;
+            wish.admit(&records, promised)?;
         }
         let name = match wanted {
             Some(name) if taken(name.as_ref()) => {
@@ -248,7 +261,7 @@ impl Node {
         let slot = machines.free_slot();
         machines.names.insert(name.clone());
         machines.slots.insert(slot);
-        (machines.huge_pages).extend(huge_pages.map(|memory| (name.clone(), memory)));
+        (machines.huge_pages).extend(huge_pages.map(|wish| (name.clone(), wish.memory)));
         let volumes = spec.named_volumes.iter();
         (machines.volumes).extend(volumes.map(|volume| volume.name.clone()));
         Ok((name, slot))

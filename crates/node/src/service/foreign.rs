@@ -61,6 +61,9 @@ pub(super) fn tame(caller: &Caller, request: &mut RunRequest) -> Answer<()> {
     if !request.volumes.is_empty() {
         return Err(Refusal::Host("directories and volumes").into());
     }
+    if request.huge_pages {
+        return Err(Refusal::Host("huge pages").into());
+    }
     let may_use_network = foreign.may(Right::Network);
     for text in &mut request.ports {
         let port: PortMapping = text
