@@ -71,7 +71,14 @@ impl RawFirecracker {
         let backend: state::BackendRecord =
             serde_json::from_value(record.backend).map_err(|error| step(error.to_string()))?;
         let told = Api::new(&backend.root).settings().await;
-        let told: Value = told.map_err(|error| step(error.to_string()))?;
+        let mut told: Value = told.map_err(|error| step(error.to_string()))?;
+        // They are told in any order, and the guest names its disks by the order in which they are set.
+        if let Some(drives) = told["drives"].as_array_mut() {
+            drives.sort_by_cached_key(|drive| {
+                let id = drive["drive_id"].to_string();
+                (id.len(), id)
+            });
+        }
         let mut config = serde_json::Map::new();
         for name in KEPT {
             if let Some(value) = told.get(name).filter(|value| !value.is_null()) {
