@@ -28,8 +28,13 @@ pub(crate) struct Proof {
     pub(crate) ran: Option<Ran>,
     /// Whether the program's own end was heard, after all that it printed.
     pub(crate) exit_heard: bool,
+    /// Whether some of what it printed may have been read by nobody: its end was learned from what it left behind, a node that
+    /// read it died, or it was ended while it still spoke.
+    pub(crate) cut: bool,
     /// Whether no node was there when the machine went.
     pub(crate) unseen: bool,
+    /// When the program of a run in the place of an undone one began; the record's own time is the undone one's.
+    pub(crate) began_again_ns: Option<u64>,
     pub(crate) receipt: Option<Kept>,
 }
 
@@ -122,8 +127,7 @@ impl Proof {
 
     /// The program begins anew.
     pub(crate) fn begin_again(&mut self) {
-        self.ran = None;
-        self.exit_heard = false;
+        *self = Proof::of(std::mem::take(&mut self.asked));
     }
 }
 
@@ -209,7 +213,7 @@ fn ended(record: &Record) -> Result<ReceiptEnd, String> {
         Some(end) => end,
     };
     let failed = matches!(end, EndReason::StartFailed { .. });
-    if record.started_ns.is_none() && !failed {
+    if began_ns(record).is_none() && !failed {
         return Err(never.to_owned());
     }
     if record.proof.unseen && !record.proof.exit_heard && !failed {
@@ -243,6 +247,14 @@ fn ended(record: &Record) -> Result<ReceiptEnd, String> {
     })
 }
 
+/// When the program whose end this is began: a run that was undone is none.
+fn began_ns(record: &Record) -> Option<u64> {
+    match record.undone {
+        Some(_) => record.proof.began_again_ns,
+        None => record.started_ns,
+    }
+}
+
 /// A text as far as receipts take one.
 fn cut(text: &str) -> String {
     let mut end = text.len().min(TEXT_BYTES_MAX);
@@ -269,6 +281,9 @@ fn state(
 ) -> Receipt {
     let spec = &record.spec;
     let Proof { asked, ran, .. } = &record.proof;
+    // A fork or a restored snapshot has the other's owner, who need not be who asked for it.
+    let owner = (record.owner.as_ref()).filter(|_| record.continues.is_none());
+    let to_the_end = record.proof.exit_heard && !record.proof.cut;
     let ms = |ns: u64| ns / 1_000_000;
     let ended_ns = record.ended_ns.unwrap_or(record.created_ns);
     let failed = end.how == ReceiptHow::StartFailed;
@@ -282,8 +297,8 @@ fn state(
         request: ReceiptRequest {
             digest: asked.digest.clone(),
             nonce: asked.nonce.clone(),
-            caller: record.owner.as_ref().map(|owner| owner.node),
-            grant: record.owner.as_ref().map(|owner| owner.grant.clone()),
+            caller: owner.map(|owner| owner.node),
+            grant: owner.map(|owner| owner.grant.clone()),
             image: cut(&spec.image.to_string()),
             image_id: record.image_id.clone(),
             manifest: asked.manifest.clone(),
@@ -316,7 +331,7 @@ fn state(
         },
         end,
         output: ReceiptOutput {
-            complete: (record.proof.exit_heard || failed) && whole(&stdout) && whole(&stderr),
+            complete: (to_the_end || failed) && whole(&stdout) && whole(&stderr),
             stdout,
             stderr,
             terminal: spec.tty.is_some(),
@@ -327,11 +342,11 @@ fn state(
                 .map(|last| u64::try_from(last.usage.cpu_time.as_millis()).unwrap_or(u64::MAX)),
             memory_bytes: usage.map(|last| last.usage.resident_bytes),
             memory_peak_bytes: usage.and_then(|last| last.peak),
-            run_ms: (record.started_ns).map_or(0, |began| ms(ended_ns).saturating_sub(ms(began))),
+            run_ms: began_ns(record).map_or(0, |began| ms(ended_ns).saturating_sub(ms(began))),
         },
         times: ReceiptTimes {
             asked_ms: ms(record.created_ns),
-            began_ms: record.started_ns.filter(|_| !failed).map(ms),
+            began_ms: began_ns(record).filter(|_| !failed).map(ms),
             ended_ms: ms(ended_ns),
         },
     }
@@ -354,3 +369,6 @@ pub(crate) fn of(record: &Record) -> Result<&str, Fault> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests;

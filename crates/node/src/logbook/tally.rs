@@ -137,7 +137,7 @@ pub(crate) struct Tallies {
 
 impl Tallies {
     /// Nothing was printed yet.
-    pub(super) fn begin() -> Tallies {
+    pub(crate) fn begin() -> Tallies {
         Tallies {
             format: FORMAT,
             stdout: Tally::begin(),

@@ -312,6 +312,11 @@ impl Actor {
 
     /// Starts the task that speaks with the guest.
     fn begin_session(&mut self, vm: &Arc<dyn Vm>) {
+        let unikernel = self.record.backend.payload == Payload::Nanos;
+        if unikernel && self.zero.is_none() && !self.record.provisional {
+            // What an earlier node had read and not recorded is lost: a unikernel says nothing twice.
+            self.note_cut();
+        }
         let record = Arc::new(self.record.clone());
         let (log, shared) = (Arc::clone(&self.log), Arc::clone(&self.shared));
         let (news, zero) = (self.news.0.clone(), self.zero);
@@ -410,8 +415,15 @@ impl Actor {
                 self.trouble = trouble;
                 self.publish().await;
             }
+            News::Cut => self.note_cut(),
             News::Undone { seen, learned } => self.undone = Some(Undone { seen, learned }),
         }
+    }
+
+    /// Whatever the end will be, nobody can say that all was heard. Written with the next change of the record.
+    fn note_cut(&mut self) {
+        self.record.proof.cut = true;
+        self.unsaved = true;
     }
 
     fn add_steps(&mut self, steps: Vec<Step>) {
@@ -469,6 +481,9 @@ impl Actor {
         }
         if started {
             self.record.started_ns.get_or_insert_with(now_ns);
+            if self.record.undone.is_some() {
+                (self.record.proof.began_again_ns).get_or_insert_with(now_ns);
+            }
             // A run that began anew after the node did has been running before.
             if self.limit.is_none() {
                 self.arm_time_limit();

@@ -47,6 +47,8 @@ pub(super) enum News {
     /// The guest of a machine that goes on from another knows who it is; what of its output was the other's. Answered
     /// when that is on record; where it cannot be written, nobody answers.
     Renewed(LogOffsets, oneshot::Sender<()>),
+    /// Some of what a unikernel printed may never have been read.
+    Cut,
     /// A provisional run never was.
     Undone {
         /// What was seen, as a sentence.

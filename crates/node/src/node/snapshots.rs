@@ -397,6 +397,9 @@ impl Node {
             vm: None,
             retried: false,
             provisional: false,
+            // What the other was tried as is its own story.
+            undone: None,
+            undone_boot_id: None,
             log_base: crate::logbook::Offsets::default(),
             template: None,
             warm: false,

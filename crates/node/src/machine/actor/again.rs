@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use vistara_control::{Event, Lifecycle, rerun_follows};
-use vistara_model::{EndReason, MachineState, Payload};
+use vistara_model::{EndReason, ExitStatus, MachineState, Payload};
 
 impl Actor {
     /// A unikernel's end is on its disk even where no session saw it to the last.
@@ -24,6 +24,7 @@ impl Actor {
         let found = tokio::task::spawn_blocking(move || unseen_end(&dir, &event)).await;
         if let Ok(Some((exited, words))) = found {
             self.shared.hear(&words);
+            self.note_cut();
             self.on(exited).await;
         }
     }
@@ -39,6 +40,10 @@ impl Actor {
             let error = match held {
                 Ok(Some(status)) => {
                     self.trouble = None;
+                    if matches!(status, ExitStatus::Signal(_)) {
+                        // It may have been ended while it still spoke; the file does not say.
+                        self.note_cut();
+                    }
                     let out_of_memory = false;
                     let exited = Event::ProgramExited {
                         status,
@@ -111,6 +116,8 @@ impl Actor {
         record.end = None;
         record.vm = None;
         self.grace = None;
+        // That was the other's.
+        self.usage = None;
         self.shared.started.store(false, Ordering::Relaxed);
         self.shared.asked_to_end.store(false, Ordering::Relaxed);
         self.prepare(self.zero.unwrap_or_else(Instant::now));

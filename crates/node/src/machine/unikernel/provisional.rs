@@ -85,7 +85,7 @@ impl UnikernelSession {
         let deadline = tokio::time::Instant::now() + longest;
         let mut sorter = Sorter::default();
         let mut buffer = vec![0; READ];
-        let mut over = false;
+        let (mut over, mut broken) = (false, false);
         // The kernel with its module does not pass the power button's signal on to a program that sleeps (Nanos of 2026), so
         // that a run that somebody wants ended is ended at once. What the program would do about it could not be seen.
         let asked = || self.shared.asked_to_end.load(Ordering::Relaxed);
@@ -109,6 +109,7 @@ impl UnikernelSession {
                 Ok(ended) => {
                     if let Err(error) = ended {
                         tracing::warn!(machine = %self.record.id, %error, "a unikernel's output broke off");
+                        broken = true;
                     }
                     over = true;
                     sorter.flush()
@@ -155,6 +156,9 @@ impl UnikernelSession {
         };
         match verdict {
             Verdict::Stands => {
+                if ended_for_others || broken {
+                    self.tell_cut().await;
+                }
                 if let Some(ExitStatus::Signal(_)) = status {
                     cut_last_word(&mut watch.output);
                 }

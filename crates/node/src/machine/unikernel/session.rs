@@ -152,6 +152,11 @@ impl UnikernelSession {
         let _ = self.news.send(News::Event(event)).await;
     }
 
+    /// Somebody must not be told that this is all it printed.
+    pub(super) async fn tell_cut(&self) {
+        let _ = self.news.send(News::Cut).await;
+    }
+
     async fn follow(&self, mut output: OutputStream, kernel: &mut KernelLog) {
         let mut sorter = Sorter::default();
         let mut first = self.zero;
@@ -172,6 +177,7 @@ impl UnikernelSession {
                 }
                 Ok(Err(error)) => {
                     tracing::warn!(machine = %self.record.id, %error, "a unikernel's output broke off");
+                    self.tell_cut().await;
                     (sorter.flush(), true)
                 }
             };
