@@ -2,7 +2,7 @@
 
 use crate::failure::{Failure, OWN_FAULT, eprint_line};
 use crate::output::{print, print_json};
-use crate::receipts::{Check, Expected, Seen, ask, check_run, signed_by};
+use crate::receipts::{Check, Expected, Seen, ask, check_run, is_partial, signed_by};
 use crate::session::{End, Report};
 use crate::text::{command_line, visible};
 use clap::{Args, Subcommand};
@@ -103,9 +103,14 @@ pub(crate) async fn keep(
     };
     let Some(code) = exit_code else {
         let name = visible(&machine.name, false);
-        eprint_line(&format!(
-            "vistara: no receipt was written: the run was not followed to its end (`vistara receipt {name}` has it then, if the machine is kept)"
-        ));
+        let says = format!(
+            "no receipt was written: the run was not followed to its end (`vistara receipt {name}` has it then, if the machine is kept)"
+        );
+        if let End::Detached = report.end {
+            // Its code would be 0, as of one whose receipt was written.
+            return Err(Failure::new(says).code(OWN_FAULT));
+        }
+        eprint_line(&format!("vistara: {says}"));
         return Ok(());
     };
     let done = match &report.receipt {
@@ -117,7 +122,14 @@ pub(crate) async fn keep(
                 heard: &report.heard,
             };
             match check_run(client, text, &seen).await {
-                Ok(_) => write(path, text),
+                Ok(receipt) => {
+                    if is_partial(&receipt) {
+                        eprint_line(
+                            "vistara: by the receipt it is not known whether the output is complete",
+                        );
+                    }
+                    write(path, text)
+                }
                 Err(failure) => Err(failure),
             }
         }
@@ -177,7 +189,7 @@ async fn verify(client: &Client, options: &VerifyOptions) -> Result<u8, Failure>
         .map_err(|error| unreadable(&options.file, error))?;
     // What is no text is none of a receipt either; the node says so.
     let text = String::from_utf8_lossy(&bytes);
-    let (verified, receipt) = match ask(client, &text, options.node.as_deref()).await {
+    let (mut verified, receipt) = match ask(client, &text, None).await {
         Ok(answer) => answer,
         // Only what the node says of the receipt itself.
         Err(failure) if failure.kind == Some(ErrorKind::User) => {
@@ -186,6 +198,10 @@ async fn verify(client: &Client, options: &VerifyOptions) -> Result<u8, Failure>
         }
         Err(failure) => return Err(failure),
     };
+    if let Some(node) = &options.node {
+        // A name that is nobody's, or of several nodes, says nothing of the receipt: that is a failure and no answer.
+        (verified, _) = ask(client, &text, Some(node)).await?;
+    }
     let mut checks = vec![signed_by(&verified)];
     if let Some(node) = &options.node {
         let is = verified.is_node == Some(true);

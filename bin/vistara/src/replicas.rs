@@ -10,24 +10,32 @@ mod vote;
 use crate::failure::{Failure, OWN_FAULT, eprint_line};
 use crate::place;
 use crate::receipts::{Expected, Heard, Seen, check_run};
-use crate::run_command::{prepare, with_image};
+use crate::run_command::{first_end, prepare, with_image};
 use crate::run_options::RunOptions;
+use crate::session::signals::Signals;
 use crate::text::visible;
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use vistara_api::client::StreamItem;
 use vistara_api::stream::StreamEvent;
 use vistara_api::{AttachRequest, Client, RunRequest, StopRequest};
 pub(crate) use vote::Quorum;
-use vote::{Answer, Gave, Outcome, count};
+use vote::{Answer, Gave, Outcome, count, is_mixed, may_agree};
 
 /// Most that one node's program may print, both streams together: everybody's output is held until it is known whose counts.
 const OUTPUT_BYTES_MAX: usize = 16 << 20;
 /// When enough agree, the others get as long again as it took until then, and at least this.
 const OTHERS_MIN: Duration = Duration::from_secs(10);
+/// Until enough agree, the others get so many times as long as the first answer took, and at least this: they may have to
+/// fetch the image first, and be slower.
+const UNDECIDED_TIMES: u32 = 4;
+const UNDECIDED_MIN: Duration = Duration::from_secs(300);
+/// With `--timeout`, a node has so much longer before its program's time begins and after it is over.
+const TIMEOUT_GRACE: Duration = UNDECIDED_MIN;
 /// How long machines have to end that nobody waits for any more.
 const GRACE: Duration = Duration::from_secs(3);
 
@@ -42,7 +50,32 @@ struct Asked {
 }
 
 /// Machines that run: they are stopped where nobody waits for them.
-type Running = Arc<Mutex<Vec<(Client, String)>>>;
+#[derive(Default)]
+struct Running {
+    machines: Mutex<Vec<(Client, String)>>,
+    /// Requests that may be making one.
+    asking: watch::Sender<usize>,
+}
+
+impl Running {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Client, String)>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self) -> Asking<'_> {
+        self.asking.send_modify(|count| *count += 1);
+        Asking(self)
+    }
+}
+
+/// While it is there, a request may be making a machine.
+struct Asking<'a>(&'a Running);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.0.asking.send_modify(|count| *count -= 1);
+    }
+}
 
 /// What came from a node.
 struct Came {
@@ -82,14 +115,11 @@ pub(crate) async fn run(client: &Client, options: &RunOptions) -> Result<u8, Fai
     let asked = choose(client, options, quorum, &request).await?;
     let names: Vec<String> = asked.iter().map(|asked| asked.name.clone()).collect();
     let running = Running::default();
-    let came = tokio::select! {
-        came = gather(asked, options, quorum, &running) => came,
-        _ = tokio::signal::ctrl_c() => {
-            stop_all(&running).await;
-            return Err(Failure::silent(130));
-        }
-    };
+    let mut signals =
+        Signals::install().map_err(|error| Failure::because("cannot start", error))?;
+    let gathered = gather(asked, options, quorum, &running, &mut signals).await;
     stop_all(&running).await;
+    let came = gathered.map_err(|number| Failure::silent(128u8.saturating_add(number)))?;
     conclude(options.receipt.as_deref(), quorum, &names, came)
 }
 
@@ -138,16 +168,19 @@ async fn choose(
     Ok(asked)
 }
 
-/// Runs it everywhere, and waits for all answers; for the last ones not for ever.
+/// Runs it everywhere, and waits for all answers; for the last ones not for ever, and for none when no answer can count any
+/// more. The error is the number of a signal that came first.
 async fn gather(
     asked: Vec<Asked>,
     options: &RunOptions,
     quorum: Quorum,
     running: &Running,
-) -> Vec<Gave<Full>> {
+    signals: &mut Signals,
+) -> Result<Vec<Gave<Full>>, u8> {
     let begin = Instant::now();
     let late = || Gave::Nothing("it has not answered in time".to_owned());
     let mut all: Vec<Gave<Full>> = asked.iter().map(|_| late()).collect();
+    let mut came_in = vec![false; all.len()];
     let mut tasks = Vec::new();
     for (index, asked) in asked.into_iter().enumerate() {
         tasks.push(async move {
@@ -156,18 +189,20 @@ async fn gather(
         });
     }
     let mut tasks: futures_util::stream::FuturesUnordered<_> = tasks.into_iter().collect();
-    let mut deadline: Option<tokio::time::Instant> = None;
-    loop {
+    let mut bound = options
+        .timeout
+        .map(|time| time.saturating_add(TIMEOUT_GRACE));
+    let (mut answered, mut agreed) = (false, false);
+    let gathered = loop {
+        let deadline = bound.and_then(|bound| begin.checked_add(bound));
         let next = futures_util::StreamExt::next(&mut tasks);
-        let came = match deadline {
-            None => next.await,
-            Some(deadline) => match tokio::time::timeout_at(deadline, next).await {
-                Ok(came) => came,
-                Err(_) => return all,
-            },
+        let came = tokio::select! {
+            came = next => came,
+            () = until(deadline) => break Ok(()),
+            number = first_end(signals) => break Err(number),
         };
         let Some(Came { index, gave }) = came else {
-            return all;
+            break Ok(());
         };
         if let Some(place) = all.get_mut(index) {
             *place = match gave {
@@ -175,10 +210,52 @@ async fn gather(
                 Err(why) => Gave::Nothing(why),
             };
         }
-        if deadline.is_none() && matches!(count(&all, quorum), Outcome::Agreed { .. }) {
-            let more = begin.elapsed().max(OTHERS_MIN);
-            deadline = Some(tokio::time::Instant::now() + more);
+        if let Some(came) = came_in.get_mut(index) {
+            *came = true;
         }
+        if !may_agree(&all, tasks.len(), quorum) {
+            for (place, _) in all.iter_mut().zip(&came_in).filter(|(_, came)| !**came) {
+                let why = "it was not waited for: no answer could count any more";
+                *place = Gave::Nothing(why.to_owned());
+            }
+            break Ok(());
+        }
+        let took = begin.elapsed();
+        if !answered && all.iter().any(|gave| matches!(gave, Gave::Answer(..))) {
+            answered = true;
+            let more = took.saturating_mul(UNDECIDED_TIMES).max(UNDECIDED_MIN);
+            bound = sooner(bound, took.saturating_add(more));
+        }
+        if !agreed && matches!(count(&all, quorum), Outcome::Agreed { .. }) {
+            agreed = true;
+            bound = sooner(bound, took.saturating_add(took.max(OTHERS_MIN)));
+        }
+    };
+    // A request that is under way may be making a machine that would be left behind unseen.
+    let mut asking = running.asking.subscribe();
+    let settled = async {
+        tokio::select! {
+            () = async {
+                // Only its own sender's end is an error.
+                let _ = asking.wait_for(|count| *count == 0).await;
+            } => {}
+            () = async { while futures_util::StreamExt::next(&mut tasks).await.is_some() {} } => {}
+            _ = first_end(signals) => {}
+        }
+    };
+    let _ = tokio::time::timeout(GRACE, settled).await;
+    gathered.map(|()| all)
+}
+
+/// The shorter time; where there was none, this.
+fn sooner(bound: Option<Duration>, other: Duration) -> Option<Duration> {
+    Some(bound.map_or(other, |bound| bound.min(other)))
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -192,13 +269,15 @@ async fn ask(asked: Asked, options: &RunOptions, running: &Running) -> Result<Fu
         ..
     } = asked;
     let told = |failure: Failure| failure.message;
+    let asking = running.ask();
     let machine = with_image(&client, options, &request, async |request| {
         client.run(request).await
     })
     .await
     .map_err(told)?;
     let entry = (client.clone(), machine.id.clone());
-    lock(running).push(entry);
+    running.lock().push(entry);
+    drop(asking);
     let attach = AttachRequest {
         from_start: true,
         stdin: false,
@@ -239,7 +318,7 @@ async fn ask(asked: Asked, options: &RunOptions, running: &Running) -> Result<Fu
             ));
         }
     };
-    lock(running).retain(|(_, id)| *id != machine.id);
+    running.lock().retain(|(_, id)| *id != machine.id);
     let receipt = receipt?;
     let seen = Seen {
         node: Some(&node),
@@ -251,13 +330,13 @@ async fn ask(asked: Asked, options: &RunOptions, running: &Running) -> Result<Fu
     if !said.output.complete {
         return Err("by its own word it does not know whether the output is complete".to_owned());
     }
-    let [stdout_digest, _] = heard.digests();
     Ok(Full {
         answer: Answer {
             image: said.request.image_id,
             exit_code,
-            stdout: stdout_digest,
+            stdout: heard.stdout_digest(),
             stdout_bytes: stdout.len(),
+            merged: said.output.merged,
         },
         stdout,
         stderr,
@@ -265,13 +344,9 @@ async fn ask(asked: Asked, options: &RunOptions, running: &Running) -> Result<Fu
     })
 }
 
-fn lock(running: &Running) -> std::sync::MutexGuard<'_, Vec<(Client, String)>> {
-    running.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Ends what runs still, with a bound: a node that does not answer is not waited for.
 async fn stop_all(running: &Running) {
-    let left = std::mem::take(&mut *lock(running));
+    let left = std::mem::take(&mut *running.lock());
     let mut stops = JoinSet::new();
     for (client, machine) in left {
         stops.spawn(async move {
@@ -305,11 +380,19 @@ fn conclude(
         eprint_line(&format!("vistara: {}", visible(&line, false)));
     }
     let Outcome::Agreed { whose, .. } = outcome else {
+        let hint = match is_mixed(&came) {
+            true => {
+                "some ran it as a unikernel, whose standard error is part of its output: --hypervisor qemu (or firecracker) has all run it on Linux"
+            }
+            false => {
+                "a program whose output depends on the time, on chance or on its host never agrees"
+            }
+        };
         return Err(Failure::new(format!(
             "no answer counts: {} of {} nodes were to agree",
             quorum.agree, quorum.of
         ))
-        .hint("a program whose output depends on the time, on chance or on its host never agrees")
+        .hint(hint)
         .code(OWN_FAULT));
     };
     let first = whose.first().and_then(|index| came.get(*index));

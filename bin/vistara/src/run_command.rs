@@ -302,7 +302,7 @@ async fn foreground(
 }
 
 /// The number of the next signal that asks us to end.
-async fn first_end(signals: &mut Signals) -> u8 {
+pub(crate) async fn first_end(signals: &mut Signals) -> u8 {
     loop {
         if let Came::End(_, number) = signals.next().await {
             return number;

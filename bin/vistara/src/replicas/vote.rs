@@ -49,6 +49,15 @@ pub(crate) struct Answer {
     /// Of standard output.
     pub(crate) stdout: Digest,
     pub(crate) stdout_bytes: usize,
+    /// Standard error is in it too, as in a unikernel's. Not compared: it may be empty.
+    pub(crate) merged: bool,
+}
+
+impl Answer {
+    fn agrees(&self, other: &Answer) -> bool {
+        (&self.image, self.exit_code, &self.stdout)
+            == (&other.image, other.exit_code, &other.stdout)
+    }
 }
 
 /// What a node gave.
@@ -74,17 +83,40 @@ pub(crate) enum Outcome {
     Divided,
 }
 
+/// Who gave this answer.
+fn same_as<T>(all: &[Gave<T>], answer: &Answer) -> Vec<usize> {
+    let same = |gave: &Gave<T>| matches!(gave, Gave::Answer(other, _) if other.agrees(answer));
+    (all.iter().enumerate())
+        .filter(|(_, gave)| same(gave))
+        .map(|(index, _)| index)
+        .collect()
+}
+
+/// Whether an answer may still count when so many have given nothing yet.
+pub(crate) fn may_agree<T>(all: &[Gave<T>], waiting: usize, quorum: Quorum) -> bool {
+    let given = all.iter().map(|gave| match gave {
+        Gave::Answer(answer, _) => same_as(all, answer).len(),
+        Gave::Nothing(_) => 0,
+    });
+    given.max().unwrap_or(0) + waiting >= quorum.agree
+}
+
+/// Whether some ran as unikernels and some did not, so that their output may differ by what standard error was.
+pub(crate) fn is_mixed<T>(all: &[Gave<T>]) -> bool {
+    let merged = |wanted: bool| {
+        all.iter()
+            .any(|gave| matches!(gave, Gave::Answer(answer, _) if answer.merged == wanted))
+    };
+    merged(true) && merged(false)
+}
+
 /// Counts. More than half must agree ([`Quorum`]), so at most one answer counts.
 pub(crate) fn count<T>(all: &[Gave<T>], quorum: Quorum) -> Outcome {
     for gave in all {
         let Gave::Answer(answer, _) = gave else {
             continue;
         };
-        let same = |gave: &Gave<T>| matches!(gave, Gave::Answer(other, _) if other == answer);
-        let whose: Vec<usize> = (all.iter().enumerate())
-            .filter(|(_, gave)| same(gave))
-            .map(|(index, _)| index)
-            .collect();
+        let whose = same_as(all, answer);
         if whose.len() >= quorum.agree {
             return Outcome::Agreed {
                 answer: answer.clone(),
@@ -145,6 +177,14 @@ fn difference(answer: &Answer, agreed: &Answer) -> String {
             "other output ({} bytes instead of {})",
             answer.stdout_bytes, agreed.stdout_bytes
         ));
+        if answer.merged != agreed.merged {
+            parts.push(match answer.merged {
+                true => "it ran as a unikernel, whose standard error is part of that".to_owned(),
+                false => {
+                    "the others ran as unikernels, whose standard error is part of that".to_owned()
+                }
+            });
+        }
     }
     parts.join(", ")
 }
@@ -159,6 +199,7 @@ mod tests {
             exit_code: code,
             stdout: Digest::from_sha256([out; 32]),
             stdout_bytes: 1,
+            merged: false,
         };
         Gave::Answer(answer, ())
     }
@@ -223,6 +264,47 @@ mod tests {
         // The same output from another image, or with another code, is another answer.
         assert_eq!(whose(&[good.clone(), answer(2, 0, 7)], "2/2"), None);
         assert_eq!(whose(&[good, answer(1, 1, 7)], "2/2"), None);
+    }
+
+    #[test]
+    fn nobody_is_waited_for_whose_answer_changes_nothing() {
+        let (good, other) = (answer(1, 0, 7), answer(1, 0, 8));
+        let nothing = || Gave::Nothing("it failed".to_owned());
+        let quorum = Quorum { agree: 2, of: 3 };
+        for (all, waiting, may) in [
+            (vec![nothing(), nothing(), nothing()], 3, true),
+            (vec![nothing(), nothing(), nothing()], 2, true),
+            (vec![nothing(), nothing(), nothing()], 1, false),
+            (vec![good.clone(), nothing(), nothing()], 1, true),
+            (vec![good.clone(), nothing(), nothing()], 0, false),
+            (vec![good.clone(), other.clone(), nothing()], 1, true),
+            (vec![good.clone(), other, nothing()], 0, false),
+            (vec![good.clone(), good, nothing()], 0, true),
+        ] {
+            assert_eq!(may_agree(&all, waiting, quorum), may, "{all:?} {waiting}");
+        }
+    }
+
+    #[test]
+    fn a_unikernels_other_output_is_told_with_why_it_may_be_so() {
+        let merged = |gave: Gave<()>| match gave {
+            Gave::Answer(answer, ()) => Gave::Answer(
+                Answer {
+                    merged: true,
+                    ..answer
+                },
+                (),
+            ),
+            Gave::Nothing(why) => Gave::Nothing(why),
+        };
+        let good = || answer(1, 0, 7);
+        // Where it printed the same it agrees.
+        assert_eq!(whose(&[good(), merged(good())], "2/2"), Some(vec![0, 1]));
+        let all = [good(), good(), merged(answer(1, 0, 8))];
+        assert!(is_mixed(&all) && !is_mixed(&all[..2]));
+        let quorum = Quorum { agree: 2, of: 3 };
+        let lines = words(&all, &count(&all, quorum), quorum, &|_| "c");
+        assert!(lines[1].contains("as a unikernel"), "{}", lines[1]);
     }
 
     #[test]
