@@ -27,16 +27,20 @@ pub struct Card {
 }
 
 /// Whether somebody else's address may be dialled: one of a single host, where that is told apart by the address alone.
-/// Loopback is this very host, and counts only among nodes that listen nowhere else.
+/// Loopback is this very host, and counts only among nodes that listen nowhere else. An IPv4 address in IPv6 clothes is what it
+/// is dialled as.
 pub(crate) fn is_dialled(address: &SocketAddr, loopback: bool) -> bool {
-    let single = match address.ip() {
+    let ip = address.ip().to_canonical();
+    let single = match ip {
+        // "This network" and what is reserved, broadcast among it, are nobody's.
         IpAddr::V4(ip) => {
-            !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() || ip.is_link_local())
+            let first = ip.octets()[0];
+            !(first == 0 || first >= 240 || ip.is_multicast() || ip.is_link_local())
         }
         // Without the interface, a link-local address says nothing.
         IpAddr::V6(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_unicast_link_local()),
     };
-    address.port() != 0 && single && address.ip().is_loopback() == loopback
+    address.port() != 0 && single && ip.is_loopback() == loopback
 }
 
 impl Card {
@@ -154,6 +158,13 @@ mod tests {
             ("[fe80::1]:4", false, false),
             ("[ff02::1]:4", false, false),
             ("[2001:db8::1]:4", true, false),
+            ("0.1.2.3:4", false, false),
+            ("240.0.0.1:4", false, false),
+            ("[::ffff:192.0.2.1]:4", true, false),
+            ("[::ffff:127.0.0.1]:4", false, true),
+            ("[::ffff:169.254.169.254]:4", false, false),
+            ("[::ffff:224.0.0.1]:4", false, false),
+            ("[::ffff:255.255.255.255]:4", false, false),
         ] {
             let address = text.parse().unwrap();
             let both = (is_dialled(&address, false), is_dialled(&address, true));

@@ -4,7 +4,8 @@
 //! a peer's task:   Connecting ──hello──▶ Connected ──lost──▶ Away ──after a while, or when wanted──▶ Connecting
 //! ```
 //! A request waits for its peer to be connected, within a bound. Each side sends its requests over the connection that it
-//! has made itself. Only what the user named is dialled, at the addresses that were named.
+//! has made itself. Who was named is dialled at the addresses that were named, and where it states to be; for [packets] also
+//! who was only heard of, where its card says. No name is resolved, and no third party asked.
 
 mod accept;
 mod packets;
@@ -51,9 +52,9 @@ const ACCEPTED_MAX: usize = 512;
 /// Connections of others whose handshake or greeting is not over, each for two steps at most. From a quarter on only who
 /// receives what is sent to its address gets further: the rest cannot be used up from forged ones.
 const HANDSHAKES_MAX: usize = 128;
-/// Nodes among those connected that have no business here: they can only be told so.
+/// Connections of nodes that have no business here: they can only be told so.
 const STRANGERS_MAX: usize = 64;
-/// Nodes among those connected that have no business here beyond being members of the same network: half of all, so that who
+/// Connections of nodes that have no business here beyond being members of the same network: half of all, so that who
 /// makes many keys leaves the other half to those that were named.
 const MEMBERS_MAX: usize = 256;
 /// Connections of one of those: a second one while the first is timing out.
@@ -558,7 +559,7 @@ async fn keep_connected(
     loop {
         publish.send_modify(|now| now.state = PeerState::Connecting);
         // It may say by now that it is elsewhere.
-        let stated = inner.packets.stated(&node);
+        let stated = packets::stated(&inner, &node);
         let addresses = named.iter().chain(&stated).copied();
         let address = EndpointAddr::from_parts(key, addresses.map(TransportAddr::Ip));
         let dial = dial(&inner.endpoint, &address, generation, CONNECTION_WINDOW);

@@ -69,19 +69,52 @@ pub(super) struct Taken {
     standing: Standing,
 }
 
+/// How many connections those of one standing have, all together.
 fn count(accepted: &HashMap<NodeId, Taken>, standing: Standing) -> usize {
     let alike = |taken: &&Taken| taken.standing == standing;
-    accepted.values().filter(alike).count()
+    let connections = accepted.values().filter(alike);
+    connections.map(|taken| taken.connections).sum()
+}
+
+/// As what a node gets one more connection; nothing where it has as many as it may.
+fn standing_of_next(
+    accepted: &HashMap<NodeId, Taken>,
+    node: &NodeId,
+    known: bool,
+    member: bool,
+) -> Option<Standing> {
+    let before = accepted.get(node);
+    let connections = before.map_or(0, |taken| taken.connections);
+    let before = before.map_or(Standing::Stranger, |taken| taken.standing);
+    // Those that it has as a stranger would be a member's, too.
+    let more = 1 + match before {
+        Standing::Stranger => connections,
+        Standing::Member | Standing::Known => 0,
+    };
+    let standing = if known || before == Standing::Known {
+        Standing::Known
+    } else if member && count(accepted, Standing::Member) + more <= MEMBERS_MAX {
+        Standing::Member
+    } else {
+        Standing::Stranger
+    };
+    let most = match standing {
+        Standing::Stranger => OF_STRANGER_MAX,
+        Standing::Member => OF_MEMBER_MAX,
+        Standing::Known => OF_ONE_MAX,
+    };
+    (connections < most).then_some(standing)
 }
 
 /// Looks which strangers are members by now, and says whether that makes room for another.
 fn clear(inner: &Inner, accepted: &mut HashMap<NodeId, Taken>) -> bool {
     let mut members = count(accepted, Standing::Member);
     for (node, taken) in accepted.iter_mut() {
-        let room = members < MEMBERS_MAX && taken.standing == Standing::Stranger;
-        if room && inner.packets.is_member(node) {
+        let room = members + taken.connections <= MEMBERS_MAX;
+        let stranger = taken.standing == Standing::Stranger;
+        if room && stranger && inner.packets.is_member(node) {
             taken.standing = Standing::Member;
-            members += 1;
+            members += taken.connections;
         }
     }
     count(accepted, Standing::Stranger) < STRANGERS_MAX
@@ -101,26 +134,7 @@ impl Place {
         let known = (inner.knows)(&node);
         let member = inner.packets.is_member(&node);
         let mut accepted = lock(&inner.accepted);
-        let (connections, before) = accepted
-            .get(&node)
-            .map_or((0, Standing::Stranger), |taken| {
-                (taken.connections, taken.standing)
-            });
-        let standing = if known || before == Standing::Known {
-            Standing::Known
-        } else if member && count(&accepted, Standing::Member) < MEMBERS_MAX {
-            Standing::Member
-        } else {
-            Standing::Stranger
-        };
-        let most = match standing {
-            Standing::Stranger => OF_STRANGER_MAX,
-            Standing::Member => OF_MEMBER_MAX,
-            Standing::Known => OF_ONE_MAX,
-        };
-        if connections >= most {
-            return None;
-        }
+        let standing = standing_of_next(&accepted, &node, known, member)?;
         let crowded = count(&accepted, Standing::Stranger) >= STRANGERS_MAX;
         if standing == Standing::Stranger && crowded && !clear(inner, &mut accepted) {
             return None;
@@ -160,7 +174,7 @@ impl Place {
         match taken.standing {
             Standing::Known => true,
             Standing::Member if member => true,
-            Standing::Stranger if member && others < MEMBERS_MAX => {
+            Standing::Stranger if member && others + taken.connections <= MEMBERS_MAX => {
                 taken.standing = Standing::Member;
                 true
             }
@@ -280,5 +294,31 @@ async fn accept_one(
         inner
             .tasks
             .spawn(inner.stop.clone().run_until_cancelled_owned(task));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crowd_of_members_leaves_half_of_the_connections_to_those_that_were_named() {
+        let mut accepted: HashMap<NodeId, Taken> = HashMap::new();
+        for number in 0..=255 {
+            let node = NodeId::from_bytes([number; 32]);
+            for _ in 0..2 * OF_MEMBER_MAX {
+                if standing_of_next(&accepted, &node, false, true) == Some(Standing::Member) {
+                    let taken = accepted.entry(node).or_default();
+                    taken.connections += 1;
+                    taken.standing = Standing::Member;
+                    assert!(taken.connections <= OF_MEMBER_MAX);
+                }
+            }
+        }
+        assert_eq!(count(&accepted, Standing::Member), MEMBERS_MAX);
+        assert!(MEMBERS_MAX + STRANGERS_MAX < ACCEPTED_MAX);
+        let named = NodeId::from_bytes([255; 32]);
+        let next = standing_of_next(&accepted, &named, true, false);
+        assert_eq!(next, Some(Standing::Known));
     }
 }

@@ -9,8 +9,8 @@ use crate::card::{CARD_ADDRESSES_MAX, is_dialled};
 use bytes::Bytes;
 use iroh::endpoint::Connection;
 use iroh::{EndpointAddr, PublicKey, TransportAddr};
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc};
@@ -27,6 +27,8 @@ const EACH_BURST: f64 = 128.0;
 const CALLED_MAX: usize = 128;
 /// Dials for packets at a time.
 const DIALS_MAX: usize = 16;
+/// Dials of one host at a time.
+const OF_HOST_MAX: usize = 2;
 /// Packets that wait for one dial.
 const WAITING_MAX: usize = 4;
 /// A connection that was dialled for packets is closed when none went over it for so long: members ping each other now and
@@ -79,17 +81,90 @@ impl Line {
 }
 
 enum Call {
-    Dialling { waiting: Vec<Bytes>, failures: u32 },
-    Failed { until: Instant, failures: u32 },
+    Dialling {
+        waiting: Vec<Bytes>,
+        failures: u32,
+        to: Vec<IpAddr>,
+        /// Whether there was a connection with it before.
+        met: bool,
+    },
+    Failed {
+        until: Instant,
+        failures: u32,
+    },
+}
+
+impl Call {
+    fn dials(&self, ip: &IpAddr) -> bool {
+        matches!(self, Call::Dialling { to, .. } if to.contains(ip))
+    }
+}
+
+/// Dials of hosts, whoever is said to be there: cards of many keys may all name one.
+#[derive(Default)]
+struct Hosts(HashMap<IpAddr, (Instant, u32)>);
+
+impl Hosts {
+    fn rests(&self, ip: &IpAddr) -> bool {
+        let failed = self.0.get(ip);
+        failed.is_some_and(|(until, _)| *until > Instant::now())
+    }
+
+    /// Nobody who was to be there answered, or somebody did.
+    fn enter(&mut self, ip: IpAddr, answered: bool) {
+        if answered {
+            self.0.remove(&ip);
+            return;
+        }
+        if self.0.len() >= FAILED_MAX {
+            let now = Instant::now();
+            self.0.retain(|_, (until, _)| *until > now);
+        }
+        let failures = self.0.get(&ip).map_or(0, |(_, failures)| *failures);
+        if self.0.len() < FAILED_MAX {
+            let failures = failures.saturating_add(1);
+            self.0
+                .insert(ip, (Instant::now() + pause(failures, 0), failures));
+        }
+    }
+}
+
+/// Those of some addresses that may be dialled now. `met` is whether there was a connection with the node before: then others'
+/// failures at its host do not count.
+fn now_dialled(
+    calls: &HashMap<NodeId, Call>,
+    hosts: &Hosts,
+    met: bool,
+    mut addresses: Vec<SocketAddr>,
+) -> Vec<SocketAddr> {
+    let dialling = |met: bool| {
+        let alike =
+            move |call: &&Call| matches!(call, Call::Dialling { met: one, .. } if *one == met);
+        calls.values().filter(alike).count()
+    };
+    // Half of all dials are for those that were there once.
+    if dialling(true) + dialling(false) >= DIALS_MAX || (!met && dialling(false) >= DIALS_MAX / 2) {
+        return Vec::new();
+    }
+    addresses.retain(|address| {
+        let ip = address.ip().to_canonical();
+        let busy = calls.values().filter(|call| call.dials(&ip)).count() >= OF_HOST_MAX;
+        // Of this very host nobody is to be spared.
+        ip.is_loopback() || !(busy || (!met && hosts.rests(&ip)))
+    });
+    addresses
 }
 
 /// What the link has for packets.
 pub(super) struct Packets {
     hearing: Mutex<Option<Hearing>>,
     lines: Mutex<HashMap<NodeId, Vec<Arc<Line>>>>,
-    /// Where nodes say that they may be dialled.
+    /// Where nodes say that they may be dialled: as they say it, to be looked at when it is used.
     stated: Mutex<HashMap<NodeId, Vec<SocketAddr>>>,
     calls: Mutex<HashMap<NodeId, Call>>,
+    hosts: Mutex<Hosts>,
+    /// With whom there was a connection.
+    met: Mutex<HashSet<NodeId>>,
     pages: Arc<Semaphore>,
 }
 
@@ -100,6 +175,8 @@ impl Default for Packets {
             lines: Mutex::default(),
             stated: Mutex::default(),
             calls: Mutex::default(),
+            hosts: Mutex::default(),
+            met: Mutex::default(),
             pages: Arc::new(Semaphore::new(PAGES_MAX)),
         }
     }
@@ -112,11 +189,6 @@ impl Packets {
             .as_ref()
             .map(|hearing| Arc::clone(&hearing.is_member));
         is_member.is_some_and(|is_member| is_member(node))
-    }
-
-    /// Where a node says that it may be dialled.
-    pub(super) fn stated(&self, node: &NodeId) -> Vec<SocketAddr> {
-        lock(&self.stated).get(node).cloned().unwrap_or_default()
     }
 
     fn tell(&self, heard: Heard) {
@@ -135,10 +207,20 @@ impl Packets {
     /// Enters how a dial went: where it did well, with what waits to be sent.
     fn dialled(&self, node: NodeId, live: Option<Live>) -> Option<(Live, Vec<Bytes>)> {
         let mut calls = lock(&self.calls);
-        let (waiting, failures) = match calls.remove(&node) {
-            Some(Call::Dialling { waiting, failures }) => (waiting, failures),
-            Some(Call::Failed { .. }) | None => (Vec::new(), 0),
+        let (waiting, failures, to) = match calls.remove(&node) {
+            Some(Call::Dialling {
+                waiting,
+                failures,
+                to,
+                ..
+            }) => (waiting, failures, to),
+            Some(Call::Failed { .. }) | None => (Vec::new(), 0, Vec::new()),
         };
+        let mut hosts = lock(&self.hosts);
+        for ip in to {
+            hosts.enter(ip, live.is_some());
+        }
+        drop(hosts);
         if let Some(live) = live {
             return Some((live, waiting));
         }
@@ -152,6 +234,18 @@ impl Packets {
             calls.insert(node, Call::Failed { until, failures });
         }
         None
+    }
+
+    /// There is a connection with a node.
+    fn meet(&self, node: NodeId) {
+        let mut met = lock(&self.met);
+        if met.len() >= FAILED_MAX {
+            let stated = lock(&self.stated);
+            met.retain(|node| stated.contains_key(node));
+        }
+        if met.len() < FAILED_MAX {
+            met.insert(node);
+        }
     }
 
     /// Closes the connection dialled for packets that was idle for longest, where there are too many.
@@ -224,6 +318,7 @@ impl<'a> Entered<'a> {
         let mut lines = lock(&packets.lines);
         lines.entry(peer).or_default().push(Arc::clone(&line));
         drop(lines);
+        packets.meet(peer);
         packets.tell(Heard::Connected(peer));
         Entered {
             packets,
@@ -270,6 +365,16 @@ impl<'a> Entered<'a> {
             tokio::time::sleep(left).await;
         }
     }
+}
+
+/// Where a node states that it may be dialled, as far as that is used. Loopback counts where the own socket is bound to
+/// nothing else, which does not change as interfaces come and go.
+pub(super) fn stated(inner: &Inner, node: &NodeId) -> Vec<SocketAddr> {
+    let bound = inner.endpoint.bound_sockets();
+    let loopback = (bound.iter()).all(|address| address.ip().to_canonical().is_loopback());
+    let mut addresses = (lock(&inner.packets.stated).get(node).cloned()).unwrap_or_default();
+    addresses.retain(|address| is_dialled(address, loopback));
+    addresses
 }
 
 /// Hears what comes over a connection that was made for requests, until it is closed.
@@ -321,13 +426,9 @@ impl Link {
         *lock(&self.0.packets.hearing) = None;
     }
 
-    /// Where a node states that it may be dialled. Those of no single host, and loopback from elsewhere, are left out.
+    /// Where a node states that it may be dialled. What of it is used is decided when it is.
     pub fn know(&self, node: NodeId, addresses: &[SocketAddr]) {
-        let own = self.addresses();
-        let loopback = own.iter().all(|address| address.ip().is_loopback());
-        let addresses: Vec<SocketAddr> = addresses
-            .iter()
-            .filter(|address| is_dialled(address, loopback))
+        let addresses: Vec<SocketAddr> = (addresses.iter())
             .take(CARD_ADDRESSES_MAX)
             .copied()
             .collect();
@@ -340,9 +441,10 @@ impl Link {
         }
     }
 
-    /// Where a node states that it may be dialled, as far as that is used.
+    /// Where a node states that it may be dialled, as far as that is used: those of no single host, and loopback from
+    /// elsewhere, are left out.
     pub fn stated(&self, node: &NodeId) -> Vec<SocketAddr> {
-        self.0.packets.stated(node)
+        stated(&self.0, node)
     }
 
     /// Whether there is a connection with a node, whoever made it.
@@ -374,7 +476,7 @@ impl Link {
             slot.wanted.notify_one();
             return;
         }
-        let addresses = packets.stated(&node);
+        let addresses = stated(inner, &node);
         let Ok(key) = PublicKey::from_bytes(node.as_bytes()) else {
             return;
         };
@@ -390,12 +492,20 @@ impl Link {
             Some(Call::Failed { failures, .. }) => *failures,
             None => 0,
         };
-        let dialling = |call: &&Call| matches!(call, Call::Dialling { .. });
-        if addresses.is_empty() || calls.values().filter(dialling).count() >= DIALS_MAX {
+        let met = lock(&packets.met).contains(&node);
+        let addresses = now_dialled(&calls, &lock(&packets.hosts), met, addresses);
+        if addresses.is_empty() {
             return;
         }
-        let waiting = vec![bytes];
-        calls.insert(node, Call::Dialling { waiting, failures });
+        let dialling = Call::Dialling {
+            waiting: vec![bytes],
+            failures,
+            to: (addresses.iter())
+                .map(|address| address.ip().to_canonical())
+                .collect(),
+            met,
+        };
+        calls.insert(node, dialling);
         drop(calls);
         let address = EndpointAddr::from_parts(key, addresses.into_iter().map(TransportAddr::Ip));
         let task = call(Arc::clone(inner), node, address);
@@ -428,5 +538,72 @@ impl Link {
         inner
             .tasks
             .spawn(inner.stop.clone().run_until_cancelled_owned(task));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn dialling(to: &str, met: bool) -> Call {
+        Call::Dialling {
+            waiting: Vec::new(),
+            failures: 0,
+            to: vec![to.parse().unwrap()],
+            met,
+        }
+    }
+
+    #[test]
+    fn many_keys_that_name_one_host_have_it_dialled_no_oftener_than_few() {
+        let at = |text: &str| vec![text.parse::<SocketAddr>().unwrap()];
+        let (mut calls, mut hosts) = (HashMap::new(), Hosts::default());
+        for number in 0..2 {
+            let to = now_dialled(&calls, &hosts, false, at("192.0.2.1:4"));
+            assert_eq!(to.len(), 1);
+            calls.insert(
+                NodeId::from_bytes([number; 32]),
+                dialling("192.0.2.1", false),
+            );
+        }
+        // In IPv6 clothes it is the same host; others are not kept waiting.
+        for busy in ["192.0.2.1:5", "[::ffff:192.0.2.1]:6"] {
+            assert!(now_dialled(&calls, &hosts, true, at(busy)).is_empty());
+        }
+        assert_eq!(
+            now_dialled(&calls, &hosts, false, at("192.0.2.2:4")).len(),
+            1
+        );
+        calls.clear();
+        hosts.enter("192.0.2.1".parse().unwrap(), false);
+        assert!(now_dialled(&calls, &hosts, false, at("192.0.2.1:7")).is_empty());
+        assert_eq!(
+            now_dialled(&calls, &hosts, true, at("192.0.2.1:7")).len(),
+            1
+        );
+        hosts.enter("192.0.2.1".parse().unwrap(), true);
+        assert_eq!(
+            now_dialled(&calls, &hosts, false, at("192.0.2.1:7")).len(),
+            1
+        );
+    }
+
+    #[test]
+    fn half_of_the_dials_are_for_those_that_were_there_once() {
+        let to: Vec<SocketAddr> = vec!["192.0.2.200:4".parse().unwrap()];
+        let (mut calls, hosts) = (HashMap::new(), Hosts::default());
+        for number in 0..u8::try_from(DIALS_MAX).unwrap() {
+            let met = usize::from(number) >= DIALS_MAX / 2;
+            assert_eq!(now_dialled(&calls, &hosts, met, to.clone()).len(), 1);
+            let host = format!("192.0.2.{number}");
+            calls.insert(NodeId::from_bytes([number; 32]), dialling(&host, met));
+            let enough = usize::from(number) + 1 >= DIALS_MAX / 2;
+            assert_eq!(
+                now_dialled(&calls, &hosts, false, to.clone()).is_empty(),
+                enough
+            );
+        }
+        assert!(now_dialled(&calls, &hosts, true, to).is_empty());
     }
 }
