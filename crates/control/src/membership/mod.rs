@@ -13,6 +13,10 @@
 //! suspected first. Nor does it raise the dead: who is dead here and alive to others is pinged, and its own word counts.
 //! Others' word takes back one suspicion; after that this node's own pings decide, until one is answered.
 //!
+//! **Pings.** At least every other one goes to a member that has spoken or is pinned, while there is one: ids that somebody has
+//! invented delay the others' by half at most. One peer's word of strangers counts at a bounded rate, beyond those whose facts
+//! came along.
+//!
 //! **Bounds.** A packet has at most [`Config::packet_bytes`]. Of its own accord a node sends at most a constant number a
 //! second, however large the network is; beside that, one answer for a ping, a bounded number of pings in others'
 //! stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
@@ -36,7 +40,7 @@ mod table;
 mod tests;
 
 use news::{Doubts, Rumours};
-use pages::Pages;
+use pages::{Pages, Strangers};
 use probe::Probe;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -115,6 +119,17 @@ pub enum Life {
     Suspect,
     /// It is gone, or has left.
     Dead,
+}
+
+/// How a member is bound to this node; later ones more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tie {
+    /// Others have told of it.
+    Hearsay,
+    /// It has spoken to this node.
+    Heard,
+    /// It stays whatever comes.
+    Pinned,
 }
 
 /// One piece of news.
@@ -269,10 +284,14 @@ pub struct Membership {
     /// Members with facts that are passed on, by how often they were.
     fresh_facts: BTreeSet<(u32, NodeId)>,
     probes: Vec<Probe>,
-    probe_cursor: table::Place,
+    /// Up to where the heard and the pinned were pinged, and up to where the others.
+    cursors: [table::Place; 2],
+    /// What the others' next ping has saved up.
+    hearsay_turn: usize,
     /// Whom somebody contradicts this node about: pinged next.
     doubts: Doubts,
     pages: Pages,
+    strangers: Strangers,
     next_probe: Duration,
     next_gossip: Duration,
     next_reach: Duration,
@@ -313,9 +332,11 @@ impl Membership {
             suspicions: BTreeSet::new(),
             fresh_facts: BTreeSet::new(),
             probes: Vec::new(),
-            probe_cursor: (0, node),
+            cursors: [(0, node); 2],
+            hearsay_turn: 0,
             doubts: Doubts::default(),
             pages: Pages::default(),
+            strangers: Strangers::default(),
             next_probe,
             next_gossip,
             next_reach,
@@ -353,6 +374,18 @@ impl Membership {
     /// What is believed of one; nothing where it is not known.
     pub fn life(&self, node: NodeId) -> Option<Life> {
         self.members.get(&self.place(node)).map(|one| one.news.life)
+    }
+
+    /// How it is bound to this node; nothing where it is not known.
+    pub fn tie(&self, node: NodeId) -> Option<Tie> {
+        let member = self.members.get(&self.place(node))?;
+        Some(if member.pinned {
+            Tie::Pinned
+        } else if member.heard {
+            Tie::Heard
+        } else {
+            Tie::Hearsay
+        })
     }
 
     /// How many are believed to be alive.
@@ -438,6 +471,24 @@ impl Membership {
         }
     }
 
+    /// Whether a packet is looked at: it is no larger than may be sent, and a page was asked for. To be asked before anything
+    /// in it is verified.
+    pub fn takes(&self, now: Duration, from: NodeId, packet: &Packet) -> bool {
+        let (most, asked) = match packet.body {
+            Body::Page { number, .. } => (
+                self.config.page_bytes,
+                self.pages.is_asked(now.max(self.now), from, number),
+            ),
+            Body::Ping { .. }
+            | Body::Ack { .. }
+            | Body::PingFor { .. }
+            | Body::AckFor { .. }
+            | Body::Gossip
+            | Body::Pull { .. } => (self.config.packet_bytes, true),
+        };
+        asked && packet.bytes() <= most
+    }
+
     /// Takes what another node sent. Facts in it have been verified.
     pub fn handle(&mut self, now: Duration, from: NodeId, packet: Packet) -> Vec<Output> {
         let mut outputs = Vec::new();
@@ -446,13 +497,7 @@ impl Membership {
             return outputs;
         }
         let page = matches!(packet.body, Body::Page { .. });
-        let most = if page {
-            self.config.page_bytes
-        } else {
-            self.config.packet_bytes
-        };
-        // More than may be sent is no packet of ours.
-        if packet.bytes() > most {
+        if !self.takes(now, from, &packet) {
             return outputs;
         }
         let pull = match packet.body {
@@ -464,7 +509,8 @@ impl Membership {
         };
         let met = self.life(from).is_none();
         for news in &packet.news {
-            self.hear(now, from, *news, page, &mut outputs);
+            let vouched = packet.facts.iter().any(|stated| stated.node == news.node);
+            self.hear(now, from, (*news, vouched), page, &mut outputs);
         }
         if !packet.news.iter().any(|news| news.node == from) {
             // It speaks, so it lives.
@@ -477,7 +523,7 @@ impl Membership {
                 incarnation,
                 life: Life::Alive,
             };
-            self.hear(now, from, news, page, &mut outputs);
+            self.hear(now, from, (news, false), page, &mut outputs);
         }
         self.heard(from);
         for stated in packet.facts {

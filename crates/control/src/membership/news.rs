@@ -56,13 +56,24 @@ fn follows(known: &News, news: &News) -> bool {
         && (news.life == Life::Alive || same_start(known.incarnation, next))
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Rumour {
+    news: News,
+    sent: u32,
+    /// As the how-manieth it came.
+    came: u64,
+}
+
 /// News under way.
 #[derive(Debug, Clone)]
 pub(super) struct Rumours {
     most: usize,
-    all: BTreeMap<NodeId, (News, u32)>,
-    /// Those that are still sent, the least sent first.
-    queue: BTreeSet<(u32, NodeId)>,
+    all: BTreeMap<NodeId, Rumour>,
+    /// Those that are still sent, the least sent first; of those that were sent equally often the one that came first, so that
+    /// nobody's choice of ids goes before others' news.
+    queue: BTreeSet<(u32, u64, NodeId)>,
+    /// How many there have been.
+    count: u64,
     /// Those that are not any more, the oldest first.
     spent: VecDeque<(Duration, News)>,
 }
@@ -73,6 +84,7 @@ impl Rumours {
             most,
             all: BTreeMap::new(),
             queue: BTreeSet::new(),
+            count: 0,
             spent: VecDeque::new(),
         }
     }
@@ -84,12 +96,12 @@ impl Rumours {
 
     /// Whether this is known, or outweighed by what is known.
     fn knows(&self, news: &News) -> bool {
-        (self.all.get(&news.node)).is_some_and(|(known, _)| !news.outweighs(known))
+        (self.all.get(&news.node)).is_some_and(|known| !news.outweighs(&known.news))
     }
 
     fn put(&mut self, news: News) {
-        if let Some((_, sent)) = self.all.remove(&news.node) {
-            self.queue.remove(&(sent, news.node));
+        if let Some(old) = self.all.remove(&news.node) {
+            self.queue.remove(&(old.sent, old.came, news.node));
         }
         while self.all.len() >= self.most {
             // What was told goes first; then what was told most.
@@ -97,34 +109,37 @@ impl Rumours {
                 Some((_, old)) if self.is_spent(&old) => old.node,
                 Some(_) => continue,
                 None => match self.queue.pop_last() {
-                    Some((_, node)) => node,
+                    Some((_, _, node)) => node,
                     None => return,
                 },
             };
             self.all.remove(&gone);
         }
-        self.all.insert(news.node, (news, 0));
-        self.queue.insert((0, news.node));
+        let (sent, came) = (0, self.count);
+        self.count += 1;
+        self.all.insert(news.node, Rumour { news, sent, came });
+        self.queue.insert((sent, came, news.node));
     }
 
     fn is_spent(&self, old: &News) -> bool {
-        (self.all.get(&old.node))
-            .is_some_and(|(news, sent)| news == old && !self.queue.contains(&(*sent, old.node)))
+        (self.all.get(&old.node)).is_some_and(|one| {
+            one.news == *old && !self.queue.contains(&(one.sent, one.came, old.node))
+        })
     }
 
     /// Up to this many, each counted as sent; what has been sent `limit` times is not sent again.
     fn take(&mut self, most: usize, limit: u32, now: Duration) -> Vec<News> {
         let chosen: Vec<_> = self.queue.iter().take(most).copied().collect();
         let mut taken = Vec::with_capacity(chosen.len());
-        for (sent, node) in chosen {
-            self.queue.remove(&(sent, node));
-            if let Some((news, count)) = self.all.get_mut(&node) {
-                *count = sent + 1;
-                taken.push(*news);
-                if sent + 1 < limit {
-                    self.queue.insert((sent + 1, node));
+        for (sent, came, node) in chosen {
+            self.queue.remove(&(sent, came, node));
+            if let Some(one) = self.all.get_mut(&node) {
+                one.sent = sent + 1;
+                taken.push(one.news);
+                if one.sent < limit {
+                    self.queue.insert((one.sent, came, node));
                 } else {
-                    self.spent.push_back((now, *news));
+                    self.spent.push_back((now, one.news));
                 }
             }
         }
@@ -151,12 +166,12 @@ impl Membership {
         self.rumours.all.len()
     }
 
-    /// Takes one piece of news.
+    /// Takes one piece of news; `vouched` where facts of whom it is about came along.
     pub(super) fn hear(
         &mut self,
         now: Duration,
         from: NodeId,
-        news: News,
+        (news, vouched): (News, bool),
         page: bool,
         outputs: &mut Vec<Output>,
     ) {
@@ -190,6 +205,8 @@ impl Membership {
             }
             Some(known) => self.hear_of(now, from, (known, news), page, outputs),
             None if self.rumours.knows(&news) => {}
+            // Anybody can invent ids: one peer's word of strangers counts at a bounded rate, beyond what strangers have signed.
+            None if !vouched && !self.strangers.may_tell(now, from) => {}
             // A stranger's death is passed on, not entered.
             None if news.life == Life::Dead => {
                 if !page {

@@ -17,8 +17,38 @@ const EACH_BURST: u32 = PAGES_MAX;
 /// All together get 32 a second, half a megabyte, and eight tables at once.
 const ALL_PERIOD: Duration = Duration::from_micros(31_250);
 const ALL_BURST: u32 = 8 * PAGES_MAX;
-/// Most peers whose pages are counted: more do not get a page each second.
+/// Most peers whose pages, or words of strangers, are counted: more do not get a page each second.
 const COUNTED_MAX: usize = 1024;
+
+/// News of strangers that one peer may tell: 16 a second, and a large part of a network at once. Large networks have each
+/// member hear each other one now and then only; what does not fit comes with the next page.
+const STRANGERS_PERIOD: Duration = Duration::from_micros(62_500);
+const STRANGERS_BURST: u32 = 256;
+
+/// How much peers have told of strangers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Strangers {
+    /// Up to when each has used up what it may tell.
+    told: BTreeMap<NodeId, Duration>,
+}
+
+impl Strangers {
+    /// Whether a peer's word of one more stranger counts now.
+    pub(super) fn may_tell(&mut self, now: Duration, by: NodeId) -> bool {
+        let used = self.told.get(&by).copied().unwrap_or_default();
+        let Some(next) = spend(used, now, STRANGERS_PERIOD, STRANGERS_BURST) else {
+            return false;
+        };
+        if self.told.len() >= COUNTED_MAX && !self.told.contains_key(&by) {
+            self.told.retain(|_, until| *until > now);
+            if self.told.len() >= COUNTED_MAX {
+                return false;
+            }
+        }
+        self.told.insert(by, next);
+        true
+    }
+}
 
 /// A page that was asked for.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +75,12 @@ fn spend(used_until: Duration, now: Duration, period: Duration, burst: u32) -> O
 }
 
 impl Pages {
+    /// Whether this page was asked for.
+    pub(super) fn is_asked(&self, now: Duration, from: NodeId, number: u64) -> bool {
+        let pull = self.pulls.get(&from);
+        pull.is_some_and(|pull| pull.number == number && now < pull.until)
+    }
+
     /// A page came: how many more of its table may follow; nothing where nobody asked for it.
     pub(super) fn asked(&mut self, now: Duration, from: NodeId, number: u64) -> Option<u32> {
         let pull = self.pulls.get(&from).copied();

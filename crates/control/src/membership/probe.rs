@@ -1,5 +1,6 @@
 //! Pinging, directly and through helpers.
 
+use super::table::Place;
 use super::{Body, Life, Membership, News, Output, Packet};
 use std::time::Duration;
 use vistara_model::NodeId;
@@ -42,20 +43,44 @@ impl Membership {
                 self.ping(now, node, None, true, outputs);
             }
         }
-        let cursor = self.probe_cursor;
+        let first = self.is_hearsays_turn();
+        let next = [first, !first]
+            .into_iter()
+            .find_map(|hearsay| self.next_of(hearsay).map(|place| (hearsay, place)));
+        if let Some((hearsay, place)) = next {
+            self.cursors[usize::from(hearsay)] = place;
+            self.ping(now, place.1, None, false, outputs);
+        }
+    }
+
+    /// Whether somebody is pinged who was only heard of: as often as there are such members, and every other time at most.
+    fn is_hearsays_turn(&mut self) -> bool {
+        let hearsay = self.hearsay.len();
+        let others = self.members.len() - hearsay;
+        if others == 0 {
+            return true;
+        }
+        let share = hearsay.min(others);
+        self.hearsay_turn += share;
+        let turn = self.hearsay_turn >= share + others;
+        if turn {
+            self.hearsay_turn = 0;
+        }
+        turn
+    }
+
+    /// The next that is not dead of those that were only heard of, or of the others.
+    fn next_of(&self, hearsay: bool) -> Option<Place> {
+        let cursor = self.cursors[usize::from(hearsay)];
         let after = (
             std::ops::Bound::Excluded(cursor),
             std::ops::Bound::Unbounded,
         );
         let around = (self.members.range(after)).chain(self.members.range(..=cursor));
-        let next = around
+        around
             .filter(|(_, member)| member.news.life != Life::Dead)
+            .find(|(_, member)| (member.heard || member.pinned) != hearsay)
             .map(|(place, _)| *place)
-            .next();
-        if let Some(place) = next {
-            self.probe_cursor = place;
-            self.ping(now, place.1, None, false, outputs);
-        }
     }
 
     fn ping(

@@ -558,3 +558,100 @@ fn a_greeting_makes_members_of_both_and_says_nothing_of_others() {
     assert!(net.all_believe(id(4), Life::Alive));
     assert_eq!(net.nodes[&id(4)].alive(), 3);
 }
+
+/// An id that somebody has made up.
+fn invented(number: u64) -> NodeId {
+    let mut bytes = [0; 32];
+    bytes[24..].copy_from_slice(&number.to_le_bytes());
+    NodeId::from_bytes(bytes)
+}
+
+#[test]
+fn one_peers_word_of_strangers_counts_at_a_bounded_rate_and_beyond_that_where_they_have_signed() {
+    let mut node = alone(Config::default());
+    let alive = |node| News {
+        node,
+        incarnation: 1,
+        life: Life::Alive,
+    };
+    for number in 0..1000 {
+        let life = if number % 2 == 0 {
+            Life::Alive
+        } else {
+            Life::Dead
+        };
+        node.handle(SECOND, id(2), rumour(invented(number), 1, life));
+    }
+    // The peer's own, and of the strangers what it may tell at once.
+    assert!(
+        (256..=257).contains(&node.rumours_held()),
+        "{}",
+        node.rumours_held()
+    );
+    assert_eq!(node.members().count(), 1 + 128);
+    let mut signed = packet(Body::Gossip, vec![alive(invented(5000))]);
+    signed.facts.push(Stated {
+        node: invented(5000),
+        version: 1,
+        bytes: Arc::from(&b"signed"[..]),
+    });
+    node.handle(SECOND, id(2), signed);
+    assert_eq!(node.life(invented(5000)), Some(Life::Alive));
+    // Others' words, and what happens to members, go on to be heard.
+    node.handle(SECOND, id(3), rumour(id(4), 1, Life::Alive));
+    assert_eq!(node.life(id(4)), Some(Life::Alive));
+    node.handle(SECOND, id(2), rumour(id(3), 1, Life::Suspect));
+    assert_eq!(node.life(id(3)), Some(Life::Suspect));
+    // A second later it may tell of some more.
+    let before = node.rumours_held();
+    for number in 1000..1100 {
+        node.handle(2 * SECOND, id(2), rumour(invented(number), 1, Life::Dead));
+    }
+    assert_eq!(node.rumours_held(), before + 16);
+}
+
+#[test]
+fn news_go_on_in_the_order_in_which_they_came_whatever_the_ids_are() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    // Ids that are smaller than any come after it, more than one packet holds.
+    node.handle(SECOND, id(2), rumour(id(0xee), 1, Life::Dead));
+    for number in 0..100 {
+        node.handle(SECOND, id(2), rumour(invented(number), 1, Life::Dead));
+    }
+    let sent = node.packet(Body::Gossip, Some(id(2)), None);
+    assert!(sent.news.iter().any(|news| news.node == id(0xee)));
+}
+
+#[test]
+fn who_was_only_heard_of_gets_every_other_ping_at_most() {
+    let mut node = alone(Config::default());
+    for number in 2..=5 {
+        node.handle(SECOND, id(number), packet(Body::Gossip, Vec::new()));
+    }
+    for number in 0..200 {
+        node.handle(SECOND, id(2), rumour(invented(number), 1, Life::Alive));
+    }
+    let mut pinged = [0, 0];
+    for step in 1..=40u32 {
+        let now = SECOND + 500 * MS * step;
+        for output in node.poll(now) {
+            if let Output::Send(
+                to,
+                Packet {
+                    body: Body::Ping { number, .. },
+                    ..
+                },
+            ) = output
+            {
+                let known = node.tie(to) == Some(Tie::Heard);
+                pinged[usize::from(known)] += 1;
+                if known {
+                    node.handle(now, to, packet(Body::Ack { number }, Vec::new()));
+                }
+            }
+        }
+    }
+    // Beside those, one that is dead is tried now and then.
+    assert!(pinged[1] >= 18 && pinged[0] >= 10, "{pinged:?}");
+}
