@@ -205,8 +205,20 @@ async fn who_keeps_to_itself_is_told_of_to_nobody_and_hears_of_nobody() {
     until(&a, &quiet_id, "alive").await;
     until(&quiet, &a_id, "alive").await;
     quiet.client.set_terms(&private(true)).await.unwrap();
-    until(&a, &quiet_id, "left").await;
+    let (left, _) = until(&a, &quiet_id, "left").await;
+    assert!(left.addresses.is_empty() && left.facts.is_none());
     assert_eq!(seen(&quiet, &a_id).await, None);
+    // Who has joined it, and is answered by it, does not take it for one that is gone.
+    let begin = Instant::now();
+    loop {
+        let peer = seen(&b, &quiet_id).await.unwrap();
+        if peer.life.is_none() {
+            assert_eq!(peer.state, "connected");
+            break;
+        }
+        assert!(begin.elapsed() < BOUND, "{peer:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// What many nodes cost that do nothing but know each other: processor time of this process, which has them all.

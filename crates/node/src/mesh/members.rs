@@ -1,11 +1,11 @@
 //! This node's part in the network: when it begins and ends, and nodes of which it has only heard.
 
 use super::gossip::{Gossip, Member};
-use super::{Mesh, Open, lock, placing};
+use super::{Mesh, Open, lock, placing, whole};
 use crate::fault::{Answer, Fault, blocking};
 use std::sync::Arc;
 use vistara_api::ErrorKind;
-use vistara_mesh::{Link, Peer, Ticket};
+use vistara_mesh::{Link, Peer, PeerState, Ticket};
 use vistara_model::NodeId;
 
 impl Mesh {
@@ -47,7 +47,12 @@ impl Mesh {
     }
 
     /// What the owner has this node say has changed, or whether it says anything.
-    pub(crate) async fn terms_changed(&self, private: bool) -> Answer<()> {
+    pub(crate) async fn terms_changed(self: &Arc<Self>, private: bool) -> Answer<()> {
+        let mesh = Arc::clone(self);
+        whole(async move { mesh.join_or_leave(private).await }).await
+    }
+
+    async fn join_or_leave(&self, private: bool) -> Answer<()> {
         let _turn = self.turning.lock().await;
         match (self.link(), self.gossip()) {
             (Some(_), Some(_)) if private => self.end_gossip(true).await,
@@ -66,9 +71,13 @@ impl Mesh {
         self.restate.notify_one();
     }
 
-    /// What the network believes of a node.
+    /// What the network believes of a node. One that has left the network, and goes on answering this node, which has joined it,
+    /// keeps to itself: it is no member.
     pub(crate) fn member(&self, node: &NodeId) -> Option<Member> {
-        self.gossip()?.member(node)
+        let member = self.gossip()?.member(node)?;
+        let private = member.word() == "left"
+            && matches!(self.state(node), Some(PeerState::Connected { .. }));
+        (!private).then_some(member)
     }
 
     /// All of whom this node has heard.
@@ -121,11 +130,18 @@ impl Mesh {
         ))
     }
 
-    /// What was typed to join a node: a ticket, or the id of one that was heard of.
+    /// What was typed to join a node: a ticket, or the whole id of one that was heard of. A beginning is not enough: anybody can
+    /// make a key whose id begins as another's does.
     pub(crate) fn ticket_of(&self, typed: &str) -> Answer<Ticket> {
         let typed = typed.trim();
-        let heard = self.heard_of(typed).and_then(|node| self.as_peer(&node));
-        match heard {
+        let heard = self.heard_of(typed);
+        if heard.is_some_and(|node| node.to_string() != typed) {
+            return Err(Fault::user(format!(
+                "{typed:?} is the beginning of an id that was only heard of; joining takes the whole id, or a ticket"
+            ))
+            .hint("`vistara nodes --json` shows whole ids; compare it with what its owner says"));
+        }
+        match heard.and_then(|node| self.as_peer(&node)) {
             Some(peer) => Ok(Ticket {
                 node: peer.id,
                 addresses: peer.addresses,

@@ -99,6 +99,16 @@ pub(crate) fn now_s() -> u64 {
     crate::machine::now_ns() / 1_000_000_000
 }
 
+/// Does something to its end, on a task of its own: whoever waits for it may be gone before.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Answer<T> {
+    tokio::spawn(work)
+        .await
+        .map_err(|error| Fault::internal(&error))
+        .flatten()
+}
+
 impl Open {
     fn read(dir: &Path) -> Answer<Open> {
         std::fs::DirBuilder::new()
@@ -202,6 +212,11 @@ impl Mesh {
 
     /// Listens for others from now on, also after a restart.
     pub(crate) async fn listen(self: &Arc<Self>, wish: Option<SocketAddr>) -> Answer<Link> {
+        let mesh = Arc::clone(self);
+        whole(async move { mesh.begin_to_listen(wish).await }).await
+    }
+
+    async fn begin_to_listen(self: Arc<Self>, wish: Option<SocketAddr>) -> Answer<Link> {
         let _turn = self.turning.lock().await;
         let open = self.open_in_turn().await?;
         if let Some(link) = self.link() {
@@ -242,15 +257,20 @@ impl Mesh {
             }
         }
         *lock(&self.link) = Some(link.clone());
-        self.begin_gossip(&open, &link).await;
         // It ends with the link, which closes the channel.
-        tokio::spawn(Arc::clone(self).receive(open, accepted));
+        tokio::spawn(Arc::clone(&self).receive(Arc::clone(&open), accepted));
+        self.begin_gossip(&open, &link).await;
         tracing::info!(%listen, "this node listens for others");
         Ok(link)
     }
 
     /// Listens no longer, and forgets every node. What was granted stays in the books.
-    pub(crate) async fn leave(&self) -> Answer<()> {
+    pub(crate) async fn leave(self: &Arc<Self>) -> Answer<()> {
+        let mesh = Arc::clone(self);
+        whole(async move { mesh.leave_in_turn().await }).await
+    }
+
+    async fn leave_in_turn(&self) -> Answer<()> {
         let _turn = self.turning.lock().await;
         let open = self.open_in_turn().await?;
         self.end_gossip(false).await;

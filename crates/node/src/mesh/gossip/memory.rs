@@ -4,6 +4,9 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use vistara_mesh::card::Card;
@@ -21,19 +24,30 @@ struct Kept {
     members: Vec<String>,
 }
 
-/// Replaces the file. Blocks.
+/// Replaces the file, durably. It is its user's alone: it says whom this node knows. Blocks.
 pub(super) fn write(path: &Path, cards: &[Arc<[u8]>]) -> std::io::Result<()> {
     let kept = Kept {
         format: FORMAT,
         members: cards.iter().map(|card| STANDARD.encode(card)).collect(),
     };
     let fresh = path.with_extension("new");
-    std::fs::write(&fresh, serde_json::to_vec(&kept)?)?;
-    std::fs::rename(&fresh, path)
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)?;
+    file.write_all(&serde_json::to_vec(&kept)?)?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, path)?;
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
-/// The cards in the file, each of them verified again. Blocks.
-pub(super) fn read(path: &Path) -> Vec<Card> {
+/// The cards in the file, each of them verified again, and as they were signed. Blocks.
+pub(super) fn read(path: &Path) -> Vec<(Card, Arc<[u8]>)> {
     let length = std::fs::metadata(path).map_or(0, |file| file.len());
     if length == 0 || length > FILE_BYTES_MAX {
         return Vec::new();
@@ -51,6 +65,9 @@ pub(super) fn read(path: &Path) -> Vec<Card> {
     };
     (kept.members.iter())
         .take(REMEMBERED_MAX)
-        .filter_map(|text| Card::read(&STANDARD.decode(text).ok()?).ok())
+        .filter_map(|text| {
+            let bytes = STANDARD.decode(text).ok()?;
+            Some((Card::read(&bytes).ok()?, Arc::from(bytes)))
+        })
         .collect()
 }

@@ -8,10 +8,13 @@
 //! who may do what is decided elsewhere, by grants. Nothing here waits for a disk, a peer or a request.
 
 mod memory;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use super::{Open, lock};
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -19,11 +22,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use vistara_control::membership::{
-    Body, Config, FACTS_BYTES_MAX, Life, Membership, News, Output, Packet, Stated,
+    Body, Config, FACTS_BYTES_MAX, Life, Membership, News, Output, Packet, Stated, Tie,
 };
 use vistara_mesh::card::{CARD_ADDRESSES_MAX, CARD_BYTES_MAX, Card};
 use vistara_mesh::{Heard, Link, PAGE_BYTES_MAX};
-use vistara_model::{NodeFacts, NodeId};
+use vistara_model::{NodeFacts, NodeId, OwnerTerms, Stock};
 
 const _: () = assert!(CARD_BYTES_MAX <= FACTS_BYTES_MAX);
 
@@ -42,7 +45,8 @@ const LEFT_MAX: Duration = Duration::from_secs(600);
 /// Signatures checked for one sender each second, and at once: a page has some 25 cards, a table is some pages.
 const CHECKS_PER_S: f64 = 16.0;
 const CHECKS_BURST: f64 = 512.0;
-/// The same for all senders together: a twentieth of a core.
+/// The same for all senders together, once for those that are pinned and once for all others, so that no crowd has nobody's
+/// card taken: a twentieth of a core each.
 const ALL_CHECKS_PER_S: f64 = 500.0;
 const ALL_CHECKS_BURST: f64 = 4096.0;
 /// Senders whose checks are counted.
@@ -57,7 +61,8 @@ const GOODBYE: Duration = Duration::from_millis(100);
 struct Known {
     card: Arc<Card>,
     bytes: Arc<[u8]>,
-    at: Instant,
+    /// When it came; nothing where an earlier start heard it.
+    at: Option<Instant>,
     at_ns: u64,
 }
 
@@ -120,7 +125,8 @@ struct State {
     /// What this node has said of itself last, and when.
     own: Option<(Card, Instant)>,
     checks: HashMap<NodeId, Budget>,
-    all_checks: Budget,
+    /// For those that are not pinned, and for those that are.
+    all_checks: [Budget; 2],
     written: Instant,
 }
 
@@ -132,6 +138,28 @@ pub(crate) struct Gossip {
     state: Mutex<State>,
     memory: PathBuf,
     stop: CancellationToken,
+}
+
+/// What a node states that takes leave: who it is, and nothing of what it has.
+fn nothing(facts: NodeFacts) -> NodeFacts {
+    NodeFacts {
+        node: facts.node,
+        version: facts.version,
+        arch: facts.arch,
+        cpus: 0,
+        capacity: Stock::default(),
+        free: Stock::default(),
+        queue_depth: 0,
+        hypervisors: BTreeSet::new(),
+        kvm: false,
+        images: BTreeSet::new(),
+        templates: BTreeSet::new(),
+        ready_ms: None,
+        region: None,
+        price_micros: 0,
+        labels: BTreeSet::new(),
+        terms: OwnerTerms::default(),
+    }
 }
 
 /// Whether what a node says of itself has changed so much that everybody is told.
@@ -167,7 +195,7 @@ impl Gossip {
                 dead: HashMap::new(),
                 own: None,
                 checks: HashMap::new(),
-                all_checks: Budget::new(ALL_CHECKS_BURST),
+                all_checks: [Budget::new(ALL_CHECKS_BURST); 2],
                 written: now,
             }),
             memory,
@@ -183,19 +211,37 @@ impl Gossip {
         Some(gossip)
     }
 
-    fn recall(&self, cards: Vec<Card>) {
+    fn recall(&self, cards: Vec<(Card, Arc<[u8]>)>) {
         let mut state = lock(&self.state);
-        for card in cards.iter().filter(|card| !card.leaves) {
-            self.link.know(card.facts.node, &card.addresses);
-        }
         // Their own word says which life they live by now.
-        let news = cards.into_iter().map(|card| News {
-            node: card.facts.node,
-            incarnation: 0,
-            life: Life::Alive,
-        });
+        let news = (cards.iter())
+            .filter(|(card, _)| !card.leaves)
+            .map(|(card, _)| News {
+                node: card.facts.node,
+                incarnation: 0,
+                life: Life::Alive,
+            });
         let outputs = state.machine.recall(self.now(), news);
         self.carry_out(&mut state, outputs, &mut HashMap::new());
+        for (card, bytes) in cards {
+            let node = card.facts.node;
+            if state.machine.life(node).is_none() {
+                continue;
+            }
+            self.link.know(node, &card.addresses);
+            if self.open.knows(&node) {
+                state.machine.pin(node, true);
+            }
+            let card = Arc::new(card);
+            let (at, at_ns) = (None, 0);
+            let known = Known {
+                card,
+                bytes,
+                at,
+                at_ns,
+            };
+            state.known.insert(node, known);
+        }
     }
 
     fn now(&self) -> Duration {
@@ -249,6 +295,9 @@ impl Gossip {
                 };
                 let mut state = lock(&self.state);
                 let mut cards = HashMap::new();
+                if !state.machine.takes(self.now(), from, &packet) {
+                    return;
+                }
                 packet
                     .facts
                     .retain(|stated| state.verified(from, stated, &mut cards));
@@ -258,6 +307,9 @@ impl Gossip {
                 if met && state.machine.life(from).is_some() {
                     let outputs = self.met(&mut state, from);
                     self.carry_out(&mut state, outputs, &mut cards);
+                } else if state.machine.tie(from) == Some(Tie::Heard) && self.is_joined(&from) {
+                    // It was known before it was joined, or from an earlier start.
+                    state.machine.pin(from, true);
                 }
             }
         }
@@ -328,7 +380,7 @@ impl Gossip {
                         Known {
                             card: Arc::new(card),
                             bytes: stated.bytes,
-                            at: Instant::now(),
+                            at: Some(Instant::now()),
                             at_ns: crate::machine::now_ns(),
                         },
                     );
@@ -348,7 +400,9 @@ impl Gossip {
             .map(|peer| peer.id)
             .collect();
         for node in joined {
-            let met = lock(&self.state).machine.life(node).is_some();
+            // However it came into the table: the user named it.
+            let met = lock(&self.state).machine.pin(node, true);
+            let met = met || lock(&self.state).machine.life(node).is_some();
             if !met && self.link.is_connected(&node) {
                 self.greet(node);
             }
@@ -448,6 +502,9 @@ impl Gossip {
                 let mut card = card.clone();
                 card.facts.version = card.facts.version.saturating_add(1);
                 card.leaves = true;
+                // Who leaves has nothing for anybody, is nowhere, and says no more of itself than that.
+                card.addresses.clear();
+                card.facts = nothing(card.facts);
                 self.say_of_itself(&mut state, card);
             }
             let outputs = state.machine.leave();
@@ -494,7 +551,7 @@ impl State {
             id,
             life,
             card: known.map(|known| Arc::clone(&known.card)),
-            at: known.map(|known| known.at),
+            at: known.and_then(|known| known.at),
             at_ns: known.map_or(0, |known| known.at_ns),
         }
     }
@@ -506,11 +563,17 @@ impl State {
         stated: &Stated,
         cards: &mut HashMap<(NodeId, u64), Card>,
     ) -> bool {
-        let old = (self.known.get(&stated.node)).map_or(0, |known| known.card.facts.version);
-        if stated.version <= old || stated.node == self.machine.node() {
+        // One that an earlier start heard may come again: whether it still holds was not known.
+        let least = (self.known.get(&stated.node)).map_or(1, |known| {
+            let version = known.card.facts.version;
+            version.saturating_add(u64::from(known.at.is_some()))
+        });
+        if stated.version < least || stated.node == self.machine.node() {
             return false;
         }
-        if self.checks.len() > 2 * SENDERS_MAX && !self.checks.contains_key(&from) {
+        let pinned = self.machine.tie(from) == Some(Tie::Pinned);
+        let many = self.checks.len() > 2 * SENDERS_MAX;
+        if many && !pinned && !self.checks.contains_key(&from) {
             return false;
         }
         let own = self
@@ -518,7 +581,7 @@ impl State {
             .entry(from)
             .or_insert_with(|| Budget::new(CHECKS_BURST));
         if !own.spend(CHECKS_PER_S, CHECKS_BURST)
-            || !self.all_checks.spend(ALL_CHECKS_PER_S, ALL_CHECKS_BURST)
+            || !self.all_checks[usize::from(pinned)].spend(ALL_CHECKS_PER_S, ALL_CHECKS_BURST)
         {
             return false;
         }
@@ -534,13 +597,25 @@ impl State {
         }
     }
 
-    /// The cards of members that live.
+    /// The cards of members: first of those that are not dead, then of the dead, which may be cut off as this node may be, for a
+    /// day. Among either the pinned come first, and then those that have spoken.
     fn to_remember(&self) -> Vec<Arc<[u8]>> {
-        (self.machine.members())
-            .filter(|(_, life, _)| *life == Life::Alive)
-            .filter_map(|(id, ..)| self.known.get(&id))
-            .take(memory::REMEMBERED_MAX)
-            .map(|known| Arc::clone(&known.bytes))
+        let lately = |id: &NodeId| {
+            let since = self.dead.get(id);
+            since.is_none_or(|since| since.elapsed() < DEAD_MAX)
+        };
+        let mut found: Vec<_> = (self.machine.members())
+            .filter(|(id, life, _)| *life != Life::Dead || lately(id))
+            .filter_map(|(id, life, _)| {
+                let known = self.known.get(&id).filter(|known| !known.card.leaves)?;
+                let order = (life == Life::Dead, Reverse(self.machine.tie(id)));
+                Some((order, known))
+            })
+            .collect();
+        found.sort_by_key(|(order, _)| *order);
+        found.truncate(memory::REMEMBERED_MAX);
+        (found.into_iter())
+            .map(|(_, known)| Arc::clone(&known.bytes))
             .collect()
     }
 }
