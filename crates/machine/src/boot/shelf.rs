@@ -132,8 +132,9 @@ impl Shelf {
 
     /// Makes this the default by its owner's word, which holds until the owner says another or removes it.
     pub(super) fn choose(&self, name: &str) -> Result<(), BootError> {
-        self.write_name(DEFAULT_FILE, name)?;
-        self.write_name(CHOSEN_FILE, name)
+        // In this order a choice that was cut short has not been made; in the other it would be taken for none of the owner's.
+        self.write_name(CHOSEN_FILE, name)?;
+        self.write_name(DEFAULT_FILE, name)
     }
 
     /// Whether the default is its owner's choice.
@@ -168,6 +169,11 @@ impl Shelf {
         // Out of sight in one step; the scratch directory takes its files with it.
         let gone = scratch.path().join("removed");
         fs::rename(&dir, &gone).map_err(BootError::io("remove", &dir))?;
+        if self.name_in(CHOSEN_FILE).as_deref() == Some(name) {
+            // Another of this name that comes later is not what was chosen.
+            let path = self.root.join(CHOSEN_FILE);
+            fs::remove_file(&path).map_err(BootError::io("remove", &path))?;
+        }
         if was_default {
             match next()? {
                 Some(next) => self.set_default(&next)?,

@@ -90,8 +90,8 @@ impl KernelStore {
 
     /// Adds the kernel in `source`: a Debian `linux-image-*.deb`, a bzImage (`vmlinuz`) or a `vmlinux`; for the last two
     /// `modules` may name a directory of modules. Its name is `name`, or the kernel's release. The first kernel becomes
-    /// the default; one that [`own::build`] made becomes it too, unless the default was chosen by
-    /// [`KernelStore::set_default`]. One of the same name is replaced, also while machines that were started from it run.
+    /// the default; one that [`own::build`] made becomes it too, unless it lacks something that some machines want or the
+    /// default was chosen by [`KernelStore::set_default`]. One of the same name is replaced, also while machines that were started from it run.
     ///
     /// # Errors
     /// [`BootError`]; the store is as it was then.
@@ -144,7 +144,7 @@ impl KernelStore {
             added_unix_s: now_unix_s(),
         };
         self.shelf.put(&fresh, &name, &record)?;
-        if own::is_own(&record.release) && !self.shelf.is_chosen() {
+        if is_good_own(&record) && !self.shelf.is_chosen() {
             self.shelf.set_default(&name)?;
         }
         self.get(&name)
@@ -212,15 +212,17 @@ impl KernelStore {
     pub fn remove(&self, name: &str) -> Result<(), BootError> {
         self.shelf.remove(name, || {
             let left = self.list()?;
-            let next = left.into_iter().max_by_key(|kernel| {
-                (
-                    own::is_own(&kernel.record.release),
-                    kernel.record.added_unix_s,
-                )
-            });
+            let next = left
+                .into_iter()
+                .max_by_key(|kernel| (is_good_own(&kernel.record), kernel.record.added_unix_s));
             Ok(next.map(|kernel| kernel.record.name))
         })
     }
+}
+
+/// Whether a kernel is one of our own that lacks nothing: it may become the default by itself.
+fn is_good_own(record: &KernelRecord) -> bool {
+    own::is_own(&record.release) && record.missing.is_empty()
 }
 
 fn read_head(path: &Path) -> Result<Vec<u8>, BootError> {

@@ -181,6 +181,20 @@ fn our_own_kernel_becomes_the_default_unless_its_owner_chose_another() {
 }
 
 #[test]
+fn what_was_chosen_and_removed_is_not_chosen_when_it_comes_back() {
+    let bench = bench();
+    let own = bench.file("vmlinux", &fixtures::vmlinux("6.1.9-vistara", true));
+    let debian = bench.deb("6.1.0-1");
+    bench.store.add(&debian, None, Some("debian")).unwrap();
+    bench.store.set_default("debian").unwrap();
+    bench.store.remove("debian").unwrap();
+    let again = bench.store.add(&debian, None, Some("debian")).unwrap();
+    assert!(again.is_default);
+    assert!(bench.store.add(&own, None, Some("own")).unwrap().is_default);
+    bench.assert_tidy();
+}
+
+#[test]
 fn what_is_built_in_is_looked_for_in_the_list_of_it() {
     let bench = bench();
     let image = bench.file("vmlinux", &fixtures::vmlinux("6.1.9-vistara", true));
@@ -194,6 +208,8 @@ fn what_is_built_in_is_looked_for_in_the_list_of_it() {
         fs::write(modules.join("modules.builtin"), lines).unwrap();
         bench.store.add(&image, Some(&modules), Some("own"))
     };
+    let debian = bench.deb("6.1.0-1");
+    bench.store.add(&debian, None, Some("debian")).unwrap();
     let boot = [
         "virtio_ring",
         "virtio",
@@ -204,7 +220,9 @@ fn what_is_built_in_is_looked_for_in_the_list_of_it() {
         "ext4",
         "overlay",
     ];
-    let some = list(&boot).unwrap().record;
+    let some = list(&boot).unwrap();
+    assert!(!some.is_default, "some machines would not do with it");
+    let some = some.record;
     assert!(some.modules.is_empty(), "{some:?}");
     assert!(some.missing.contains(&"virtiofs".to_owned()), "{some:?}");
     let error = list(&boot[1..]).unwrap_err().to_string();
