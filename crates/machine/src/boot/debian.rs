@@ -48,7 +48,7 @@ pub(super) fn version(package: &str, scratch: &Path) -> Result<String, BootError
         })
 }
 
-/// Downloads a package into `scratch`, which holds no other, and gives its path. Apt checks that its sources signed it.
+/// Downloads a package, or `package=version`, into `scratch`, which holds no other, and gives its path. Apt checks that its sources signed it.
 pub(super) fn fetch(package: &str, scratch: &Path) -> Result<PathBuf, BootError> {
     // As root, apt drops to its own user, which cannot write to a directory of ours.
     let arguments = ["-q", "-o", "APT::Sandbox::User=root", "download", package];

@@ -2,9 +2,11 @@
 //! machines of QEMU and Firecracker, with everything built in (docs/internals/kernel.md).
 //!
 //! ```text
-//! <cache>/lock             held while a build runs
-//! <cache>/work-*/          one build: source, objects; removed when it ends, or by the next one if it was killed
-//! <cache>/built-<key>/     the last result, renamed to this place when it is whole; the key names all that went into it
+//! <cache>/vistara-kernel/  made here; the rest is in it
+//!   CACHEDIR.TAG           says so: a directory that has none is refused, and nothing is removed there
+//!   lock                   held while a build runs
+//!   work-*/                one build: source, objects; removed when it ends, or by the next one if it was killed
+//!   built-<key>/           the last result, renamed to this place when it is whole; the key names all that went into it
 //! ```
 //! What a build leaves is some 20 MB. It needs nothing of the caller's environment but where programs are, and changes
 //! nothing on the host outside the cache. Putting the result into a [`super::KernelStore`] is the caller's.
@@ -32,6 +34,10 @@ const SOURCE_PACKAGE: &str = "linux-source-";
 const BUILD_FORMAT: u32 = 1;
 /// What a build takes at its fullest: the package twice (140 MB), its source (about 1 GB) and the objects.
 const ROOM: u64 = 2500 << 20;
+/// With so little left, a build that failed did so for want of room: what a program could not write it removes.
+const ROOM_MIN: u64 = 64 << 20;
+/// The directory that builds make for themselves: whatever else the owner keeps beside it is safe from them.
+const OWN_DIR: &str = "vistara-kernel";
 /// Unpacking and configuring take seconds.
 const STEP_TIME_MAX: Duration = Duration::from_secs(900);
 /// Compiling took half an hour of one busy processor; a slow host may need several times that.
@@ -61,7 +67,8 @@ pub(crate) fn is_own(release: &str) -> bool {
 /// How a kernel is built.
 #[derive(Debug, Clone)]
 pub struct OwnKernel {
-    /// Directory for what a build needs meanwhile, and for its result. Made if absent; used for nothing else.
+    /// Directory in which a `vistara-kernel` is made, for what a build needs meanwhile and for its result. Made if absent;
+    /// nothing else in it is touched.
     pub cache: PathBuf,
     /// How many programs of the compiler run at once.
     pub jobs: usize,
@@ -122,9 +129,24 @@ pub enum BuildError {
         /// What is needed.
         needed_mib: u64,
     },
+    /// The room was used up on the way.
+    #[error(
+        "{dir:?} is full: {free_mib} MiB are left, and building a kernel takes up to {needed_mib} MiB"
+    )]
+    Full {
+        /// The cache.
+        dir: PathBuf,
+        /// What is free.
+        free_mib: u64,
+        /// What is needed.
+        needed_mib: u64,
+        /// What failed for it.
+        #[source]
+        source: Box<BuildError>,
+    },
     /// The kernel's build cannot be done in a directory of such a name.
     #[error(
-        "a kernel cannot be built in {0:?}: its build takes no directory with a space or a colon in its name"
+        "a kernel cannot be built in {0:?}: its build takes only letters, digits and _ . + - in the name of a directory"
     )]
     Place(PathBuf),
     /// Options that this source does not take.
@@ -155,7 +177,7 @@ impl BuildError {
                 "sudo apt-get install --no-install-recommends {}",
                 packages.join(" ")
             )),
-            BuildError::Room { .. } | BuildError::Place(_) => {
+            BuildError::Room { .. } | BuildError::Full { .. } | BuildError::Place(_) => {
                 Some("vistara kernel build --cache DIR, with a directory elsewhere".to_owned())
             }
             BuildError::Options { .. } => Some(
@@ -166,11 +188,16 @@ impl BuildError {
                 "sudo apt-get update, and try again; where Debian's packages are out of reach, build it on another host and bring the vmlinux: vistara kernel add FILE"
                     .to_owned(),
             ),
+            BuildError::Step {
+                step: CACHE,
+                source: BootError::Malformed { .. },
+            } => Some("vistara kernel build --cache DIR, with a directory elsewhere".to_owned()),
             BuildError::Step { .. } => None,
         }
     }
 }
 
+const CACHE: &str = "cannot use the cache";
 const LOOKUP: &str = "cannot find the kernel's source";
 const DOWNLOAD: &str = "cannot download the kernel's source";
 
@@ -195,15 +222,24 @@ pub fn build(
     if !missing.is_empty() {
         return Err(BuildError::Packages(missing));
     }
-    let dir = std::path::absolute(&options.cache)
+    let dir = std::path::absolute(options.cache.join(OWN_DIR))
         .map_err(BootError::io("find", &options.cache))
-        .map_err(step("cannot use the cache"))?;
-    if dir.to_string_lossy().contains([' ', ':', '\n']) {
-        return Err(BuildError::Place(dir));
-    }
-    let cache = Cache::hold(&dir, &mut || told(BuildStep::Waiting))
-        .map_err(step("cannot use the cache"))?;
-    let work = cache.work().map_err(step("cannot use the cache"))?;
+        .map_err(step(CACHE))?;
+    check_place(&dir)?;
+    let cache = Cache::hold(&dir, &mut || told(BuildStep::Waiting)).map_err(step(CACHE))?;
+    // What `make` sees of it: without symbolic links.
+    check_place(cache.path())?;
+    let work = cache.work().map_err(step(CACHE))?;
+    // Asked while the work still fills the disk: what a program had to say of it could not be written there either.
+    build_in(&cache, &work, options.jobs, told).map_err(|error| blame_room(cache.path(), error))
+}
+
+fn build_in(
+    cache: &Cache,
+    work: &Work,
+    jobs: usize,
+    told: &mut dyn FnMut(BuildStep),
+) -> Result<BuiltKernel, BuildError> {
     let package =
         debian::newest(META_PACKAGE, SOURCE_PACKAGE, work.path()).map_err(step(LOOKUP))?;
     let version = debian::version(&package, work.path()).map_err(step(LOOKUP))?;
@@ -212,48 +248,73 @@ pub fn build(
         .run()
         .map_err(step("cannot ask the compiler for its version"))?;
     let key = key(&source, &compiler);
-    if let Some(found) = finished(&cache, &key, &source)? {
+    if let Some(found) = finished(cache, &key, &source)? {
         told(BuildStep::Found);
-        return Ok(BuiltKernel {
-            _cache: cache,
-            ..found
-        });
+        return Ok(found);
     }
-    cache.clear_others().map_err(step("cannot use the cache"))?;
-    room(&dir)?;
+    cache.clear_results(&key).map_err(step(CACHE))?;
+    room(cache.path())?;
 
     told(BuildStep::Downloading(source.clone()));
-    let deb = debian::fetch(&package, work.path()).map_err(step(DOWNLOAD))?;
+    // By its version, too: apt's lists may have become others since.
+    let deb =
+        debian::fetch(&format!("{package}={version}"), work.path()).map_err(step(DOWNLOAD))?;
     told(BuildStep::Unpacking);
     let (tree, time) =
-        unpack(&work, &deb, &package).map_err(step("cannot unpack the kernel's source"))?;
+        unpack(work, &deb, &package).map_err(step("cannot unpack the kernel's source"))?;
     told(BuildStep::Configuring);
     let build = Build {
         tree: &tree,
         objects: &work.path().join("objects"),
         time: &time,
-        jobs: options.jobs.max(1),
+        jobs: jobs.max(1),
     };
     let unknown = build.configure(&source)?;
     told(BuildStep::Compiling(0));
     build
         .compile(told)
         .map_err(step("cannot compile the kernel"))?;
+    let keep = step("cannot keep the kernel");
     build
-        .collect(&work, &cache.result(&key), &unknown)
-        .map_err(step("cannot keep the kernel"))?;
-    // The source and the objects are a gigabyte and more, and a kernel is seldom built twice.
-    drop(work);
-    match finished(&cache, &key, &source)? {
-        Some(found) => Ok(BuiltKernel {
-            _cache: cache,
-            ..found
-        }),
-        None => Err(step("cannot keep the kernel")(BootError::malformed(
+        .collect(work, &cache.result(&key), &unknown)
+        .map_err(&keep)?;
+    finished(cache, &key, &source)?.ok_or_else(|| {
+        keep(BootError::malformed(
             &cache.result(&key),
             "built kernel",
-            "it has gone again",
-        ))),
+            "a file of it is missing or empty",
+        ))
+    })
+}
+
+/// Whether a name can be a kernel's in the store: asked before a build, rather than learnt after it.
+///
+/// # Errors
+/// [`BootError::Name`].
+pub fn check_name(name: &str) -> Result<(), BootError> {
+    super::shelf::check_name(name)
+}
+
+/// Make, its shell and what they call would take other characters for their own.
+fn check_place(dir: &Path) -> Result<(), BuildError> {
+    let plain = |c: char| c.is_alphanumeric() || "/_.+-".contains(c);
+    match dir.to_str() {
+        Some(text) if text.chars().all(plain) => Ok(()),
+        _ => Err(BuildError::Place(dir.to_owned())),
+    }
+}
+
+/// Says of a step that failed on a full disk that the disk is full.
+fn blame_room(dir: &Path, error: BuildError) -> BuildError {
+    let free = vistara_host::facts::disk_free(dir).unwrap_or(u64::MAX);
+    if free >= ROOM_MIN || !matches!(error, BuildError::Step { .. }) {
+        return error;
+    }
+    BuildError::Full {
+        dir: dir.to_owned(),
+        free_mib: free >> 20,
+        needed_mib: ROOM >> 20,
+        source: Box::new(error),
     }
 }
 
@@ -275,7 +336,7 @@ fn key(source: &str, compiler: &str) -> String {
 fn room(dir: &Path) -> Result<(), BuildError> {
     let free = vistara_host::facts::disk_free(dir)
         .map_err(BootError::io("look for room in", dir))
-        .map_err(step("cannot use the cache"))?;
+        .map_err(step(CACHE))?;
     if free < ROOM {
         return Err(BuildError::Room {
             dir: dir.to_owned(),
@@ -286,27 +347,29 @@ fn room(dir: &Path) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// The kernel of this key, if it has been built.
+/// The kernel of this key, if it has been built. One of which a file is missing or empty has not been.
 fn finished(cache: &Cache, key: &str, source: &str) -> Result<Option<BuiltKernel>, BuildError> {
     let dir = cache.result(key);
-    if !dir.exists() {
-        return Ok(None);
-    }
+    let whole = ["vmlinux", "modules/modules.builtin", "config", "release"]
+        .iter()
+        .all(|name| {
+            fs::metadata(dir.join(name)).is_ok_and(|file| file.is_file() && file.len() > 0)
+        });
     let read = |name: &str| {
-        read_bounded(&dir.join(name), SMALL_FILE_MAX)
-            .map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned())
-            .map_err(step("cannot read the kernel that was built before"))
+        let bytes = read_bounded(&dir.join(name), SMALL_FILE_MAX).ok()?;
+        Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+    };
+    let (true, Some(release), Some(unknown)) = (whole, read("release"), read("unknown-options"))
+    else {
+        return Ok(None);
     };
     Ok(Some(BuiltKernel {
         vmlinux: dir.join("vmlinux"),
         modules: dir.join("modules"),
-        release: read("release")?,
+        release,
         source: source.to_owned(),
-        unknown_options: read("unknown-options")?
-            .lines()
-            .map(str::to_owned)
-            .collect(),
-        _cache: cache.again().map_err(step("cannot use the cache"))?,
+        unknown_options: unknown.lines().map(str::to_owned).collect(),
+        _cache: cache.again().map_err(step(CACHE))?,
     }))
 }
 
@@ -425,8 +488,10 @@ impl Build<'_> {
             self.tree.display().to_string(),
             format!("O={}", self.objects.display()),
         );
-        // Polite: it is long, and nobody waits for it with a machine.
-        let mut arguments = vec!["-n", "10", "make", "-C", &tree, &objects];
+        // When this process is killed, make is told to end: by TERM, which it hands on to all that it started, while KILL
+        // would leave them at work. Polite (nice): it is long, and nobody waits for it with a machine.
+        let mut arguments = vec!["--pdeathsig", "TERM", "--", "nice", "-n", "10"];
+        arguments.extend(["make", "-C", &tree, &objects]);
         arguments.extend(words);
         // Without these a kernel tells who built it, where, when and how often.
         let mut environment = vec![
@@ -436,7 +501,7 @@ impl Build<'_> {
             ("KBUILD_BUILD_VERSION", "1"),
         ];
         environment.extend(more);
-        make_runs("nice", &arguments, self.objects, time_max, &environment)
+        make_runs("setpriv", &arguments, self.objects, time_max, &environment)
             .watched(watch)
             .map(drop)
     }
@@ -459,7 +524,7 @@ impl Build<'_> {
                 .map_err(BootError::io("write", &to))?;
         }
         let list = fresh.join("unknown-options");
-        fs::write(&list, unknown.join("\n")).map_err(BootError::io("write", &list))?;
+        super::shelf::write_synced(&list, unknown.join("\n").as_bytes())?;
         fs::rename(&fresh, result).map_err(BootError::io("put in place", result))
     }
 }

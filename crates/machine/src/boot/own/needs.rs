@@ -7,6 +7,7 @@ const NEEDS: &[(&str, &str)] = &[
     ("apt", "apt-get"),
     ("dpkg", "dpkg-deb"),
     ("tar", "tar"),
+    ("util-linux", "setpriv"),
     ("xz-utils", "xz"),
     ("make", "make"),
     ("gcc", "gcc"),
