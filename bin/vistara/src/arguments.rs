@@ -546,8 +546,8 @@ pub(crate) struct BuildKernelOptions {
     /// Make it the default also where another was chosen
     #[arg(long)]
     pub(crate) default: bool,
-    /// Directory to build in; 2.5 GB are needed meanwhile (default: /var/cache/vistara/kernel for root,
-    /// ~/.cache/vistara/kernel for others)
+    /// Directory to build in, in a vistara-kernel of its own; 2.5 GB are needed meanwhile (default: /var/cache for root,
+    /// ~/.cache for others)
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
     /// Compilers at a time (default: as many as there are processors)

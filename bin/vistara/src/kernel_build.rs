@@ -33,6 +33,10 @@ pub(crate) async fn prepare(command: &KernelCommand) -> Result<Option<Ready>, Fa
     let KernelCommand::Build(options) = command else {
         return Ok(None);
     };
+    if let Some(name) = &options.name {
+        own_kernel::check_name(name)
+            .map_err(|error| Failure::because("cannot name the kernel so", error))?;
+    }
     let kernel = OwnKernel {
         cache: cache(options)?,
         jobs: options.jobs.map_or_else(
@@ -86,25 +90,25 @@ pub(crate) async fn add(client: &Client, ready: Ready) -> Result<u8, Failure> {
         )
     } else {
         format!(
-            "another kernel was chosen as the default and stays it; this one: vistara kernel default {name}, or run --kernel {name}"
+            "the default stays what it was: another kernel was chosen, or this one lacks a driver that some machines need; this one: vistara kernel default {name}, or run --kernel {name}"
         )
     });
     print(&format!("{name}\n"))?;
     Ok(0)
 }
 
+/// Where the build makes its `vistara-kernel`.
 fn cache(options: &BuildKernelOptions) -> Result<PathBuf, Failure> {
     if let Some(dir) = &options.cache {
         return Ok(dir.clone());
     }
     if rustix::process::geteuid().is_root() {
-        return Ok(PathBuf::from("/var/cache/vistara/kernel"));
+        return Ok(PathBuf::from("/var/cache"));
     }
     let home = || environment::path("HOME").map(|home| home.join(".cache"));
     environment::path("XDG_CACHE_HOME")
         .or_else(home)
         .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join("vistara/kernel"))
         .ok_or_else(|| {
             Failure::new("cannot tell where to build: neither HOME nor XDG_CACHE_HOME is set")
                 .hint("say where, with --cache DIR")
