@@ -283,7 +283,11 @@ async fn a_guest_has_what_programs_need(subject: &dyn Subject, change: fn(&mut L
         ),
         // Nothing can be loaded, and nothing hides in what the kernel was started with.
         ("ls /proc/modules 2>/dev/null", "=1"),
-        ("dmesg | grep -E -c 'BUG:|WARNING:|Call Trace'", "0\n=1"),
+        // The processor of the lab tells guests of KVM two sizes of its state, of which Linux warns.
+        (
+            "dmesg | sed '/XSAVE consistency/,/end trace/d' | grep -E -c 'BUG:|WARNING:|Call Trace'",
+            "0\n=1",
+        ),
     ];
     if shared {
         wanted.push(("mount -t virtiofs host /mnt && cat /mnt/note", "shared\n=0"));
