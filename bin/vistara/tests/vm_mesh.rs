@@ -293,8 +293,8 @@ fn a_node_that_is_killed_is_named_and_its_machines_are_there_when_it_is_back() {
     assert!(complaint.contains("--on far ps"), "{complaint}");
     assert!(!complaint.contains("node.log"), "{complaint}");
     assert!(took < Duration::from_secs(10), "noticed after {took:?}");
-    until("that it is listed as away", || {
-        said(near, &["nodes"]).contains("away")
+    until("that it is listed as dead", || {
+        said(near, &["nodes"]).contains("dead")
     });
     let away = complained(near, &["--on", "far", "ps"]);
     assert!(away.contains("does not answer"), "{away}");
