@@ -316,7 +316,7 @@ mod tests {
             }
         }
         assert_eq!(count(&accepted, Standing::Member), MEMBERS_MAX);
-        assert!(MEMBERS_MAX + STRANGERS_MAX < ACCEPTED_MAX);
+        const { assert!(MEMBERS_MAX + STRANGERS_MAX < ACCEPTED_MAX) };
         let named = NodeId::from_bytes([255; 32]);
         let next = standing_of_next(&accepted, &named, true, false);
         assert_eq!(next, Some(Standing::Known));
