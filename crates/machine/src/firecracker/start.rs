@@ -514,6 +514,8 @@ fn arguments(tools: &Tools, plan: &LaunchPlan, apart: Apart, stage: &Stage) -> V
 
 /// Puts the machine's files where Firecracker finds them.
 fn show_files(plan: &LaunchPlan, stage: &mut Stage, launch: &mut Launch) -> Result<(), VmmError> {
+    // Firecracker 1.8 opens its log, and does not make it.
+    stage.write(super::vm::LOG, &mut std::io::empty())?;
     match &plan.start {
         Start::Linux(boot) => {
             stage.show(KERNEL, &boot.kernel, Belongs::ToMany)?;
