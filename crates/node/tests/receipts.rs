@@ -43,6 +43,13 @@ async fn ended(client: &Client, machine: &str) -> WaitAnswer {
         .unwrap()
 }
 
+/// Waits until a machine's program runs.
+async fn runs(node: &TestNode, machine: &str) {
+    while node.client.machine(machine).await.unwrap().machine.state != "running" {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn an_ended_machine_has_a_receipt_that_says_what_it_did_and_stays_the_same() {
     if !can_make_disks() {
@@ -178,17 +185,7 @@ async fn a_machine_whose_end_nobody_saw_has_no_receipt_and_a_reason() {
     let node = TestNode::start(dir.path(), fake()).await;
     node.image("test").await;
     let machine = node.run(&["sleep", "600"]).await;
-    while node
-        .client
-        .machine(&machine.id)
-        .await
-        .unwrap()
-        .machine
-        .state
-        != "running"
-    {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    runs(&node, &machine.id).await;
     node.vanish();
     // A machine that is not there any more.
     let path = (dir.path().join("state/machines").join(&machine.id)).join("record.json");
@@ -220,17 +217,7 @@ async fn a_program_that_is_not_there_and_one_that_is_killed_have_receipts_too() 
     assert_eq!(receipt.times.began_ms, None);
 
     let machine = node.run(&["sleep", "600"]).await;
-    while node
-        .client
-        .machine(&machine.id)
-        .await
-        .unwrap()
-        .machine
-        .state
-        != "running"
-    {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    runs(&node, &machine.id).await;
     let kill = KillRequest::default();
     node.client.kill(&machine.id, &kill).await.unwrap();
     let text = node.client.receipt(&machine.id).await.unwrap();

@@ -7,6 +7,7 @@
 
 pub(crate) mod guest;
 pub(crate) mod killed;
+pub(crate) mod running;
 
 use std::cell::RefCell;
 use std::path::Path;

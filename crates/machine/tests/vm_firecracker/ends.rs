@@ -22,7 +22,7 @@ async fn a_machine_whose_api_is_gone_can_still_be_taken_over_held_and_killed() {
         return;
     };
     let vmm = Firecracker.vmm().await.unwrap();
-    std::fs::remove_file(machine.root().join("api.sock")).unwrap();
+    std::fs::remove_file(root(&machine).join("api.sock")).unwrap();
     match soon("capturing", machine.vm.capture()).await {
         Err(VmmError::Control { message, .. }) => assert!(message.contains("API"), "{message}"),
         other => panic!("{other:?}"),
@@ -183,7 +183,7 @@ async fn a_full_host_disk_fails_the_guests_writes_and_is_told() {
         println!("trouble: {:?}", machine.vm.trouble());
         std::fs::remove_file(small.path().join("ballast")).unwrap();
         assert_eq!(machine.sh(write).await, "0");
-        machine.end().await;
+        machine.end_of(&Firecracker).await;
     };
     let done = tokio::time::timeout(2 * limit(), tested).await;
     // The kernel gives up the machine's mounts a moment after its last process.
@@ -209,7 +209,7 @@ async fn a_guest_that_floods_its_console_takes_no_room_on_the_host() {
     println!("console: {len} bytes");
     assert!(len <= 512 << 10, "{len}");
     assert!(machine.vm.console(usize::MAX).await.len() <= 64 << 10);
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
 }
 
 /// Names the directory to the process that [`a_machine_survives_the_process_that_launched_it`] starts.

@@ -75,7 +75,7 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
         assert_eq!(told, format!("{number}\n{number}\nr"));
         let written = std::fs::read(own).unwrap();
         assert_eq!(written[0], b'0' + u8::try_from(number).unwrap());
-        fork.end().await;
+        fork.end_of(&Firecracker).await;
     }
     assert_eq!(std::fs::read(&writable).unwrap()[0], b'w');
 }

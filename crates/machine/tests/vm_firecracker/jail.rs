@@ -68,7 +68,7 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
         let port = listener.local_addr().unwrap().port();
         (listener, port)
     };
-    let busybox = machine.root().join("busybox");
+    let busybox = root(&machine).join("busybox");
     std::fs::copy("/bin/busybox", &busybox).unwrap();
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(&busybox, mode).unwrap();
@@ -108,7 +108,7 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
         "run",
     ];
     assert_eq!(names, expected);
-    let other_root = other.root();
+    let other_root = root(&other);
     for (what, script) in [
         ("the host's files", "/busybox ls /etc".to_owned()),
         ("the way up", "/busybox ls /../etc".to_owned()),
@@ -152,6 +152,6 @@ async fn the_monitor_is_jailed_and_sees_nothing_of_others() {
         !mounts.contains("/jail/"),
         "the host's mounts are as they were"
     );
-    machine.end().await;
-    other.end().await;
+    machine.end_of(&Firecracker).await;
+    other.end_of(&Firecracker).await;
 }

@@ -14,6 +14,7 @@ mod jail;
 mod network;
 mod processor_and_memory;
 
+use conformance::running::{self, Running};
 use conformance::{Lines, Subject, ends_with_this_test, guest, launch, limit, slower, soon};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -155,53 +156,14 @@ fn left_of(record: &VmRecord) -> Vec<String> {
 conformance!(Firecracker);
 of_real_monitors!(Firecracker);
 
-/// A running machine with its lines, from a plan that the test has changed.
-struct Running {
-    vm: Box<dyn Vm>,
-    lines: Lines,
-    dir: tempfile::TempDir,
-}
-
+/// A running machine, from a plan that the test has changed.
 async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
-    let vmm = Firecracker.vmm().await?;
-    let dir = tempfile::tempdir().unwrap();
-    let mut plan = Firecracker.plan(dir.path());
-    change(&mut plan);
-    let vm = launch(&*vmm, &plan).await;
-    let mut lines = Lines::open(&*vm).await;
-    lines.echo("up").await;
-    Some(Running { vm, lines, dir })
+    running::run(&Firecracker, change).await
 }
 
-impl Running {
-    /// What a command prints in the guest.
-    async fn sh(&mut self, command: &str) -> String {
-        self.lines.say(&format!("sh {command}")).await;
-        let mut printed = String::new();
-        loop {
-            let line = self.lines.hear().await;
-            if line.starts_with("done ") {
-                return printed.trim_end().to_owned();
-            }
-            printed.push_str(&line);
-            printed.push('\n');
-        }
-    }
-
-    async fn load_drivers(&mut self) {
-        self.lines.say("load").await;
-        assert_eq!(self.lines.hear().await, "loaded");
-    }
-
-    fn root(&self) -> PathBuf {
-        self.vm.record().backend["root"].as_str().unwrap().into()
-    }
-
-    async fn end(self) {
-        let left = Firecracker.leftovers(&*self.vm);
-        soon("killing", self.vm.kill()).await.unwrap();
-        assert_eq!(left(), [] as [&str; 0]);
-    }
+/// Where the files are that a machine's Firecracker sees.
+fn root(machine: &Running) -> PathBuf {
+    machine.vm.record().backend["root"].as_str().unwrap().into()
 }
 
 fn disk(dir: &Path, name: &str, text: &str, mode: u32) -> PathBuf {
@@ -243,7 +205,7 @@ async fn disks_come_in_their_order_and_a_read_only_one_cannot_be_written() {
     }
     let read_only = machine.sh("cat /sys/block/vd?/ro").await;
     assert_eq!(read_only, "1\n1\n0");
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
     for ((path, _), word) in disks.iter().zip(["FIRST", "SECOND", "written"]) {
         assert!(std::fs::read(path).unwrap().starts_with(word.as_bytes()));
     }
@@ -265,7 +227,7 @@ async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
     assert!(heard.is_err(), "{heard:?}");
     machine.vm.resume().await.unwrap();
     assert_eq!(machine.lines.hear().await, "later");
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
 }
 
 fn signal(pid: u32, name: &str) {
@@ -292,7 +254,7 @@ async fn two_processors_are_two_in_the_guest() {
         return;
     };
     assert_eq!(machine.sh("nproc").await, "2");
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
 }
 
 /// Prints what a start costs: `… --test vm_firecracker -- --ignored --nocapture measure`.

@@ -118,7 +118,7 @@ async fn a_guest_reaches_what_the_host_reaches_but_not_its_loopback() {
         });
         let dial = format!("nc -w 10 198.51.100.77 {number} </dev/null");
         assert_eq!(machine.sh(&dial).await, "from outside");
-        machine.end().await;
+        machine.end_of(&Firecracker).await;
     };
     let done = tokio::time::timeout(2 * limit(), tested).await;
     assert!(ip(&["link", "del", &name]));
@@ -144,7 +144,7 @@ async fn a_network_whose_helper_dies_is_told_and_the_machine_goes_on() {
     let trouble = soon("telling", told).await;
     assert!(trouble.contains("network"), "{trouble}");
     machine.lines.echo("still here").await;
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -217,7 +217,7 @@ async fn fetching(rate: Option<Bytes>) -> Duration {
         }
     };
     let took = soon("fetching", fetched).await;
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
     took
 }
 

@@ -24,7 +24,7 @@ async fn sees_rdrand(vmm: &dyn Vmm, plan: &LaunchPlan, dir: tempfile::TempDir) -
     let lines = Lines::open(&*vm).await;
     let mut machine = Running { vm, lines, dir };
     let found = machine.sh("grep -c -w rdrand /proc/cpuinfo").await;
-    machine.end().await;
+    machine.end_of(&Firecracker).await;
     found != "0"
 }
 
