@@ -404,6 +404,18 @@ async fn a_panic_a_dead_monitor_and_a_silent_guest_are_told_apart() {
     );
 
     vmm.set_faults(Faults {
+        channel_failure: Some("nobody listens".to_owned()),
+        ..Faults::default()
+    });
+    let machine = node.run(&["true"]).await;
+    let waited = tokio::time::timeout(BOUND, node.client.wait(&machine.id));
+    let answer = waited.await.expect("it ends in a bounded time").unwrap();
+    assert!(
+        answer.message.as_ref().unwrap().contains("did not answer"),
+        "{answer:?}"
+    );
+
+    vmm.set_faults(Faults {
         launch_failure: Some("no memory".to_owned()),
         ..Faults::default()
     });
@@ -695,6 +707,70 @@ async fn an_image_in_use_stays_and_a_second_node_leaves_the_first_alone() {
         "{second:?}"
     );
     assert_eq!(node.client.version().await.unwrap().machines_active, 1);
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_be_taken_over_can_be_ended_and_one_that_can_again_goes_on() {
+    if !can_make_disks() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = TestNode::start(dir.path(), fake()).await;
+    node.image("test").await;
+    let killed = node.run(&["sh", "-c", "echo up; exec sleep 1000"]).await;
+    let stopped = node.run(&["sh", "-c", "echo up; exec sleep 1000"]).await;
+    let kept = node.run(&["sh", "-c", "echo up; exec sleep 1000"]).await;
+    for machine in [&killed, &stopped, &kept] {
+        until_output(&node, &machine.id).await;
+    }
+    node.vanish();
+    let vmm = fake();
+    vmm.set_faults(Faults {
+        adoption_failure: Some("it stands still".to_owned()),
+        ..Faults::default()
+    });
+    let node = TestNode::start(dir.path(), vmm.clone()).await;
+    let unreachable = message_of(&node, &kept.id, |words| words.is_some());
+    let words = tokio::time::timeout(BOUND, unreachable).await.unwrap();
+    assert!(words.unwrap().contains("it stands still"));
+    let stop = StopRequest {
+        grace_ms: Some(100),
+        signal: None,
+    };
+    let ends = async {
+        let kill = KillRequest::default();
+        node.client.kill(&killed.id, &kill).await.unwrap();
+        node.client.stop(&stopped.id, &stop).await.unwrap();
+    };
+    tokio::time::timeout(BOUND, ends).await.expect("they end");
+    for machine in [&killed, &stopped] {
+        let answer = node.client.wait(&machine.id).await.unwrap();
+        assert_eq!(answer.exit_code, 137, "{answer:?}");
+    }
+    // What nobody asked anything of is taken over as soon as that can be done, and its program has not noticed.
+    vmm.set_faults(Faults::default());
+    let again = message_of(&node, &kept.id, |words| words.is_none());
+    let waited = tokio::time::timeout(BOUND, again).await;
+    waited.expect("it is taken over");
+    let kept = node.client.machine(&kept.id).await.unwrap().machine;
+    assert_eq!((kept.state.as_str(), kept.exit_code), ("running", None));
+    let kill = KillRequest::default();
+    node.client.kill(&kept.id, &kill).await.unwrap();
+}
+
+/// What is told of a machine, once it is as it should be.
+async fn message_of(
+    node: &TestNode,
+    machine: &str,
+    as_wanted: impl Fn(&Option<String>) -> bool,
+) -> Option<String> {
+    loop {
+        let message = node.client.machine(machine).await.unwrap().machine.message;
+        if as_wanted(&message) {
+            return message;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]

@@ -289,6 +289,12 @@ impl Vm for FakeVm {
             path: PathBuf::from("a fake machine"),
             source,
         };
+        if let Some(message) = locked(&self.machine.faults).channel_failure.clone() {
+            return Err(VmmError::Control {
+                operation: "opening the agent's channel",
+                message,
+            });
+        }
         let (host, guest) = UnixStream::pair().map_err(io)?;
         host.set_nonblocking(true).map_err(io)?;
         {

@@ -52,6 +52,10 @@ pub struct Faults {
     pub boot_delay: Option<Duration>,
     /// The machine ends like this as soon as it has started, before its guest.
     pub end_at_once: Option<FakeEnd>,
+    /// No channel to a guest can be opened: every try fails with this message.
+    pub channel_failure: Option<String>,
+    /// It cannot be told what became of an earlier process's machine: every adoption fails with this message.
+    pub adoption_failure: Option<String>,
     /// What [`Vm::trouble`] tells, in machines that run and in those to come.
     pub trouble: Option<String>,
 }
@@ -86,6 +90,7 @@ impl FakeVmm {
                 shares: Ok(()),
                 user_network: Ok(()),
                 network_rate: Ok(()),
+                own_root: Ok(()),
                 pause: true,
                 vcpus_max: 64,
                 capture: Ok(()),
@@ -191,6 +196,12 @@ impl Vmm for FakeVmm {
     }
 
     async fn adopt(&self, dir: &Path, record: &VmRecord) -> Result<Adoption, VmmError> {
+        if let Some(message) = machine::locked(&self.faults).adoption_failure.clone() {
+            return Err(VmmError::Control {
+                operation: "taking the machine over",
+                message,
+            });
+        }
         match Machine::find(dir).filter(|machine| machine.record() == record) {
             Some(machine) => match machine.end() {
                 None => Ok(Adoption::Running(Box::new(FakeVm::new(machine, false)))),

@@ -1,6 +1,7 @@
 //! The task that owns one machine. It carries out what the lifecycle says, keeps the record, and publishes it.
 
 mod again;
+mod earlier;
 mod hold;
 
 use super::handle::{COMMANDS_MAX, Shared};
@@ -11,7 +12,7 @@ use super::unikernel::{Undone, UnikernelSession, clear_held};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
 use crate::logbook::LogBook;
-use crate::node::{Fate, Node};
+use crate::node::Node;
 use crate::receipts::{self, LastUsage, Ran};
 use crate::snapshots::Moment;
 use crate::stock::Warm;
@@ -29,8 +30,6 @@ use vistara_model::{MachineState, Payload, Signal};
 
 /// How many news may wait for the machine's task.
 const NEWS_MAX: usize = 64;
-/// Pause before it is looked again what became of an earlier node's machine, where that could not be told.
-const ADOPT_PAUSE: Duration = Duration::from_secs(2);
 /// How long a signal waits for a session with the agent.
 const SIGNAL_BOUND: Duration = Duration::from_secs(10);
 /// Tries to end a monitor, and the pause between two.
@@ -219,54 +218,6 @@ impl Actor {
             self.step().await;
         }
         self.rest().await;
-    }
-
-    /// Finds out what became of an earlier node's machine, however long that takes. Until then it is what it was.
-    async fn find_out(&mut self) {
-        if self.record.end.is_some() || self.record.state == MachineState::Stopping {
-            self.shared
-                .asked_to_end
-                .store(self.record.provisional, Ordering::Relaxed);
-        }
-        loop {
-            match self.node.origin(&self.record, &self.dir).await {
-                // What was left of the earlier node's work is swept away.
-                Ok(Fate::Over(_)) if self.is_between_runs() => {
-                    self.trouble = None;
-                    self.clear_away().await;
-                    return self.prepare(Instant::now());
-                }
-                Ok(Fate::Running(vm)) => {
-                    self.trouble = None;
-                    self.hold_as_recorded(vm.as_ref()).await;
-                    self.take_up(vm);
-                    let adopted = Event::Adopted {
-                        signal: self.record.stop_signal,
-                        grace: STOP_GRACE,
-                    };
-                    self.on(adopted).await;
-                    if matches!(
-                        self.record.state,
-                        MachineState::Running | MachineState::Paused
-                    ) {
-                        self.arm_time_limit();
-                    }
-                    return;
-                }
-                Ok(Fate::Over(event)) => {
-                    self.trouble = None;
-                    self.record.proof.unseen = true;
-                    self.learn_unseen_end(&event).await;
-                    return self.on(event).await;
-                }
-                Err(message) => {
-                    tracing::warn!(machine = %self.record.id, message, "a machine cannot be taken over yet");
-                    self.trouble = Some(format!("it cannot be reached: {message}"));
-                    self.publish().await;
-                }
-            }
-            tokio::time::sleep(ADOPT_PAUSE).await;
-        }
     }
 
     async fn step(&mut self) {

@@ -157,12 +157,20 @@ pub(crate) async fn prepare(
         let (mechanisms, kernel) = (mechanisms.clone(), record.kernel.clone());
         blocking(move || mechanisms.linux_boot(kernel.as_deref(), UpperLayer::Disk)).await?
     };
+    let boot = match record.spec.console {
+        true => boot.telling(),
+        false => boot,
+    };
     let overlay = dir.join(OVERLAY);
     let disks = disks(root.path.clone(), overlay.clone());
     let plan = plan(node, record, dir, Start::Linux(boot.clone()), disks);
 
-    // Shared directories and huge pages cannot be captured; a template's machine has none.
-    let may_fork = !record.spec.no_template && plan.shares.is_empty() && !plan.huge_pages;
+    // Shared directories and huge pages cannot be captured; a template's machine has none. A fork's kernel has told its console
+    // nothing.
+    let may_fork = !record.spec.no_template
+        && !record.spec.console
+        && plan.shares.is_empty()
+        && !plan.huge_pages;
     if may_fork && vmm.capabilities().capture.is_ok() {
         let begin = Instant::now();
         let parts = node.parts(root.path, boot, Arc::clone(&vmm));

@@ -96,24 +96,27 @@ impl Session {
         }
         loop {
             let attempt = Instant::now();
-            let stream = match self.vm.open_channel().await {
-                Ok(stream) => stream,
-                Err(VmmError::Ended) => return,
-                Err(error) => {
-                    tracing::warn!(machine = %self.record.id, error = chain(&error), "a guest's channel cannot be opened");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
-                    continue;
-                }
+            // A monitor's own patience may be longer than what is left of the time for booting.
+            let opening = self.vm.open_channel();
+            let opened = match self.left_to_boot(begin) {
+                Some(left) => tokio::time::timeout(left, opening).await,
+                None => Ok(opening.await),
             };
-            match vistara_guest_client::connect(
-                stream,
-                ConnectOptions {
-                    hello_timeout: bound,
-                },
-            )
-            .await
-            {
+            let greeting = match opened {
+                Ok(Ok(stream)) => {
+                    let options = ConnectOptions {
+                        hello_timeout: bound,
+                    };
+                    vistara_guest_client::connect(stream, options).await
+                }
+                Ok(Err(VmmError::Ended)) => return,
+                Ok(Err(error)) => {
+                    tracing::warn!(machine = %self.record.id, error = chain(&error), "a guest's channel cannot be opened");
+                    Err(AgentError::Closed)
+                }
+                Err(_) => Err(AgentError::Silent(self.boot_bound)),
+            };
+            match greeting {
                 Ok((agent, welcome)) => {
                     if !greeted {
                         let forked =
@@ -135,7 +138,9 @@ impl Session {
                         return;
                     }
                 }
-                Err(AgentError::Silent(after)) if !greeted => {
+                Err(AgentError::Silent(after))
+                    if !greeted && self.left_to_boot(begin).is_some() =>
+                {
                     self.tell(News::Event(Event::BootTimedOut { after })).await;
                     return;
                 }
@@ -148,8 +153,7 @@ impl Session {
                     tracing::debug!(machine = %self.record.id, %error, "a guest does not answer");
                 }
             }
-            let started = self.shared.started.load(Ordering::Relaxed);
-            if !started && begin.elapsed() > self.boot_bound {
+            if self.left_to_boot(begin).is_some_and(|left| left.is_zero()) {
                 let after = self.boot_bound;
                 self.tell(News::Event(Event::BootTimedOut { after })).await;
                 return;
@@ -160,6 +164,13 @@ impl Session {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
+    }
+
+    /// What is left of the time in which the guest's program shall have started; nothing once it has, be it for an earlier node.
+    fn left_to_boot(&self, begin: Instant) -> Option<Duration> {
+        let started =
+            self.record.started_ns.is_some() || self.shared.started.load(Ordering::Relaxed);
+        (!started).then(|| self.boot_bound.saturating_sub(begin.elapsed()))
     }
 
     fn session_lost(&self, error: &AgentError) {

@@ -7,9 +7,14 @@ use crate::machine::{Actor, Loaded, Origin, Record, load, machine_dirs};
 use crate::stock::Note;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use vistara_control::{Event, VmGone};
+use vistara_host::process::{ProcessHandle, ProcessIdentity};
 use vistara_machine::{Adoption, Vm, VmEnd};
 use vistara_model::{EndReason, MachineId, MachineState};
+
+/// How long a killed monitor may take to be gone: the kernel frees a guest of some GiB in well under a second.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
 
 /// What became of an earlier node's machine.
 pub(crate) enum Fate {
@@ -133,6 +138,30 @@ impl Node {
                 "its monitor died while no node was running: {message}"
             )),
         }
+    }
+
+    /// Ends a machine that cannot be taken over: its monitor and what belongs to it, by what is recorded of them.
+    pub(crate) async fn end_unreachable(&self, record: &Record, dir: &Path) -> Result<(), String> {
+        let Some(vm) = &record.vm else {
+            return self.sweep(&record.id, dir).await;
+        };
+        if self.mechanisms.vmm(vm.kind).is_none() {
+            // Its backend would know what else belongs to it; the process is what matters.
+            let identity = ProcessIdentity {
+                pid: vm.pid,
+                start_ticks: vm.pid_start_ticks,
+                boot_id: vm.boot_id.clone(),
+            };
+            let process = ProcessHandle::adopt(&identity).map_err(|error| error.to_string())?;
+            if let Some(process) = process {
+                process.kill().map_err(|error| error.to_string())?;
+                tokio::time::timeout(KILL_LIMIT, process.wait())
+                    .await
+                    .map_err(|_| format!("its monitor (process {}) does not end", vm.pid))?
+                    .map_err(|error| error.to_string())?;
+            }
+        }
+        self.sweep(&record.id, dir).await
     }
 
     /// Ends what a crash between a launch and its record may have left.

@@ -65,7 +65,7 @@ impl Actor {
                 "its output cannot be recorded and waits until it can ({error}); free some disk space"
             ));
             self.publish().await;
-            tokio::time::sleep(super::ADOPT_PAUSE).await;
+            tokio::time::sleep(super::earlier::ADOPT_PAUSE).await;
         }
     }
 
