@@ -3,7 +3,7 @@
 //! Each request has a connection of its own: there are some ten in a machine's life, and a connection that is kept would be
 //! one of the ten that Firecracker allows. What comes back is bounded in size and in time.
 
-use super::types::{Action, Fault, VmState};
+use super::types::{Action, BalloonStatistics, Fault, VmState};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -23,6 +23,8 @@ const ANSWER_MAX: usize = 64 << 10;
 const FAULT_TOLD: usize = 1_000;
 /// How long a request may take that changes or asks a setting.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long a look at the balloon may take: somebody waits for a line of statistics, and a held machine never answers.
+const BALLOON_LIMIT: Duration = Duration::from_millis(500);
 /// How long a guest's start may take: the kernel is loaded, and memory is made, meanwhile.
 pub(super) const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long writing or reading a snapshot may take: all of the guest's memory goes to a file.
@@ -105,6 +107,15 @@ impl Api {
     pub(super) async fn settings(&self) -> Result<serde_json::Value, ApiError> {
         let answer = self
             .request(Method::GET, "/vm/config", None::<&()>, ANSWER_LIMIT)
+            .await?;
+        serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
+    }
+
+    /// What the guest's balloon tells.
+    pub(super) async fn balloon(&self) -> Result<BalloonStatistics, ApiError> {
+        let path = "/balloon/statistics";
+        let answer = self
+            .request(Method::GET, path, None::<&()>, BALLOON_LIMIT)
             .await?;
         serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
     }

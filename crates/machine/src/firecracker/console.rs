@@ -5,7 +5,7 @@
 //! Firecracker that cannot limit the guest write to a box in memory instead, which takes the first bytes only and goes with
 //! the machine unless a node reads it before.
 
-use super::state::{KEPT_CONSOLE, LIVE_CONSOLE};
+use super::state::{KEPT_CONSOLE, LIVE_CONSOLE, NEW_CONSOLE};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// Bytes that are kept: the last words of a panic take about 3 KiB.
 const KEPT: u64 = 64 << 10;
+/// Bytes of a box in memory.
+pub(super) const BOX_MAX: u64 = 1 << 20;
 /// Size at which the file begins anew.
 const LIVE_MAX: u64 = 512 << 10;
 /// Most characters of a panic's message.
@@ -64,7 +66,14 @@ impl Console {
     pub(super) fn last(&self, limit: usize) -> Vec<u8> {
         let mut bytes = fs::read(self.dir.join(KEPT_CONSOLE)).unwrap_or_default();
         if let Some(live) = self.live() {
-            bytes.extend_from_slice(&end_of(&live));
+            bytes.extend_from_slice(&match self.in_memory {
+                // Its length is the box's from the beginning, and what was written is at its beginning.
+                Some(_) => written_to(&live, 0, BOX_MAX),
+                None => {
+                    let len = live.metadata().map_or(0, |data| data.len());
+                    written_to(&live, len.saturating_sub(LIVE_MAX), LIVE_MAX)
+                }
+            });
         }
         let limit = limit.min(KEPT as usize);
         bytes.split_off(bytes.len().saturating_sub(limit))
@@ -92,17 +101,17 @@ impl Console {
         if end.is_empty() {
             return Ok(());
         }
-        let new = self.dir.join("console.new");
+        let new = self.dir.join(NEW_CONSOLE);
         fs::write(&new, end)?;
         fs::rename(new, self.dir.join(KEPT_CONSOLE))
     }
 }
 
-/// The end of what was written to a file or a box, whose rest is zeros.
-fn end_of(file: &File) -> Vec<u8> {
+/// What was written to a file or a box from `start` on, at most so many bytes, without the zeros that are a box's rest.
+fn written_to(file: &File, start: u64, limit: u64) -> Vec<u8> {
     let len = file.metadata().map_or(0, |data| data.len());
-    let start = len.saturating_sub(LIVE_MAX);
-    let mut bytes = vec![0; usize::try_from(len - start).unwrap_or(0)];
+    let count = len.saturating_sub(start).min(limit);
+    let mut bytes = vec![0; usize::try_from(count).unwrap_or(0)];
     let mut got = 0;
     while got < bytes.len() {
         match file.read_at(&mut bytes[got..], start + got as u64) {
@@ -128,6 +137,25 @@ pub(super) fn panic_message(console: &[u8]) -> Option<String> {
 mod tests {
     use super::*;
     use std::io::Write;
+
+    #[test]
+    fn a_box_in_memory_gives_what_was_written_to_it_and_not_its_empty_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = vistara_host::files::OutputBox::new(BOX_MAX).unwrap();
+        let mut writer = output.writer().unwrap();
+        let reader = output.writer().unwrap();
+        let console = Console::open(dir.path()).with_box(Some(reader));
+        assert_eq!(console.last(usize::MAX), b"");
+        writer
+            .write_all(b"Kernel panic - not syncing: no init\n")
+            .unwrap();
+        let words = panic_message(&console.last(usize::MAX)).unwrap();
+        assert_eq!(words, "Kernel panic - not syncing: no init");
+        // More than a file would keep; the last words are the last all the same.
+        writer.write_all(&vec![b'x'; 700 << 10]).unwrap();
+        writer.write_all(b"end").unwrap();
+        assert!(console.last(usize::MAX).ends_with(b"xend"));
+    }
 
     #[test]
     fn a_flood_leaves_its_end_and_takes_no_room() {

@@ -185,9 +185,15 @@ impl FirecrackerVmm {
                 shares: Err("Firecracker has no device for host directories".to_owned()),
                 user_network: network.as_ref().map(|_| ()).map_err(Clone::clone),
                 network_rate: Ok(()),
+                own_root: jailer.as_ref().map(|_| ()).map_err(Clone::clone),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
-                capture: Ok(()),
+                capture: match version.resets_forks_vsock() {
+                    true => Ok(()),
+                    false => Err(format!(
+                        "the channel to a fork's guest is dead in Firecracker {version}; 1.10 mended that"
+                    )),
+                },
                 cpu_template: (options.cpu_template.as_ref())
                     .map(|template| template.digest().to_owned()),
             },
@@ -242,6 +248,9 @@ impl FirecrackerVmm {
         if plan.huge_pages && (plan.capturable || matches!(plan.start, Start::Fork(_))) {
             return Err(unsupported(crate::vmm::CAPTURED_HUGE_PAGES.to_owned()));
         }
+        if plan.capturable || matches!(plan.start, Start::Fork(_)) {
+            self.capabilities.capture.clone().map_err(unsupported)?;
+        }
         match &plan.start {
             Start::Linux(_) => {}
             Start::Nanos(_) if plan.capturable => {
@@ -263,7 +272,13 @@ impl FirecrackerVmm {
     }
 
     /// Cleans up after a machine that is gone, and tells how it went as far as that is known.
-    async fn gone(&self, dir: &Path, record: &VmRecord, backend: BackendRecord) -> VmEnd {
+    async fn gone(
+        &self,
+        dir: &Path,
+        record: &VmRecord,
+        backend: BackendRecord,
+        seen: std::io::Result<ProcessEnd>,
+    ) -> VmEnd {
         let cgroup = Cgroup::from_dirs(backend.cgroup.clone());
         let same_boot = record.boot_id == self.tools.boot_id;
         let at = dir.to_owned();
@@ -273,7 +288,7 @@ impl FirecrackerVmm {
                 return known;
             }
             let console = Console::open(&at);
-            let end = vm::read_end(Ok(ProcessEnd::Unknown), &backend, &console, "");
+            let end = vm::read_end(seen, &backend, &console, "");
             state::write_end(&at, &end);
             if let Err(error) = console.keep() {
                 tracing::warn!(%error, dir = %at.display(), "a machine's console could not be kept");
@@ -382,6 +397,10 @@ impl Vmm for FirecrackerVmm {
         &self.capabilities
     }
 
+    fn check(&self, plan: &LaunchPlan) -> Result<(), VmmError> {
+        FirecrackerVmm::check(self, plan)
+    }
+
     fn kept_console(&self, dir: &Path, limit: usize) -> Vec<u8> {
         Console::open(dir).last(limit)
     }
@@ -415,13 +434,18 @@ impl Vmm for FirecrackerVmm {
         let process =
             ProcessHandle::adopt(&identity(record)).map_err(io_error("looking for", &at))?;
         let Some(process) = process else {
-            return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
+            let unseen = Ok(ProcessEnd::Unknown);
+            return Ok(Adoption::Gone(
+                self.gone(dir, record, backend, unseen).await,
+            ));
         };
         // It may be dead and not yet waited for, as a child of ours is. Whether its API answers does not matter: it can be
         // spoken with through its channel, watched, held and killed without.
         let gone = tokio::time::timeout(Duration::from_millis(20), process.wait()).await;
-        if let Ok(Ok(_)) = gone {
-            return Ok(Adoption::Gone(self.gone(dir, record, backend).await));
+        if let Ok(Ok(end)) = gone {
+            return Ok(Adoption::Gone(
+                self.gone(dir, record, backend, Ok(end)).await,
+            ));
         }
         let network = match &backend.network {
             Some(helper) => Some(

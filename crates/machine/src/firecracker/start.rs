@@ -5,11 +5,11 @@
 
 use super::api::{self, Api, ApiError};
 use super::configure::{self, INITRAMFS, KERNEL, SNAPSHOT_STATE, disk_name};
-use super::console::Console;
+use super::console::{BOX_MAX, Console};
 use super::network::{FENCES, Helper, NetworkFailure, TAP};
 use super::stage::{Apart, Belongs, Stage};
 use super::state::{self, BackendRecord};
-use super::vm::{FirecrackerVm, Parts, clean_up, log_tail};
+use super::vm::{CLEANUP_LIMIT, FirecrackerVm, Parts, clean_up, log_tail};
 use super::{Tools, io_error};
 use crate::vmm::{BUILDING, GOING_ON};
 use crate::{LaunchPlan, Start, VmRecord, VmmError};
@@ -29,8 +29,6 @@ use vistara_nanos::kernel::{KERNEL_BYTES_MAX, neutralise_pvh_note};
 
 /// Bytes of complaints (of the jailer, or of a Firecracker that panics) that are kept.
 const OUTPUT_BOX: u64 = 64 << 10;
-/// Bytes of a guest's console that are kept where Firecracker cannot limit it.
-const CONSOLE_BOX: u64 = 1 << 20;
 /// Bytes that a unikernel may print before it waits for a reader: what the system lets anybody have.
 const OUTPUT_PIPE_BYTES: usize = 1 << 20;
 /// Descriptors that Firecracker may have: each connection through vsock takes one.
@@ -249,9 +247,7 @@ async fn give_up(
         if let Err(error) = started.process.kill() {
             tracing::error!(%error, id = %plan.id, "a Firecracker that did not start cannot be killed");
         }
-        if let Err(error) = started.process.wait().await {
-            tracing::error!(%error, id = %plan.id, "a Firecracker that did not start cannot be watched");
-        }
+        await_end(&started.process, plan).await;
     }
     let mut words = started.errors.tail(TOLD);
     if words.is_empty() {
@@ -289,7 +285,7 @@ fn spawn(
             None
         }
     };
-    spawn_in(tools, plan, cgroup.clone(), fences).inspect_err(|_| {
+    spawn_in(tools, plan, cgroup.clone(), fences, runtime).inspect_err(|_| {
         runtime.block_on(clean_up(&plan.dir, cgroup.as_ref()));
         state::remove_all_files(&plan.dir);
     })
@@ -320,6 +316,7 @@ fn spawn_in(
     plan: &LaunchPlan,
     cgroup: Option<Cgroup>,
     mut fences: Vec<String>,
+    runtime: &tokio::runtime::Handle,
 ) -> Result<Started, VmmError> {
     state::remove_all_files(&plan.dir);
     let apart = apart(tools, plan, &mut fences);
@@ -361,7 +358,7 @@ fn spawn_in(
             writer
         }
         Start::Linux(_) | Start::Fork(_) => {
-            let output = OutputBox::new(CONSOLE_BOX).map_err(memory)?;
+            let output = OutputBox::new(BOX_MAX).map_err(memory)?;
             in_memory = Some(output.writer().map_err(memory)?);
             output.writer().map_err(memory)?
         }
@@ -387,7 +384,7 @@ fn spawn_in(
     let network = match start_network(tools, plan, apart, &process, cgroup.as_ref()) {
         Ok(network) => network,
         Err(error) => {
-            end_unknown(&process, plan);
+            runtime.block_on(end_unknown(&process, plan));
             return Err(error);
         }
     };
@@ -434,16 +431,30 @@ fn spawn_in(
             network,
         }),
         Err(error) => {
-            end_unknown(&process, plan);
+            runtime.block_on(end_unknown(&process, plan));
             Err(failed("noting the launch")(error.to_string()))
         }
     }
 }
 
-/// Ends a Firecracker that nobody can ever take over.
-fn end_unknown(process: &ProcessHandle, plan: &LaunchPlan) {
+/// Ends a Firecracker that nobody can ever take over. What is its is removed only then.
+async fn end_unknown(process: &ProcessHandle, plan: &LaunchPlan) {
     if let Err(error) = process.kill() {
         tracing::error!(%error, id = %plan.id, "a Firecracker that nobody knows cannot be killed");
+    }
+    await_end(process, plan).await;
+}
+
+/// Waits until a killed process is gone, and not for ever: one that the kernel holds may stay.
+async fn await_end(process: &ProcessHandle, plan: &LaunchPlan) {
+    match tokio::time::timeout(CLEANUP_LIMIT, process.wait()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => {
+            tracing::error!(%error, id = %plan.id, "a Firecracker that did not start cannot be watched");
+        }
+        Err(_) => {
+            tracing::error!(id = %plan.id, "a Firecracker that did not start does not end");
+        }
     }
 }
 
@@ -493,19 +504,14 @@ fn arguments(tools: &Tools, plan: &LaunchPlan, apart: Apart, stage: &Stage) -> V
     } else {
         args.extend(["--id".into(), plan.id.to_string().into()]);
     }
-    // Without a limit on what a guest makes it log, only errors are: that all went well is told by its exit status alone then.
-    let level = if tools.version.limits_serial() {
-        "Info"
-    } else {
-        "Error"
-    };
     for word in [
         "--api-sock",
         api::API_SOCKET,
         "--log-path",
         super::vm::LOG,
+        // Its last line at this level is how a later node knows that all went well. What a guest makes it log is trimmed.
         "--level",
-        level,
+        "Info",
     ] {
         args.push(word.into());
     }

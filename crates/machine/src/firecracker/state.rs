@@ -18,9 +18,10 @@ pub(super) const KEPT_CONSOLE: &str = "console";
 const LAUNCH_FILE: &str = "launch.json";
 /// How the machine ended: the next node reads it if this one does not live to tell.
 const END_FILE: &str = "end.json";
-/// The two as they are written; a node that died over it leaves one.
+/// Files as they are written; a node that died over it leaves one.
 const LAUNCH_NEW: &str = "launch.new";
 const END_NEW: &str = "end.new";
+pub(super) const NEW_CONSOLE: &str = "console.new";
 
 /// The fields of [`VmRecord::backend`] that are Firecracker's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -80,7 +81,14 @@ pub(super) fn read_end(dir: &Path) -> Option<VmEnd> {
 
 /// Removes what means nothing once the machine is gone.
 pub(super) fn remove_live_files(dir: &Path) {
-    for name in [OUTPUT_PIPE, LIVE_CONSOLE, LAUNCH_FILE, LAUNCH_NEW, END_NEW] {
+    for name in [
+        OUTPUT_PIPE,
+        LIVE_CONSOLE,
+        LAUNCH_FILE,
+        LAUNCH_NEW,
+        END_NEW,
+        NEW_CONSOLE,
+    ] {
         match fs::remove_file(dir.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%error, name, dir = %dir.display(), "a file of a machine stays");

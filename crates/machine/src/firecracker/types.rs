@@ -85,6 +85,17 @@ pub(super) struct Balloon {
     pub(super) stats_polling_interval_s: u32,
 }
 
+/// What `GET /balloon/statistics` answers, as far as it is used. What the guest has not told is left out.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct BalloonStatistics {
+    pub(super) target_mib: u64,
+    pub(super) actual_mib: u64,
+    pub(super) free_memory: Option<u64>,
+    pub(super) available_memory: Option<u64>,
+    pub(super) disk_caches: Option<u64>,
+    pub(super) major_faults: Option<u64>,
+}
+
 /// `PUT /entropy`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Entropy {

@@ -40,6 +40,12 @@ impl Version {
         (self.major, self.minor) >= (major, minor)
     }
 
+    /// Whether the guest of a fork is told at once that its connections are gone. Before, it hears of it with the first packet of
+    /// a new connection, and closes that one with the others.
+    pub(super) fn resets_forks_vsock(self) -> bool {
+        self.at_least(1, 10)
+    }
+
     /// Whether what a guest writes to its serial console can be limited, and what it makes Firecracker log is.
     pub(super) fn limits_serial(self) -> bool {
         self.at_least(1, 16)

@@ -19,7 +19,9 @@ use super::start::copy_to_memory;
 use super::state::{self, BackendRecord};
 use super::types::SnapshotCreate;
 use super::{io_error, network};
-use crate::{Capture, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError};
+use crate::{
+    BalloonReport, Capture, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -552,6 +554,22 @@ impl Vm for FirecrackerVm {
                 resident_bytes: usage.resident_bytes,
                 cpu_time: usage.cpu_time,
             }
+        })
+    }
+
+    async fn balloon(&self) -> Option<BalloonReport> {
+        if self.ended() || self.inner.parts.backend.unikernel {
+            return None;
+        }
+        let told = self.inner.api.balloon().await.ok()?;
+        let bytes = |mib: u64| mib.saturating_mul(1 << 20);
+        Some(BalloonReport {
+            target: bytes(told.target_mib),
+            held: bytes(told.actual_mib),
+            free: told.free_memory,
+            available: told.available_memory,
+            caches: told.disk_caches,
+            major_faults: told.major_faults,
         })
     }
 
