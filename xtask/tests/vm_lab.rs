@@ -107,6 +107,33 @@ fn inside_is_what_is_promised_and_outside_nothing_changes() {
 }
 
 #[test]
+fn doctor_tells_kvm_that_works_from_kvm_that_is_gone() {
+    let program = Path::new(XTASK).with_file_name("vistara");
+    if !program.exists() {
+        println!("SKIP: {} is not built", program.display());
+        return;
+    }
+    let program = program.display();
+    let script = format!(
+        "export VISTARA_STATE_DIR=/tmp/doctor; for state in with without; do \
+         {program} doctor --json | grep -A1 '\"name\": \"kvm\"'; {program} node stop >&2; \
+         rmmod kvm_amd 2>/dev/null || :; done"
+    );
+    let Some(mut command) = lab(&["--", "sh", "-c", &script]) else {
+        return;
+    };
+    let output = command.output().unwrap();
+    let (out, err) = told(&output);
+    let states: Vec<&str> = out
+        .lines()
+        .filter(|line| line.contains("\"state\""))
+        .map(|line| line.trim().trim_end_matches(','))
+        .collect();
+    let expected = [r#""state": "works""#, r#""state": "absent""#];
+    assert_eq!(states, expected, "{out}{err}");
+}
+
+#[test]
 fn a_shared_directory_keeps_what_is_written_to_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();

@@ -51,6 +51,7 @@ pub(crate) async fn exec(client: &Client, options: &ExecOptions) -> Result<u8, F
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
         detail: false,
+        console: false,
         count: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;
@@ -103,6 +104,7 @@ pub(crate) async fn attach(client: &Client, options: &AttachOptions) -> Result<u
         resize: detail.tty && (raw || std::io::stdout().is_terminal()),
         quiet: false,
         detail: false,
+        console: false,
         count: false,
     };
     let report = session::follow(client, streams, plan, &mut signals, None).await?;

@@ -283,6 +283,7 @@ async fn foreground(
         resize: options.tty && (raw || std::io::stdout().is_terminal()),
         quiet: options.quiet,
         detail: options.rm && (options.timings || options.json),
+        console: options.console,
         count: expected.is_some(),
     };
     let mut report = session::follow(client, streams, plan, &mut signals, early).await?;

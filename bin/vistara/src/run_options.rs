@@ -105,6 +105,10 @@ pub(crate) struct RunOptions {
     /// Guest memory of the huge pages (2 MiB) that the host has set aside; the machine boots and cannot be forked
     #[arg(long)]
     pub(crate) huge_pages: bool,
+    /// The guest's kernel tells on its console what it does, and that is shown on standard error before the program's output; the
+    /// machine boots
+    #[arg(long)]
+    pub(crate) console: bool,
     /// Label
     #[arg(short, long = "label", value_name = "NAME[=value]")]
     pub(crate) labels: Vec<String>,
@@ -249,6 +253,7 @@ impl RunOptions {
             disk_ops: self.disk_ops,
             network_rate: self.network_rate.clone(),
             huge_pages: self.huge_pages,
+            console: self.console,
             labels: self
                 .labels
                 .iter()

@@ -18,6 +18,7 @@ use crate::receipts::Heard;
 use bytes::Bytes;
 use keys::DetachKeys;
 use signals::{Answer, Came, Signals};
+use std::io::Write;
 use std::time::{Duration, Instant};
 use terminal::notice;
 use tokio::sync::mpsc;
@@ -31,6 +32,8 @@ use writer::{Piece, Writer};
 const INSIST_GRACE: Duration = Duration::from_secs(3);
 /// How long we wait for the end of an executed program whose output nobody reads.
 const CLOSED_WAIT: Duration = Duration::from_secs(2);
+/// How long the console's text may take to come: the program's output waits meanwhile.
+const CONSOLE_WAIT: Duration = Duration::from_secs(5);
 
 /// Whose streams these are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +63,8 @@ pub(crate) struct Plan {
     pub(crate) quiet: bool,
     /// Ask for everything known of the machine when it starts: afterwards it may be gone.
     pub(crate) detail: bool,
+    /// Show what the guest's console told of its boot, before anything else.
+    pub(crate) console: bool,
     /// Count what arrives, to compare a receipt with.
     pub(crate) count: bool,
 }
@@ -252,6 +257,19 @@ impl Session {
             self.send_size();
         }
         Ok(())
+    }
+
+    /// What the guest's console told up to now, once.
+    async fn show_console(&mut self) {
+        self.plan.console = false;
+        let asked = self.client.console(&self.plan.machine);
+        let told = match tokio::time::timeout(CONSOLE_WAIT, asked).await {
+            Ok(Ok(text)) => std::io::stderr().lock().write_all(&text),
+            Ok(Err(error)) => return notice(&format!("cannot show the console: {error}")),
+            Err(_) => return notice("cannot show the console: the node does not answer"),
+        };
+        // Nobody reads it: the program matters more.
+        drop(told);
     }
 
     fn send_size(&self) {
@@ -485,7 +503,12 @@ impl Session {
                     (to_send, detach) = self.on_typed(data);
                 }
                 item = output.next(), if idle => pending = match item {
-                    Ok(Some(item)) => self.on_item(item)?,
+                    Ok(Some(item)) => {
+                        if self.plan.console && matches!(item, StreamItem::Event(StreamEvent::Started { .. } | StreamEvent::Exited { .. } | StreamEvent::Failed { .. })) {
+                            self.show_console().await;
+                        }
+                        self.on_item(item)?
+                    }
                     Ok(None) => Pending::Over(End::Lost("the node closed the stream".to_owned())),
                     Err(error) => Pending::Over(End::Lost(error.to_string())),
                 },

@@ -142,6 +142,9 @@ pub struct RunRequest {
     /// cannot be forked or captured; its memory is rounded up to whole pages.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Whether the guest's kernel tells on its console what it does (`GET /v1/machines/{machine}/console`). Such a machine boots.
+    #[serde(default)]
+    pub console: bool,
     /// 32 random hexadecimal digits, which the receipt repeats: so that no receipt of another request passes for this
     /// one's.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -381,6 +384,26 @@ pub struct Stats {
     pub net_rx_bytes: u64,
     /// Sent by the guest, in bytes.
     pub net_tx_bytes: u64,
+    /// What the guest's balloon device tells, where it has one (Firecracker).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+}
+
+/// What a guest's balloon device tells of its memory, each ten seconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Balloon {
+    /// What the balloon shall hold, in bytes.
+    pub target_bytes: u64,
+    /// What it holds, and the host has back, in bytes.
+    pub held_bytes: u64,
+    /// What the guest uses for nothing, in bytes; absent until it has told.
+    pub free_bytes: Option<u64>,
+    /// What new programs could have without swapping, in bytes.
+    pub available_bytes: Option<u64>,
+    /// Caches that the guest could give back at once, in bytes.
+    pub caches_bytes: Option<u64>,
+    /// Page faults that waited for a disk, since its boot.
+    pub major_faults: Option<u64>,
 }
 
 /// What a path in a guest is (`HEAD`-like, `GET /v1/machines/{machine}/stat?path=`).

@@ -131,6 +131,7 @@ mod tests {
             retry_safe: false,
             rates: Default::default(),
             huge_pages: false,
+            console: false,
             labels: Default::default(),
         }
     }

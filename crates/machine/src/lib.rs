@@ -12,7 +12,7 @@ mod vmm;
 
 pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};
 pub use vmm::{
-    Adoption, AtRest, Capabilities, ChannelStream, Disk, Fence, GuestShare, LaunchPlan, LinuxBoot,
-    NanosBoot, Nic, OutputStream, Quiet, Snapshot, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm,
-    VmmError,
+    Adoption, AtRest, BalloonReport, Capabilities, ChannelStream, Disk, Fence, GuestShare,
+    LaunchPlan, LinuxBoot, NanosBoot, Nic, OutputStream, Quiet, Snapshot, Start, Vm, VmEnd,
+    VmRecord, VmUsage, Vmm, VmmError,
 };

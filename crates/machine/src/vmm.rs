@@ -41,6 +41,8 @@ pub struct Capabilities {
     /// Whether it can bound what goes through the network ([`Rates::network_per_s`]); the reason where not. What goes through
     /// disks every backend can.
     pub network_rate: Result<(), String>,
+    /// Whether each machine's monitor sees a root directory of its own; the reason where not.
+    pub own_root: Result<(), String>,
     /// Whether machines can be paused.
     pub pause: bool,
     /// Most virtual CPUs in one machine.
@@ -64,6 +66,15 @@ pub struct LinuxBoot {
     pub initramfs: PathBuf,
     /// Words for the kernel's command line that come from the payload; the backend adds what its own devices need.
     pub cmdline: String,
+}
+
+impl LinuxBoot {
+    /// The same whose kernel tells on its console what it does.
+    pub fn telling(mut self) -> LinuxBoot {
+        let words = self.cmdline.split(' ').filter(|word| *word != "quiet");
+        self.cmdline = words.collect::<Vec<_>>().join(" ");
+        self
+    }
 }
 
 /// How a Nanos unikernel is started. There is no agent in it: [`Vm::open_channel`] is refused, what it prints comes by
@@ -212,6 +223,23 @@ pub struct VmUsage {
     pub resident_bytes: u64,
     /// CPU time the monitor has used since it started.
     pub cpu_time: Duration,
+}
+
+/// What a guest's balloon device tells of its memory. All in bytes; what the guest does not say is absent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BalloonReport {
+    /// What the balloon shall hold.
+    pub target: u64,
+    /// What it holds: memory that the host has back.
+    pub held: u64,
+    /// What the guest uses for nothing.
+    pub free: Option<u64>,
+    /// What new programs could have without swapping.
+    pub available: Option<u64>,
+    /// What the guest could give back of its caches at once.
+    pub caches: Option<u64>,
+    /// Page faults that waited for a disk, counted since its boot.
+    pub major_faults: Option<u64>,
 }
 
 /// What is waited for right before a machine is held still for [`Vm::snapshot`]: that its guest is ready for it. Nothing is
@@ -443,6 +471,11 @@ pub trait Vm: Send + Sync {
 
     /// What it uses on the host now; zeros once it is gone.
     fn usage(&self) -> VmUsage;
+
+    /// What the guest's balloon device last told; nothing where there is none, or while the machine is held still.
+    async fn balloon(&self) -> Option<BalloonReport> {
+        None
+    }
 
     /// A condition of the running machine that its owner should hear of, such as a paused guest because the host's disk
     /// is full. Empty while all is well.

@@ -354,6 +354,9 @@ pub struct MachineSpec {
     /// Whether its memory is of the huge pages that the host has set aside.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Whether its kernel tells on the console what it does; such a machine boots.
+    #[serde(default)]
+    pub console: bool,
     /// Free labels.
     pub labels: std::collections::BTreeMap<String, String>,
 }

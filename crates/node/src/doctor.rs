@@ -274,11 +274,10 @@ fn firecracker(report: &mut Report, node: &Node) {
     }
     let version = capabilities.version.clone();
     report.add("firecracker", false, NeedState::Works, version, None);
-    let jailer = node.options.jailer.clone().or_else(|| on_path("jailer"));
-    match (jailer, mechanisms.is_root) {
-        (Some(path), true) => {
-            let path = path.display().to_string();
-            report.add("jailer", false, NeedState::Works, path, None);
+    match (&capabilities.own_root, mechanisms.is_root) {
+        (Ok(()), true) => {
+            let detail = "of the same release";
+            report.add("jailer", false, NeedState::Works, detail, None);
         }
         (_, false) => report.add(
             "jailer",
@@ -287,11 +286,11 @@ fn firecracker(report: &mut Report, node: &Node) {
             "machines of an ordinary user have no root directory of their own",
             Some("run the node as root"),
         ),
-        (None, true) => report.add(
+        (Err(why), true) => report.add(
             "jailer",
             false,
             NeedState::Absent,
-            "not installed; machines have no root directory of their own",
+            format!("{why}; machines have no root directory of their own"),
             Some("put the jailer of the same release beside firecracker"),
         ),
     }
@@ -368,5 +367,34 @@ fn disk(report: &mut Report, node: &Node) {
             );
         }
         Err(error) => report.add("disk", true, NeedState::Broken, error.to_string(), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kvm_that_works_is_missing_or_is_of_no_use_are_three_things() {
+        let told = |verdict| {
+            let mut report = Report(vec![]);
+            kvm(&mut report, &verdict);
+            let need = report.0.remove(0);
+            (need.state, need.detail, need.mend)
+        };
+        let (state, _, mend) = told(KvmVerdict::Works);
+        assert_eq!((state, mend), (NeedState::Works, None));
+        let (state, detail, mend) = told(KvmVerdict::Absent("there is no /dev/kvm".to_owned()));
+        assert_eq!(
+            (state, detail.as_str()),
+            (NeedState::Absent, "there is no /dev/kvm")
+        );
+        assert!(mend.unwrap().contains("firmware"));
+        let refused = KvmVerdict::Absent("/dev/kvm: Permission denied".to_owned());
+        assert!(told(refused).2.unwrap().contains("usermod"));
+        let (state, detail, mend) = told(KvmVerdict::Broken("its guests hang".to_owned()));
+        assert_eq!(state, NeedState::Broken);
+        assert!(detail.contains("emulation"), "{detail}");
+        assert!(mend.unwrap().contains("provider"));
     }
 }

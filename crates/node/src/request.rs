@@ -200,6 +200,7 @@ pub(crate) fn spec(request: &RunRequest, image: ImageRef) -> Answer<MachineSpec>
         retry_safe: request.retry_safe,
         rates: rates(request, network)?,
         huge_pages: request.huge_pages,
+        console: request.console,
         labels: request.labels.clone(),
     })
 }

@@ -4,8 +4,9 @@ use crate::machine::{Record, Snapshot, Step};
 use crate::templates::Listed;
 use jiff::Timestamp;
 use vistara_api::{
-    Choice, Image, Kernel, Machine, MachineDetail, Need, ProgramFacts, Template, Timing,
+    Balloon, Choice, Image, Kernel, Machine, MachineDetail, Need, ProgramFacts, Template, Timing,
 };
+use vistara_machine::BalloonReport;
 use vistara_machine::boot::NanosKernel;
 use vistara_model::{ImageFacts, MayCreate, NeedState, Network, Payload, ProgramKind, VolumeMount};
 
@@ -23,6 +24,17 @@ pub(crate) fn choice(choice: &vistara_control::Choice) -> Choice {
         payload: choice.backend.payload.to_string(),
         accelerator: choice.backend.accelerator.to_string(),
         reasons: choice.reasons.clone(),
+    }
+}
+
+pub(crate) fn balloon(report: BalloonReport) -> Balloon {
+    Balloon {
+        target_bytes: report.target,
+        held_bytes: report.held,
+        free_bytes: report.free,
+        available_bytes: report.available,
+        caches_bytes: report.caches,
+        major_faults: report.major_faults,
     }
 }
 

@@ -12,8 +12,8 @@ use std::process::Stdio;
 
 /// Huge pages of 2 MiB that the lab has for the tests of machines that take them: one such machine's, and some to spare.
 const HUGE_PAGES: u32 = 72;
-/// Whose tests they are.
-const PACKAGE: &str = "vistara-machine";
+/// Whose tests they are: the monitors', and the whole system's with Firecracker.
+const PACKAGES: [&str; 2] = ["vistara-machine", "vistara"];
 const PROFILE: &str = "lab";
 /// How many times longer than elsewhere a test may take: everything is translated, the guests' code twice over.
 const PATIENCE: &str = "4";
@@ -38,7 +38,9 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
         "nextest",
         "list",
         "--package",
-        PACKAGE,
+        PACKAGES[0],
+        "--package",
+        PACKAGES[1],
         "--list-type=binaries-only",
         "--message-format=json",
     ];
@@ -119,11 +121,12 @@ const ACCELERATOR_VARIABLE: &str = "VISTARA_TEST_ACCELERATOR";
 
 /// What runs what, by the program of its tests, and whether the accelerator is to be named; each must be there, or the run says
 /// which is not.
-const COMBINATIONS: [(&str, &str, bool); 4] = [
+const COMBINATIONS: [(&str, &str, bool); 5] = [
     ("firecracker, linux", "vm_firecracker", false),
     ("firecracker, nanos", "vm_firecracker_nanos", false),
     ("qemu, linux", "vm_qemu", true),
     ("qemu, nanos", "vm_nanos", true),
+    ("node, firecracker", "vm_daemon_firecracker", false),
 ];
 
 /// A table of how the tests of each combination ended, and of which none has run.
@@ -221,7 +224,10 @@ mod tests {
             case("a::vm_qemu", Outcome::Passed),
         ];
         let (table, not_run) = by_combination(&cases, "tcg");
-        assert_eq!(not_run, ["firecracker, nanos", "qemu-tcg, nanos"]);
+        assert_eq!(
+            not_run,
+            ["firecracker, nanos", "qemu-tcg, nanos", "node, firecracker"]
+        );
         let words = |line: &str| {
             line.split_whitespace()
                 .skip(3)
@@ -235,6 +241,7 @@ mod tests {
                 "1 1 0",
                 "0 0 1 SKIPPED AS A WHOLE",
                 "1 0 0",
+                "0 0 0 NOT RUN",
                 "0 0 0 NOT RUN"
             ]
         );

@@ -67,34 +67,12 @@ impl System {
 
     /// A node of this name, for tests that others must not suffer from.
     pub(crate) fn ready_as(name: &str) -> Option<System> {
-        let skip = |reason: &str| {
-            println!("SKIP: {reason}");
-            None
-        };
-        let Some(kernels) = std::env::var_os("VISTARA_TEST_KERNELS") else {
-            return skip(
-                "no guest kernel (VISTARA_TEST_KERNELS is not set; `cargo xtask test` sets it)",
-            );
-        };
         let archive = target().join("demo/python3.oci.tar");
         if !archive.exists() {
             return skip("no demonstration image (cargo xtask demo-image)");
         }
-        // Not below the target directory: paths of sockets are short.
-        let state = state_dir(name);
-        std::fs::create_dir_all(&state).unwrap();
-        let system = System { state };
-        let lock = File::create(system.state.join("test.lock")).unwrap();
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let link = system.state.join("kernels");
-        if !link.exists() {
-            std::os::unix::fs::symlink(kernels, &link).unwrap();
-        }
-        let doctor: serde_json::Value =
-            serde_json::from_slice(&system.vistara(&["doctor", "--json"]).stdout).unwrap();
-        if doctor["ready"] != true {
-            return skip(&format!("this host cannot run machines: {doctor}"));
-        }
+        let system = System::without_image(name)?;
+        let _lock = system.lock();
         if !system
             .vistara(&["images", "inspect", IMAGE])
             .status
@@ -108,6 +86,37 @@ impl System {
                 IMAGE,
             ]);
             assert!(done.status.success(), "{}", text(&done.stderr));
+        }
+        Some(system)
+    }
+
+    /// Keeps other tests of the same node out of what is made once, until it is dropped.
+    fn lock(&self) -> File {
+        let lock = File::create(self.state.join("test.lock")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        lock
+    }
+
+    /// A node of this name with a kernel and no image.
+    pub(crate) fn without_image(name: &str) -> Option<System> {
+        let Some(kernels) = std::env::var_os("VISTARA_TEST_KERNELS") else {
+            return skip(
+                "no guest kernel (VISTARA_TEST_KERNELS is not set; `cargo xtask test` sets it)",
+            );
+        };
+        // Not below the target directory: paths of sockets are short.
+        let state = state_dir(name);
+        std::fs::create_dir_all(&state).unwrap();
+        let system = System { state };
+        let _lock = system.lock();
+        let link = system.state.join("kernels");
+        if !link.exists() {
+            std::os::unix::fs::symlink(kernels, &link).unwrap();
+        }
+        let doctor: serde_json::Value =
+            serde_json::from_slice(&system.vistara(&["doctor", "--json"]).stdout).unwrap();
+        if doctor["ready"] != true {
+            return skip(&format!("this host cannot run machines: {doctor}"));
         }
         Some(system)
     }
@@ -182,6 +191,12 @@ impl System {
             serde_json::from_slice(&output.stdout).expect("inspect prints JSON");
         list[0].clone()
     }
+}
+
+/// Why a test cannot run here.
+fn skip(reason: &str) -> Option<System> {
+    println!("SKIP: {reason}");
+    None
 }
 
 pub(crate) fn finish(command: &mut Command) -> Output {

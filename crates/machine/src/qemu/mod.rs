@@ -141,6 +141,7 @@ impl QemuVmm {
                 ),
                 pause: true,
                 vcpus_max: VCPUS_MAX,
+                own_root: Err("QEMU runs in the host's root directory".to_owned()),
                 capture: Ok(()),
                 cpu_template: None,
             },

@@ -166,6 +166,8 @@ impl Node {
         let reason = reason.or_else(|| {
             if spec.no_template {
                 Some("--no-template".to_owned())
+            } else if spec.console {
+                Some("--console".to_owned())
             } else if !spec.volumes.is_empty() {
                 Some("volumes cannot be captured".to_owned())
             } else if spec.huge_pages {

@@ -462,14 +462,13 @@ async fn guest_stats(handle: &Handle, usage: &VmUsage) -> Answer<GuestStats> {
 }
 
 async fn sample(handle: &Handle, before: Option<&Sample>) -> Answer<Sample> {
-    let usage = handle
-        .shared
-        .vm
-        .borrow()
-        .as_ref()
-        .map(|vm| vm.usage())
-        .unwrap_or_default();
+    let vm = handle.shared.vm.borrow().clone();
+    let usage = vm.as_ref().map(|vm| vm.usage()).unwrap_or_default();
     let guest = guest_stats(handle, &usage).await?;
+    let balloon = match &vm {
+        Some(vm) => vm.balloon().await,
+        None => None,
+    };
     let now = Instant::now();
     let cpu_ms = guest.cpu_busy_us / 1000;
     let cpu_percent = before.map(|(last, at)| {
@@ -488,6 +487,7 @@ async fn sample(handle: &Handle, before: Option<&Sample>) -> Answer<Sample> {
         disk_used_bytes: guest.disk_used,
         net_rx_bytes: guest.net_received,
         net_tx_bytes: guest.net_sent,
+        balloon: balloon.map(view::balloon),
     };
     Ok((stats, now))
 }

@@ -35,6 +35,7 @@ pub(crate) fn suits(spec: &MachineSpec, payload: Payload) -> bool {
         cpus,
         rates,
         huge_pages,
+        console,
         // Of the template's key, and so the same.
         image: _,
         memory: _,
@@ -66,6 +67,7 @@ pub(crate) fn suits(spec: &MachineSpec, payload: Payload) -> bool {
         && cpus.millis.is_multiple_of(1000)
         && *rates == Default::default()
         && !huge_pages
+        && !console
         && payload == Payload::Linux
 }
 
