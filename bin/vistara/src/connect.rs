@@ -16,8 +16,9 @@ use vistara_api::Client;
 
 /// How long a node that was started in the background stays without work.
 const IDLE_EXIT: &str = "60s";
-/// How long a new node has to answer: it reads its records first, and there may be many on a slow disk.
-const START_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long a new node has to answer: it asks its programs for their versions, probes KVM and reads its records first. Some
+/// milliseconds; much more for the first one on a busy host.
+const START_TIME_MAX: Duration = Duration::from_secs(60);
 /// How long to wait for the other one after a node left because another holds the lock.
 const LOCK_TIME_MAX: Duration = Duration::from_secs(3);
 /// Time between tries to connect: a node takes some milliseconds, and a try some microseconds.

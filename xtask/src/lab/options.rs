@@ -11,7 +11,7 @@ pub(crate) const USAGE: &str = "usage: cargo xtask lab [options] [--] COMMAND…
 Runs COMMAND as root in a virtual machine whose /dev/kvm works, with this host's files (changes are forgotten) and this
 directory. Its status is the command's; 124 when the time is over, 125 when the lab fails.
 
-  --memory MB         memory of the machine (3072)
+  --memory MB         memory of the machine (3072; with --tests 6144)
   --cpus N            its processors (1; more are rarely faster, see docs/internals/lab.md)
   --timeout SEC       kill everything after this time (600; with --tests 3600)
   --cgroup v1|v2      which control groups are mounted (v2)
@@ -29,6 +29,9 @@ const MEMORY_MIB_MIN: u32 = 256;
 /// QEMU translates for as many at most; the host has far fewer.
 const CPUS_MAX: u32 = 64;
 const TIMEOUT_S: u64 = 600;
+/// Of the memory, half is where files go; a node wants some GiB free. Tests of whole nodes take more than a command.
+const MEMORY_MIB: u32 = 3072;
+const MEMORY_TESTS_MIB: u32 = 6144;
 /// A suite boots some hundred machines, one after the other.
 const TIMEOUT_TESTS_S: u64 = 3600;
 
@@ -66,7 +69,7 @@ pub(super) struct Options {
 impl Options {
     pub(super) fn parse(words: &[&str]) -> Result<Options> {
         let mut options = Options {
-            memory_mib: 3072,
+            memory_mib: MEMORY_MIB,
             cpus: 1,
             timeout: Duration::ZERO,
             cgroup: Cgroup::V2,
@@ -76,7 +79,7 @@ impl Options {
             allow_skips: false,
             what: What::Command(vec![]),
         };
-        let (mut timeout, mut tests, mut prepare) = (None, false, false);
+        let (mut timeout, mut memory, mut tests, mut prepare) = (None, None, false, false);
         let mut words = words.iter().copied();
         let mut rest: Vec<String> = vec![];
         while let Some(word) = words.next() {
@@ -90,7 +93,7 @@ impl Options {
                     .with_context(|| format!("{name} needs a value\n{USAGE}"))
             };
             match name {
-                "--memory" => options.memory_mib = number(name, value()?)?,
+                "--memory" => memory = Some(number(name, value()?)?),
                 "--cpus" => options.cpus = number(name, value()?)?,
                 "--timeout" => timeout = Some(number::<u64>(name, value()?)?),
                 "--cgroup" => {
@@ -130,6 +133,8 @@ impl Options {
                 }
             }
         }
+        let usual = if tests { MEMORY_TESTS_MIB } else { MEMORY_MIB };
+        options.memory_mib = memory.unwrap_or(usual);
         if options.memory_mib < MEMORY_MIB_MIN {
             bail!("--memory: the least is {MEMORY_MIB_MIN}");
         }
@@ -190,9 +195,11 @@ mod tests {
         assert_eq!(options.cgroup, Cgroup::V2);
         let options = Options::parse(&["--tests", "--", "-E", "binary(vm_qemu)"]).unwrap();
         assert_eq!(options.timeout, Duration::from_secs(3600));
+        assert_eq!(options.memory_mib, 6144);
         let arguments = ["-E", "binary(vm_qemu)"].map(str::to_owned).to_vec();
         assert_eq!(options.what, What::Tests(arguments));
-        let options = Options::parse(&["--timeout", "5", "--tests"]).unwrap();
+        let options = Options::parse(&["--timeout", "5", "--tests", "--memory=512"]).unwrap();
+        assert_eq!(options.memory_mib, 512);
         assert_eq!(options.timeout, Duration::from_secs(5));
         assert_eq!(options.what, What::Tests(vec![]));
         assert!(!options.allow_skips);

@@ -13,7 +13,7 @@ use std::process::Stdio;
 /// Huge pages of 2 MiB that the lab has for the tests of machines that take them: one such machine's, and some to spare.
 const HUGE_PAGES: u32 = 72;
 /// Whose tests they are: the monitors', and the whole system's with Firecracker.
-const PACKAGES: [&str; 2] = ["vistara-machine", "vistara"];
+const PROGRAMS: [&str; 2] = ["vistara-machine::vm_", "vistara::vm_daemon_"];
 const PROFILE: &str = "lab";
 /// How many times longer than elsewhere a test may take: everything is translated, the guests' code twice over.
 const PATIENCE: &str = "4";
@@ -37,10 +37,8 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
     let list = [
         "nextest",
         "list",
-        "--package",
-        PACKAGES[0],
-        "--package",
-        PACKAGES[1],
+        // As `cargo xtask test` builds them: of two packages alone libraries would have other features, and be built anew.
+        "--workspace",
         "--list-type=binaries-only",
         "--message-format=json",
     ];
@@ -172,10 +170,9 @@ fn freeze(list: &Path, to: &Path) -> Result<()> {
     let text = fs::read_to_string(list).with_context(|| format!("read {list:?}"))?;
     let mut metadata: serde_json::Value = serde_json::from_str(&text).context("nextest's list")?;
     let binaries = metadata["rust-binaries"].as_object_mut();
-    for binary in binaries
-        .context("nextest's list names no programs")?
-        .values_mut()
-    {
+    let binaries = binaries.context("nextest's list names no programs")?;
+    binaries.retain(|name, _| PROGRAMS.iter().any(|one| name.starts_with(one)));
+    for binary in binaries.values_mut() {
         let path = binary["binary-path"]
             .as_str()
             .context("a program without a path")?;

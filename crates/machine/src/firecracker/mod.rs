@@ -51,8 +51,9 @@ use vm::{CLEANUP_LIMIT, FirecrackerVm, Parts, clean_up};
 /// room for it: page tables, its own heap, and what the jailer copies.
 pub const OVERHEAD_MAX: Bytes = Bytes::mib(64);
 
-/// How long a question to the program may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long a question to the program may take: some milliseconds, and many seconds on a busy host whose disk is slow. One that does
+/// not answer counts as absent until somebody looks again.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// Most virtual CPUs that it takes.
 const VCPUS_MAX: u32 = 32;
@@ -99,7 +100,7 @@ struct Tools {
 }
 
 impl FirecrackerVmm {
-    /// Finds Firecracker and its jailer, and asks their versions; takes some 10 ms, and never more than 15 s.
+    /// Finds Firecracker and its jailer, and asks their versions; takes some 10 ms, and never more than 60 s.
     ///
     /// Where KVM does not work it is found all the same, with no accelerator: every plan is refused with the reason.
     ///

@@ -46,8 +46,9 @@ pub const OVERHEAD_MAX: Bytes = Bytes::mib(384);
 /// The oldest QEMU whose options we know.
 const VERSION_MIN: (u32, u32) = (7, 0);
 
-/// How long a question to the program may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long a question to the program may take: some milliseconds, and many seconds on a busy host whose disk is slow. One that does
+/// not answer counts as absent until somebody looks again.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// Most virtual CPUs: what `microvm` takes under every accelerator without further devices.
 const VCPUS_MAX: u32 = 64;
@@ -82,7 +83,7 @@ struct Tools {
 }
 
 impl QemuVmm {
-    /// Finds QEMU and what else it needs, and asks their versions; takes some 100 ms, and never more than 15 s.
+    /// Finds QEMU and what else it needs, and asks their versions; takes some 100 ms, and never more than 60 s.
     ///
     /// # Errors
     /// [`VmmError::Absent`] where there is no QEMU, [`VmmError::Unsupported`] where it is too old.
