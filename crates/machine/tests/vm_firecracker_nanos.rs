@@ -80,7 +80,7 @@ async fn lab() -> Option<Lab> {
     };
     KernelFacts::read(&bytes).unwrap();
     let options = FirecrackerOptions {
-        program: None,
+        program: std::env::var_os("VISTARA_FIRECRACKER").map(PathBuf::from),
         jailer: None,
         slirp4netns: None,
         cpu_template: None,

@@ -47,7 +47,7 @@ fn kvm_works() -> &'static KvmVerdict {
 
 fn options() -> FirecrackerOptions {
     FirecrackerOptions {
-        program: None,
+        program: std::env::var_os("VISTARA_FIRECRACKER").map(PathBuf::from),
         jailer: None,
         slirp4netns: None,
         cpu_template: None,
