@@ -1,6 +1,7 @@
 //! The command line as typed: every command and option. Nothing is decided here; `run`'s own options are in
 //! [`crate::run_options`].
 
+use crate::deploy_command::DeployOptions;
 use crate::mesh_commands::{GrantOptions, IdOptions, NodesOptions};
 use crate::receipt_commands::ReceiptOptions;
 use crate::run_options::RunOptions;
@@ -50,6 +51,8 @@ pub(crate) struct Place {
 pub(crate) enum Command {
     /// Run a program in a new machine
     Run(Box<RunOptions>),
+    /// Run what a hac.toml describes, and replace what ran under its name
+    Deploy(Box<DeployOptions>),
     /// List machines
     #[command(visible_alias = "list")]
     Ps(PsOptions),

@@ -10,11 +10,13 @@ mod bench_fork;
 mod bench_raw;
 mod connect;
 mod copy;
+mod deploy_command;
 mod doctor_command;
 mod environment;
 mod exec_command;
 mod failure;
 mod forward;
+mod hac;
 mod image_commands;
 mod image_transfer;
 mod kernel_build;
@@ -28,6 +30,7 @@ mod output;
 mod place;
 mod places;
 mod progress;
+mod published;
 mod receipt_commands;
 mod receipts;
 mod replicas;
@@ -148,6 +151,7 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
     }
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
+        Command::Deploy(options) => deploy_command::deploy(&client, &options, on).await,
         Command::Run(options) if options.replicas_agree.is_some() => {
             if on.as_deref().is_some_and(|node| node != place::ANY) {
                 return Err(Failure::new(
@@ -241,9 +245,12 @@ async fn with_node(
         Command::Nodes(options) => mesh_commands::nodes(client, &options).await,
         Command::Id(options) => mesh_commands::id(client, &options).await,
         Command::Grant(options) => mesh_commands::grant(client, *options).await,
-        Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
-            Ok(0)
-        }
+        // Done before: they choose their node themselves, or need none.
+        Command::Bench(_)
+        | Command::Completion(_)
+        | Command::Version(_)
+        | Command::Node(_)
+        | Command::Deploy(_) => Ok(0),
     }
 }
 
