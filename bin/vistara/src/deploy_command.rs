@@ -2,7 +2,9 @@
 //! changed, and replaced where something did.
 //!
 //! What the file says becomes the words of a `vistara run -d`, which is what then happens, so that there is one meaning of
-//! each option. What was deployed is told by two labels of the machine: [`CONTENT`] and [`NAME`]. Nothing is remembered here.
+//! each option. What was deployed is told by two labels of the machine ([`plan`]). Nothing is remembered here.
+
+mod plan;
 
 use crate::failure::{Failure, eprint_line};
 use crate::forward;
@@ -11,23 +13,18 @@ use crate::output::{print, print_json};
 use crate::place::{self, PlaceOptions};
 use crate::published;
 use crate::run_command;
-use crate::run_options::{PullPolicy, RunOptions, checked};
+use crate::run_options::{ImageSource, PullPolicy, RunOptions, checked};
 use crate::text::{command_line, visible};
 use clap::Args;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use serde::Serialize;
-use sha2::{Digest, Sha256};
+use plan::{CONTENT, NAME, State, content, plan};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vistara_api::{Client, ErrorKind, Machine, RunRequest, StopRequest};
 use vistara_model::{Hypervisor, MachineName};
 
-/// Label with the digest of all that was asked for.
-const CONTENT: &str = "vistara.deploy";
-/// Label with the name as it stands in the file.
-const NAME: &str = "hac.name";
 /// How long another node has to say whether it has the machine: with `--on any` all are asked at once.
 const ASK_TIME_MAX: Duration = Duration::from_secs(5);
 /// How many nodes are asked whether they have it; a user with grants of more names the node.
@@ -332,100 +329,6 @@ async fn everywhere(
     Ok(found)
 }
 
-/// What was or would be done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum State {
-    Created,
-    Replaced,
-    Unchanged,
-}
-
-impl State {
-    fn words(self, dry: bool) -> &'static str {
-        match (self, dry) {
-            (State::Created, false) => "created",
-            (State::Created, true) => "would be created",
-            (State::Replaced, false) => "replaced",
-            (State::Replaced, true) => "would be replaced",
-            (State::Unchanged, _) => "unchanged",
-        }
-    }
-}
-
-/// All that has an effect, in a form of its own: a version that knows more options must not take an old machine for another.
-#[derive(Serialize)]
-struct Content<'a> {
-    image: &'a str,
-    command: &'a [String],
-    cpus: &'a Option<String>,
-    memory: &'a Option<String>,
-    disk: &'a Option<String>,
-    env: &'a [String],
-    ports: &'a [String],
-    hypervisor: &'a Option<String>,
-    stop_signal: &'a Option<String>,
-}
-
-/// The value of [`CONTENT`]. It tells equal from different, and hides no secret that can be guessed.
-fn content(request: &RunRequest) -> Result<String, Failure> {
-    let content = Content {
-        image: &request.image,
-        command: &request.command,
-        cpus: &request.cpus,
-        memory: &request.memory,
-        disk: &request.disk,
-        env: &request.env,
-        ports: &request.ports,
-        hypervisor: &request.hypervisor,
-        stop_signal: &request.stop_signal,
-    };
-    let text = serde_json::to_vec(&content)
-        .map_err(|error| Failure::because("cannot write JSON", error))?;
-    let digest = Sha256::digest(&text);
-    let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("1-{digits}"))
-}
-
-/// What there is to do about the machine of this name. `image_id` is what the image's name means now, where that is known.
-fn plan(
-    existing: Option<&Machine>,
-    content: &str,
-    file_name: Option<&str>,
-    image_id: Option<&str>,
-    replace: bool,
-) -> Result<State, Failure> {
-    let Some(machine) = existing else {
-        return Ok(State::Created);
-    };
-    if replace {
-        return Ok(State::Replaced);
-    }
-    let name = &machine.name;
-    let Some(deployed) = machine.labels.get(CONTENT) else {
-        return Err(
-            Failure::new(format!("the machine {name} was not deployed, and is left alone")).hint(
-                "`vistara deploy --name OTHER` takes another name, `vistara deploy --replace` replaces it",
-            ),
-        );
-    };
-    let theirs = machine.labels.get(NAME).map(String::as_str);
-    if theirs != file_name {
-        return Err(Failure::new(format!(
-            "the machine {name} was deployed for {:?}, and this is {:?}",
-            theirs.unwrap_or("(no name)"),
-            file_name.unwrap_or("(no name)")
-        ))
-        .hint("`vistara deploy --name OTHER` takes another name, `vistara deploy --replace` replaces it"));
-    }
-    let same_image = image_id.is_none_or(|id| id == machine.image_id);
-    if deployed == content && same_image && machine.state != "ended" {
-        Ok(State::Unchanged)
-    } else {
-        Ok(State::Replaced)
-    }
-}
-
 async fn on_node(
     client: &Client,
     options: &DeployOptions,
@@ -435,12 +338,23 @@ async fn on_node(
     existing: Option<Machine>,
 ) -> Result<(State, Option<Machine>), Failure> {
     let mut request = if options.dry_run {
-        // Nothing is pulled or taken in; a path stands for what is at it.
+        // Nothing is pulled or taken in.
         let run = RunOptions {
             pull: PullPolicy::Never,
             ..run_options(&words(hac, name, options, Shown::Whole)?)?
         };
-        run_command::request(&run)?
+        let mut request = run_command::request(&run)?;
+        if let (ImageSource::Path(path), Some(machine)) =
+            (ImageSource::parse(&request.image), &existing)
+        {
+            let text = format!(
+                "{}: it is not looked at whether it has changed",
+                path.display()
+            );
+            eprint_line(&format!("vistara: {}", visible(&text, false)));
+            request.image = machine.image_id.clone();
+        }
+        request
     } else {
         run_command::prepare(client, &run).await?
     };

@@ -16,7 +16,9 @@ mod environment;
 mod exec_command;
 mod failure;
 mod forward;
+mod gateway;
 mod hac;
+mod hypercore_commands;
 mod image_commands;
 mod image_transfer;
 mod kernel_build;
@@ -95,6 +97,22 @@ fn passes_exit_codes(arguments: impl Iterator<Item = String>) -> bool {
 }
 
 fn execute(line: CommandLine) -> Result<u8, Failure> {
+    let translated = match &line.command {
+        Command::Spawn(options) => Some(hypercore_commands::spawn(options)?),
+        Command::Cluster(options) => Some(hypercore_commands::cluster(options)?),
+        _ => None,
+    };
+    // What was said of the node is said of the translated command, too.
+    let line = match translated {
+        Some(other) => CommandLine {
+            place: arguments::Place {
+                on: line.place.on.or(other.place.on),
+                ..line.place
+            },
+            command: other.command,
+        },
+        None => line,
+    };
     if let Command::Completion(options) = &line.command {
         let mut script = Vec::new();
         clap_complete::generate(
@@ -140,6 +158,10 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
         }
         _ => {}
     }
+    let command = match command {
+        Command::Gateway(options) => return gateway::gateway(options, places, on).await,
+        command => command,
+    };
     // Before a node is started: it would not wait so long for something to do.
     let built = match &command {
         Command::Kernel(options) => kernel_build::prepare(&options.command).await?,
@@ -250,7 +272,10 @@ async fn with_node(
         | Command::Completion(_)
         | Command::Version(_)
         | Command::Node(_)
-        | Command::Deploy(_) => Ok(0),
+        | Command::Deploy(_)
+        | Command::Gateway(_)
+        | Command::Spawn(_)
+        | Command::Cluster(_) => Ok(0),
     }
 }
 
