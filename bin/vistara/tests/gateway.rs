@@ -107,13 +107,7 @@ async fn without_a_token_nothing_is_answered_and_a_revoked_one_is_none() {
         return;
     };
     let gateway = scene.gateway(&[]);
-    assert!(
-        gateway
-            .said
-            .lock()
-            .unwrap()
-            .contains("there is no token yet")
-    );
+    gateway.heard("there is no token yet");
     let token = scene.token("ci");
     for line in [
         "GET /list",
@@ -136,7 +130,7 @@ async fn without_a_token_nothing_is_answered_and_a_revoked_one_is_none() {
     assert!(scene.out(&["gateway", "token", "ls"]).contains("ci"));
     scene.out(&["gateway", "token", "rm", "ci"]);
     assert_eq!(gateway.ask(&token, "GET /list", "").0, 401);
-    let said = gateway.said.lock().unwrap().clone();
+    let said = gateway.heard("ci GET /list 200");
     assert!(!said.contains(token.rsplit('-').next().unwrap()), "{said}");
 }
 
@@ -189,7 +183,7 @@ async fn machines_are_spawned_listed_read_and_stopped_by_their_token_alone() {
     // The one that was not the gateway's goes on.
     let detail = scene.node.client.machine(&own).await.unwrap();
     assert_eq!(detail.machine.state, "running");
-    let said = gateway.said.lock().unwrap().clone();
+    let said = gateway.heard("one GET /logs 200");
     assert!(said.contains("one POST /spawn 200"), "{said}");
     assert!(
         !said.contains("hunter2") && !said.contains(&machine),

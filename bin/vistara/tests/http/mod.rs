@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest that an answer may take on a busy machine without KVM.
 pub(crate) const ANSWER_BOUND: Duration = Duration::from_secs(150);
@@ -48,6 +48,19 @@ impl Gateway {
             address: address.parse().unwrap(),
             child,
             said,
+        }
+    }
+
+    /// What it has said on standard error, once this is in it.
+    pub(crate) fn heard(&self, word: &str) -> String {
+        let deadline = Instant::now() + ANSWER_BOUND;
+        loop {
+            let said = self.said.lock().unwrap().clone();
+            if said.contains(word) {
+                return said;
+            }
+            assert!(Instant::now() < deadline, "{word:?} is not said: {said}");
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
