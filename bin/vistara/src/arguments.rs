@@ -1,6 +1,9 @@
 //! The command line as typed: every command and option. Nothing is decided here; `run`'s own options are in
 //! [`crate::run_options`].
 
+use crate::deploy_command::DeployOptions;
+use crate::gateway::GatewayOptions;
+use crate::hypercore_commands::{ClusterOptions, SpawnOptions};
 use crate::mesh_commands::{GrantOptions, IdOptions, NodesOptions};
 use crate::receipt_commands::ReceiptOptions;
 use crate::run_options::RunOptions;
@@ -50,6 +53,8 @@ pub(crate) struct Place {
 pub(crate) enum Command {
     /// Run a program in a new machine
     Run(Box<RunOptions>),
+    /// Run what a hac.toml describes, and replace what ran under its name
+    Deploy(Box<DeployOptions>),
     /// List machines
     #[command(visible_alias = "list")]
     Ps(PsOptions),
@@ -122,8 +127,16 @@ pub(crate) enum Command {
     Id(IdOptions),
     /// Let another node in, or manage what was granted
     Grant(Box<GrantOptions>),
+    /// Answer hypercore's HTTP calls, to whoever has a token
+    Gateway(GatewayOptions),
     /// Measure this host
     Bench(BenchOptions),
+    /// hypercore's: `deploy`
+    #[command(hide = true)]
+    Spawn(SpawnOptions),
+    /// hypercore's: `node join`, `run --on any`, `ps`, `stop`, `logs`, `nodes`
+    #[command(hide = true)]
+    Cluster(ClusterOptions),
 }
 
 /// `ps`.

@@ -10,11 +10,15 @@ mod bench_fork;
 mod bench_raw;
 mod connect;
 mod copy;
+mod deploy_command;
 mod doctor_command;
 mod environment;
 mod exec_command;
 mod failure;
 mod forward;
+mod gateway;
+mod hac;
+mod hypercore_commands;
 mod image_commands;
 mod image_transfer;
 mod kernel_build;
@@ -28,6 +32,7 @@ mod output;
 mod place;
 mod places;
 mod progress;
+mod published;
 mod receipt_commands;
 mod receipts;
 mod replicas;
@@ -92,6 +97,22 @@ fn passes_exit_codes(arguments: impl Iterator<Item = String>) -> bool {
 }
 
 fn execute(line: CommandLine) -> Result<u8, Failure> {
+    let translated = match &line.command {
+        Command::Spawn(options) => Some(hypercore_commands::spawn(options)?),
+        Command::Cluster(options) => Some(hypercore_commands::cluster(options)?),
+        _ => None,
+    };
+    // What was said of the node is said of the translated command, too.
+    let line = match translated {
+        Some(other) => CommandLine {
+            place: arguments::Place {
+                on: line.place.on.or(other.place.on),
+                ..line.place
+            },
+            command: other.command,
+        },
+        None => line,
+    };
     if let Command::Completion(options) = &line.command {
         let mut script = Vec::new();
         clap_complete::generate(
@@ -137,6 +158,10 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
         }
         _ => {}
     }
+    let command = match command {
+        Command::Gateway(options) => return gateway::gateway(options, places, on).await,
+        command => command,
+    };
     // Before a node is started: it would not wait so long for something to do.
     let built = match &command {
         Command::Kernel(options) => kernel_build::prepare(&options.command).await?,
@@ -148,6 +173,7 @@ async fn command(command: Command, places: &Places, on: Option<String>) -> Resul
     }
     let result = match command {
         Command::Bench(options) => bench_command::bench(&client, places, &options.command).await,
+        Command::Deploy(options) => deploy_command::deploy(&client, &options, on).await,
         Command::Run(options) if options.replicas_agree.is_some() => {
             if on.as_deref().is_some_and(|node| node != place::ANY) {
                 return Err(Failure::new(
@@ -241,9 +267,15 @@ async fn with_node(
         Command::Nodes(options) => mesh_commands::nodes(client, &options).await,
         Command::Id(options) => mesh_commands::id(client, &options).await,
         Command::Grant(options) => mesh_commands::grant(client, *options).await,
-        Command::Bench(_) | Command::Completion(_) | Command::Version(_) | Command::Node(_) => {
-            Ok(0)
-        }
+        // Done before: they choose their node themselves, or need none.
+        Command::Bench(_)
+        | Command::Completion(_)
+        | Command::Version(_)
+        | Command::Node(_)
+        | Command::Deploy(_)
+        | Command::Gateway(_)
+        | Command::Spawn(_)
+        | Command::Cluster(_) => Ok(0),
     }
 }
 

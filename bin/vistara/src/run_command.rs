@@ -61,15 +61,15 @@ pub(crate) async fn explain(client: &Client, options: &RunOptions) -> Result<u8,
     Ok(0)
 }
 
-/// The request, with the image at the node where it is a path or is always pulled.
-pub(crate) async fn prepare(client: &Client, options: &RunOptions) -> Result<RunRequest, Failure> {
+/// The request, with the image as typed.
+pub(crate) fn request(options: &RunOptions) -> Result<RunRequest, Failure> {
     // An input that is at its end from the start is none, and who names a unikernel knows that it has none: neither is a
     // reason against one.
     let implied = !terminal::stdin_is_terminal()
         && !terminal::stdin_is_null()
         && options.hypervisor.as_deref() != Some("nanovms");
     let stdin = !options.no_stdin && (options.interactive || implied);
-    let mut request = options.request(&Surroundings {
+    options.request(&Surroundings {
         variable: &callers,
         working_dir: std::env::current_dir().unwrap_or_else(|_| "/".into()),
         terminal: if options.tty {
@@ -86,7 +86,12 @@ pub(crate) async fn prepare(client: &Client, options: &RunOptions) -> Result<Run
         } else {
             stdin
         },
-    })?;
+    })
+}
+
+/// The request, with the image at the node where it is a path or is always pulled.
+pub(crate) async fn prepare(client: &Client, options: &RunOptions) -> Result<RunRequest, Failure> {
+    let mut request = request(options)?;
     match ImageSource::parse(&request.image) {
         ImageSource::Path(path) => {
             let image = image_commands::import_path(client, &path, None, options.quiet).await?;
@@ -158,15 +163,7 @@ async fn detached(
     options: &RunOptions,
     request: &RunRequest,
 ) -> Result<u8, Failure> {
-    let machine = with_image(client, options, request, async |request| {
-        client.run(request).await
-    })
-    .await?;
-    if let Err(failure) = forward::publish(client, request, &machine).await {
-        return Err(abandon(client, &machine, failure).await);
-    }
-    // As docker, come back when the program runs, so that the next command may use it, or when it could not.
-    let machine = started(client, machine).await?;
+    let machine = launch(client, options, request).await?;
     if options.json {
         print_json(&machine)?;
     } else {
@@ -175,7 +172,25 @@ async fn detached(
     Ok(0)
 }
 
-async fn started(client: &Client, machine: Machine) -> Result<Machine, Failure> {
+/// Makes a machine, publishes its ports, and comes back when its program runs, or could not.
+pub(crate) async fn launch(
+    client: &Client,
+    options: &RunOptions,
+    request: &RunRequest,
+) -> Result<Machine, Failure> {
+    let machine = with_image(client, options, request, async |request| {
+        client.run(request).await
+    })
+    .await?;
+    if let Err(failure) = forward::publish(client, request, &machine).await {
+        return Err(abandon(client, &machine, failure).await);
+    }
+    // As docker, come back when the program runs, so that the next command may use it, or when it could not.
+    started(client, machine).await
+}
+
+/// Waits until the program of a machine runs, or could not.
+pub(crate) async fn started(client: &Client, machine: Machine) -> Result<Machine, Failure> {
     let mut streams = match client.attach(&machine.id, &AttachRequest::default()).await {
         Ok(streams) => streams,
         // It ran and is over, and was not to be kept.
@@ -312,7 +327,7 @@ pub(crate) async fn first_end(signals: &mut Signals) -> u8 {
 }
 
 /// A machine that we cannot follow is not left behind unseen.
-async fn abandon(client: &Client, machine: &Machine, failure: Failure) -> Failure {
+pub(crate) async fn abandon(client: &Client, machine: &Machine, failure: Failure) -> Failure {
     let request = StopRequest {
         grace_ms: Some(INTERRUPTED_GRACE.as_millis() as u64),
         signal: None,
@@ -452,7 +467,7 @@ fn timings_text(steps: &[Timing]) -> String {
     table(&["STEP", "BEGIN ms", "TOOK ms"], &rows)
 }
 
-fn explain_text(explanation: &Explanation) -> String {
+pub(crate) fn explain_text(explanation: &Explanation) -> String {
     let choice = &explanation.choice;
     let mut text = format!(
         "hypervisor   {}\nmonitor      {}\npayload      {}\naccelerator  {}\nmemory       {}\ncommand      {}\nstart        {}\n",
