@@ -1,4 +1,4 @@
-//! A process that is in its cgroup from the beginning (version 2, Linux 5.7).
+//! A process that is in its cgroup from the beginning (version 2, Linux 5.7), and where wanted the first of a process namespace.
 //!
 //! To move a process into a cgroup the kernel holds every fork and end on the host until all CPUs have noticed, which takes 10
 //! to 30 ms; one that is made in it by `clone3` is never moved. The standard library cannot ask for that. So the child that it
@@ -8,6 +8,7 @@
 // One `clone3`, and the end of the process that makes it.
 #![allow(unsafe_code)]
 
+use crate::launch::errno;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::io::{self, PipeReader, PipeWriter, Read};
@@ -22,6 +23,7 @@ const PARENT: u64 = 0x8000;
 /// The child's side, prepared before the fork.
 pub(crate) struct Birth {
     cgroup: OwnedFd,
+    own_processes: bool,
     number: PipeWriter,
 }
 
@@ -30,14 +32,16 @@ pub(crate) struct Newborn {
     number: PipeReader,
 }
 
-/// Prepares a birth in the cgroup at `dir`, which must be one of version 2.
-pub(crate) fn prepare(dir: &Path) -> io::Result<(Birth, Newborn)> {
+/// Prepares a birth in the cgroup at `dir`, which must be one of version 2; as the first process of a namespace of its own where
+/// `own_processes` says so.
+pub(crate) fn prepare(dir: &Path, own_processes: bool) -> io::Result<(Birth, Newborn)> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let cgroup = rustix::fs::open(dir, flags, Mode::empty())?;
     let (reader, writer) = io::pipe()?;
     Ok((
         Birth {
             cgroup,
+            own_processes,
             number: writer,
         },
         Newborn { number: reader },
@@ -46,15 +50,24 @@ pub(crate) fn prepare(dir: &Path) -> io::Result<(Birth, Newborn)> {
 
 impl Birth {
     /// Called between fork and exec. Goes on in a new process in the cgroup, with `true`; or, where the kernel cannot make one
-    /// there, in this one, with `false`. System calls only.
-    pub(crate) fn goes_on_inside(&self) -> bool {
+    /// there, outside of it, with `false`: in this process, or in a new one where that is to be the first of its namespace. System
+    /// calls only.
+    ///
+    /// # Errors
+    /// Where a process namespace was wanted and cannot be made.
+    pub(crate) fn goes_on_inside(&self) -> rustix::io::Result<bool> {
+        let apart = if self.own_processes {
+            libc::CLONE_NEWPID as u64
+        } else {
+            0
+        };
         // SAFETY: a structure of numbers, for which zero is a value.
         let mut wanted: libc::clone_args = unsafe { std::mem::zeroed() };
-        wanted.flags = INTO_CGROUP | PARENT;
+        wanted.flags = INTO_CGROUP | PARENT | apart;
         wanted.cgroup = u64::try_from(self.cgroup.as_raw_fd()).unwrap_or(u64::MAX);
         // SAFETY: without CLONE_VM this is a fork, by the kernel alone: no handler runs and no lock is taken. The new process
         // makes system calls only until it execs, as this one would have; this one ends without running anything more.
-        let made = unsafe {
+        let mut made = unsafe {
             libc::syscall(
                 libc::SYS_clone3,
                 &raw const wanted,
@@ -62,7 +75,18 @@ impl Birth {
             )
         };
         if made == 0 {
-            return true;
+            return Ok(true);
+        }
+        let mut refused = Ok(false);
+        if made < 0 && self.own_processes {
+            const NONE: libc::c_long = 0;
+            let flags = libc::c_long::from(libc::CLONE_PARENT | libc::CLONE_NEWPID);
+            // SAFETY: as above.
+            made = unsafe { libc::syscall(libc::SYS_clone, flags, NONE, NONE, NONE, NONE) };
+            if made == 0 {
+                return Ok(false);
+            }
+            refused = Err(errno());
         }
         let number = i32::try_from(made.max(0)).unwrap_or(0);
         // The reader takes nothing for an error, and this process's end with it.
@@ -71,7 +95,7 @@ impl Birth {
             // SAFETY: ends this process, whose only thread this is.
             unsafe { libc::_exit(0) }
         }
-        false
+        refused
     }
 }
 
@@ -159,6 +183,54 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_first_process_of_a_namespace_begins_in_its_cgroup_too() {
+        if !crate::facts::is_root() {
+            return println!("SKIP: process namespaces take root");
+        }
+        let Some(cgroup) = second() else {
+            return println!("SKIP: no cgroup of version 2 can be made here");
+        };
+        let not_one = tempfile::tempdir().unwrap();
+        std::fs::write(not_one.path().join("cgroup.procs"), "").unwrap();
+        let other = Cgroup::from_dirs(vec![not_one.path().to_owned()]);
+        // Where the kernel makes no process in it, the cgroup is entered.
+        for (place, its) in [(&cgroup, true), (&other, false)] {
+            let mut launch = sleeper(place);
+            launch.own_processes = true;
+            let launched = launch.start().unwrap();
+            let pid = launched.process.identity().pid;
+            let read = |name: &str| {
+                let text = std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+                text.split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(
+                read("stat")[3],
+                std::process::id().to_string(),
+                "its parent"
+            );
+            let status = read("status");
+            let numbers = status.iter().position(|word| word == "NSpid:").unwrap();
+            assert_eq!(
+                status[numbers + 1..numbers + 3],
+                [pid.to_string(), "1".into()]
+            );
+            if its {
+                assert_eq!(cgroup.pids(), [pid]);
+            } else {
+                let entered = std::fs::read_to_string(not_one.path().join("cgroup.procs"));
+                assert_eq!(entered.unwrap(), "0");
+            }
+            launched.process.kill().unwrap();
+            let end = launched.process.wait().await.unwrap();
+            assert_eq!(end, ProcessEnd::Signaled(9), "its status is ours to take");
+            no_child_is_left();
+        }
+        cgroup.destroy(Duration::from_secs(5)).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_process_that_fails_before_its_program_leaves_nothing() {
         let Some(cgroup) = second() else {
             return println!("SKIP: no cgroup of version 2 can be made here");
@@ -167,13 +239,16 @@ mod tests {
         launch.cgroup = Some(cgroup.clone());
         let error = launch.start().unwrap_err();
         assert_eq!(error.step, "loading the program");
-        let mut launch = sleeper(&cgroup);
-        launch.read_only.push("/no/such/directory".into());
-        let error = launch.start().unwrap_err();
-        if crate::facts::is_root() {
-            assert_eq!(error.step, "making a directory read-only");
+        for own_processes in [false, true] {
+            let mut launch = sleeper(&cgroup);
+            launch.own_processes = own_processes;
+            launch.read_only.push("/no/such/directory".into());
+            let error = launch.start().unwrap_err();
+            if crate::facts::is_root() {
+                assert_eq!(error.step, "making a directory read-only");
+            }
+            no_child_is_left();
         }
-        no_child_is_left();
         cgroup.destroy(Duration::from_secs(5)).await.unwrap();
     }
 

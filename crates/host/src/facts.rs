@@ -24,6 +24,11 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Whether this process may make namespaces and mount in them. The host may refuse some of them all the same.
+pub fn may_make_namespaces() -> bool {
+    effective_capabilities() >> CAP_SYS_ADMIN & 1 == 1
+}
+
 /// Processors that this process may use, a CPU quota of our own cgroup included; at least 1.
 pub fn cpus() -> u32 {
     std::thread::available_parallelism()
@@ -179,6 +184,9 @@ fn unshare_works(flags: UnshareFlags) -> bool {
         }
     }
 }
+
+/// `CAP_SYS_ADMIN` of linux/capability.h.
+pub(crate) const CAP_SYS_ADMIN: u32 = 21;
 
 /// This process's effective capabilities, one bit each; 0 where they cannot be read.
 pub(crate) fn effective_capabilities() -> u64 {

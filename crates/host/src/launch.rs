@@ -11,11 +11,12 @@ use crate::cgroup::{self, Cgroup};
 use crate::facts;
 use crate::mounts::{self, Bind};
 use crate::process::ProcessHandle;
+use crate::root::Root;
 use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Gid, Resource, Rlimit as RawLimit, Uid, setrlimit, setsid, umask};
 use rustix::thread::{CapabilitySet, UnshareFlags, set_no_new_privs};
-use std::ffi::{CStr, CString, OsString};
+use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -23,6 +24,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 /// A program to start. It inherits nothing but what is named here, leads a session of its own and outlives us.
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub struct Launch {
     pub proc_at: Option<PathBuf>,
     /// It has a network namespace of its own, in which there is nothing. Needs the right to make one.
     pub own_network: bool,
+    /// Its root directory; its program, and every path here, is looked up there. Needs the right to enter one.
+    pub root: Option<Arc<Root>>,
 }
 
 /// A resource limit.
@@ -109,7 +113,6 @@ pub struct Launched {
 }
 
 const CAP_SETPCAP: u32 = 8;
-const CAP_SYS_ADMIN: u32 = 21;
 
 impl Launch {
     /// A launch of `program` without anything: no arguments, environment or descriptors.
@@ -135,6 +138,7 @@ impl Launch {
             processes_of: None,
             proc_at: None,
             own_network: false,
+            root: None,
         }
     }
 
@@ -154,7 +158,9 @@ impl Launch {
         };
         let binds = std::mem::take(&mut self.binds);
         let (plan, fences) = Plan::prepare(&self, binds).map_err(fail("preparing the fences"))?;
-        let born = self.born_in().map(birth::prepare).transpose();
+        let born = self.born_in();
+        let born = born.map(|home| birth::prepare(home, self.own_processes));
+        let born = born.transpose();
         let (birth, newborn) = born.map_err(fail("preparing the fences"))?.unzip();
         let (mut steps, step_writer) = io::pipe().map_err(fail("preparing the fences"))?;
         let mut command = Command::new(&self.program);
@@ -178,8 +184,9 @@ impl Launch {
         }
         let leaves = self.processes_of.is_some();
         let hook = move || {
-            let inside = birth.as_ref().is_some_and(Birth::goes_on_inside);
-            let applied = plan.apply(inside);
+            let inside = birth.as_ref().map_or(Ok(false), Birth::goes_on_inside);
+            let inside = inside.map_err(|error| (Step::Namespaces, error));
+            let applied = inside.and_then(|inside| plan.apply(inside));
             let left = applied.and_then(|()| match leaves {
                 true => leave_parent(&step_writer),
                 false => Ok(()),
@@ -195,7 +202,9 @@ impl Launch {
         unsafe { command.pre_exec(hook) };
         let child = match &self.processes_of {
             Some(namespace) => spawn_among(&mut command, namespace),
-            None if self.own_processes => spawn_first_of_its_namespace(&mut command),
+            None if self.own_processes && newborn.is_none() => {
+                spawn_first_of_its_namespace(&mut command)
+            }
             None => command.spawn(),
         };
         // The writers' copies in the hook go, so that reading ends.
@@ -250,10 +259,9 @@ impl Launch {
 impl Launch {
     /// The cgroup in which the process can be made, so that it need not be moved there.
     fn born_in(&self) -> Option<&Path> {
-        // The first process of a namespace is its namespace: it must not make another one and go.
-        let first = self.own_processes || self.processes_of.is_some();
-        let home = self.cgroup.as_ref().filter(|_| !first)?.home()?;
-        Some(home)
+        // One that becomes another's child makes a process itself.
+        let leaves = self.processes_of.is_some();
+        self.cgroup.as_ref().filter(|_| !leaves)?.home()
     }
 }
 
@@ -319,9 +327,10 @@ enum Step {
     Capabilities,
     NoNewPrivileges,
     Leaving,
+    Root,
 }
 
-const STEPS: [(Step, &str); 12] = [
+const STEPS: [(Step, &str); 13] = [
     (Step::Session, "a session of its own"),
     (Step::Cgroup, "entering its cgroup"),
     (Step::Limits, "resource limits"),
@@ -334,6 +343,7 @@ const STEPS: [(Step, &str); 12] = [
     (Step::Capabilities, "dropping capabilities"),
     (Step::NoNewPrivileges, "refusing new privileges"),
     (Step::Leaving, "becoming another process's child"),
+    (Step::Root, "entering its root directory"),
 ];
 
 /// What the child does between fork and exec.
@@ -342,6 +352,7 @@ struct Plan {
     oom_text: String,
     rlimits: Vec<(Resource, u64)>,
     namespaces: Option<UnshareFlags>,
+    root: Option<Arc<Root>>,
     read_only: Vec<CString>,
     binds: Vec<Bind>,
     proc_at: Option<CString>,
@@ -379,7 +390,7 @@ impl Plan {
         if launch.own_network {
             wanted |= UnshareFlags::NEWNET;
         }
-        let namespaces = capable(CAP_SYS_ADMIN).then_some(wanted);
+        let namespaces = facts::may_make_namespaces().then_some(wanted);
         let mounts = !launch.read_only.is_empty() || !binds.is_empty() || launch.proc_at.is_some();
         if namespaces.is_some() {
             fences.push("own ipc, uts and mount namespaces".to_owned());
@@ -387,6 +398,7 @@ impl Plan {
             || launch.own_network
             || launch.own_processes
             || launch.processes_of.is_some()
+            || launch.root.is_some()
         {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
@@ -401,6 +413,9 @@ impl Plan {
         }
         if launch.own_network {
             fences.push("own network namespace".to_owned());
+        }
+        if launch.root.is_some() {
+            fences.push("own root directory".to_owned());
         }
         let mut read_only = Vec::new();
         for dir in &launch.read_only {
@@ -429,6 +444,7 @@ impl Plan {
                 })
                 .collect(),
             namespaces,
+            root: launch.root.clone(),
             read_only,
             binds,
             proc_at: match &launch.proc_at {
@@ -510,12 +526,18 @@ impl Plan {
     fn enter_namespaces(&self, flags: UnshareFlags) -> Result<(), (Step, rustix::io::Errno)> {
         use rustix::mount::{MountPropagationFlags, mount_change};
         let at = |step: Step| move |error: rustix::io::Errno| (step, error);
+        if let Some(root) = &self.root {
+            // Its mounts are copied below instead of the host's.
+            let kind = Some(rustix::thread::LinkNameSpaceType::Mount);
+            rustix::thread::move_into_link_name_space(root.namespace().as_fd(), kind)
+                .map_err(at(Step::Root))?;
+        }
         // SAFETY: `unshare` without CLONE_FILES changes no descriptor table, which is what would need care.
         unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(at(Step::Namespaces))?;
         let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
         mount_change(c"/", private).map_err(at(Step::Namespaces))?;
         for dir in &self.read_only {
-            make_read_only(dir, set_read_only_below).map_err(at(Step::ReadOnly))?;
+            mounts::make_read_only(dir, mounts::set_read_only_below).map_err(at(Step::ReadOnly))?;
         }
         for bind in &self.binds {
             bind.attach().map_err(at(Step::Binds))?;
@@ -555,52 +577,8 @@ impl Rlimit {
     }
 }
 
-/// Makes `dir` read-only in this mount namespace, with all that is mounted below it. A kernel that can only do so for one
-/// mount (before 5.12) does not show what is mounted below: it could be written there.
-///
-/// `set_below` is [`set_read_only_below`], or what a test puts in its place. System calls only, as for [`Plan::apply`].
-fn make_read_only(
-    dir: &CStr,
-    set_below: impl Fn(&CStr) -> rustix::io::Result<()>,
-) -> rustix::io::Result<()> {
-    use rustix::io::Errno;
-    use rustix::mount::{MountFlags, UnmountFlags};
-    use rustix::mount::{mount_bind, mount_bind_recursive, mount_remount, unmount};
-    mount_bind_recursive(dir, dir)?;
-    match set_below(dir) {
-        Err(Errno::NOSYS) => {}
-        other => return other,
-    }
-    unmount(dir, UnmountFlags::DETACH)?;
-    mount_bind(dir, dir)?;
-    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-    mount_remount(dir, flags, c"")
-}
-
-/// Makes the mount at `dir` and all mounts below it read-only, without devices and set-id programs; all or none.
-fn set_read_only_below(dir: &CStr) -> rustix::io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    // SAFETY: the path ends with NUL and the attributes are a live structure of the size that is told; the kernel reads
-    // both and keeps neither.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            dir.as_ptr(),
-            libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if set == 0 { Ok(()) } else { Err(errno()) }
-}
-
-fn errno() -> rustix::io::Errno {
+/// The last system call's error. Allocates nothing.
+pub(crate) fn errno() -> rustix::io::Errno {
     rustix::io::Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)
 }
 

@@ -141,7 +141,7 @@ fn what_is_mounted_below_is_not_shown_where_the_kernel_cannot_make_it_read_only(
     with_a_mount_below(|dir| {
         let path = CString::new(dir.as_os_str().as_bytes()).unwrap();
         // As a kernel before 5.12.
-        make_read_only(&path, |_| Err(rustix::io::Errno::NOSYS)).unwrap();
+        mounts::make_read_only(&path, |_| Err(rustix::io::Errno::NOSYS)).unwrap();
         let refused = |path: &str| std::fs::write(dir.join(path), "").unwrap_err().kind();
         assert_eq!(refused("x"), io::ErrorKind::ReadOnlyFilesystem);
         assert_eq!(refused("inner/x"), io::ErrorKind::ReadOnlyFilesystem);

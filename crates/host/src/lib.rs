@@ -15,4 +15,5 @@ pub mod memory;
 pub mod mounts;
 pub mod netns;
 pub mod process;
+pub mod root;
 pub mod sockets;

@@ -1,17 +1,23 @@
-//! Files and directories shown at another place to one launched program alone.
+//! Files and directories shown at another place to one launched program alone, or shown so that it cannot write there.
 //!
 //! A [`Bind`] is a copy of a mount that belongs to nobody yet. It is made here, from an open file, so that no name is looked
 //! up twice, and attached in the program's own mount namespace between fork and exec: the host's mounts never change, and it
 //! is gone with the program.
 
+// One call that no crate wraps.
+#![allow(unsafe_code)]
+
+use crate::launch::errno;
 use rustix::fs::CWD;
+use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, mount, mount_remount, move_mount, open_tree,
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
+    mount_bind_recursive, mount_remount, move_mount, open_tree, unmount,
 };
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -56,6 +62,73 @@ impl Bind {
 pub(crate) fn own_processes(target: &CString) -> rustix::io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
     mount(c"proc", target, c"proc", flags, c"subset=pid")
+}
+
+/// Makes `dir` read-only in this mount namespace, with all that is mounted below it. A kernel that can only do so for one
+/// mount (before 5.12) does not show what is mounted below: it could be written there.
+///
+/// `set_below` is [`set_read_only_below`], or what a test puts in its place. System calls only, as it runs between fork and exec.
+pub(crate) fn make_read_only(
+    dir: &CStr,
+    set_below: impl Fn(&CStr) -> rustix::io::Result<()>,
+) -> rustix::io::Result<()> {
+    mount_bind_recursive(dir, dir)?;
+    match set_below(dir) {
+        Err(Errno::NOSYS) => {}
+        other => return other,
+    }
+    unmount(dir, UnmountFlags::DETACH)?;
+    mount_bind(dir, dir)?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    mount_remount(dir, flags, c"")
+}
+
+/// Makes the mount at `dir` and all mounts below it read-only, without devices and set-id programs; all or none.
+pub(crate) fn set_read_only_below(dir: &CStr) -> rustix::io::Result<()> {
+    let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    set_attributes(libc::AT_FDCWD, dir, libc::AT_RECURSIVE, attributes, 0)
+}
+
+/// Makes a mount read-only and without set-id programs; `below` it all is, and without devices. What the host mounts there later
+/// is not shown.
+pub(crate) fn set_read_only(tree: &OwnedFd, below: bool) -> rustix::io::Result<()> {
+    let mut attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID;
+    let mut flags = libc::AT_EMPTY_PATH;
+    if below {
+        attributes |= libc::MOUNT_ATTR_NODEV;
+        flags |= libc::AT_RECURSIVE;
+    }
+    let private = libc::MS_PRIVATE;
+    set_attributes(tree.as_raw_fd(), c"", flags, attributes, private)
+}
+
+/// `mount_setattr` (Linux 5.12), which no crate wraps.
+fn set_attributes(
+    dir: i32,
+    path: &CStr,
+    flags: i32,
+    set: u64,
+    propagation: u64,
+) -> rustix::io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
+    // SAFETY: the path ends with NUL and the attributes are a live structure of the size that is told; the kernel reads
+    // both and keeps neither.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            dir,
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(errno()) }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod capture;
 pub mod fake;
 pub mod firecracker;
 pub mod qemu;
+mod resolver;
 mod vmm;
 
 pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};

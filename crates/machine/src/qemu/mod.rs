@@ -8,6 +8,7 @@
 //! channel, machine protocol) lie in the machine's directory and are listened on by QEMU itself: any later process that may
 //! enter the directory can take the machine over.
 
+mod apart;
 mod baseline;
 mod command;
 mod console;
@@ -25,6 +26,7 @@ pub use raw_fork::{RawFork, RawTemplate};
 use crate::{
     Adoption, Capabilities, CaptureInfo, LaunchPlan, Start, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
+use apart::Apart;
 use qmp::{Qmp, RunState};
 use state::BackendRecord;
 use std::path::{Path, PathBuf};
@@ -75,6 +77,7 @@ pub struct QemuVmm {
 /// What a launch uses of the host.
 struct Tools {
     program: PathBuf,
+    apart: Apart,
     virtiofsd: Option<Virtiofsd>,
     cgroups: Result<Cgroups, String>,
     tsc_khz: Option<u32>,
@@ -83,7 +86,7 @@ struct Tools {
 }
 
 impl QemuVmm {
-    /// Finds QEMU and what else it needs, and asks their versions; takes some 100 ms, and never more than 60 s.
+    /// Finds QEMU and what else it needs, and asks their versions; takes some 150 ms, and never more than 80 s.
     ///
     /// # Errors
     /// [`VmmError::Absent`] where there is no QEMU, [`VmmError::Unsupported`] where it is too old.
@@ -106,7 +109,10 @@ impl QemuVmm {
                 ),
             });
         }
-        let virtiofsd = Virtiofsd::find(options.virtiofsd.as_deref(), is_root()).await;
+        // As it is found from another root directory, in which what leads to it may be missing.
+        let program = program.canonicalize().unwrap_or(program);
+        let virtiofsd = Virtiofsd::find(options.virtiofsd.as_deref(), is_root());
+        let (apart, virtiofsd) = tokio::join!(Apart::find(&program), virtiofsd);
         let looked =
             tokio::task::spawn_blocking(|| (Cgroups::detect(), facts::tsc_khz(), facts::boot_id()));
         let (cgroups, tsc_khz, boot_id) = looked.await.map_err(|error| VmmError::Launch {
@@ -149,6 +155,7 @@ impl QemuVmm {
             no_kvm,
             tools: Arc::new(Tools {
                 program,
+                apart,
                 virtiofsd: virtiofsd.ok(),
                 cgroups,
                 tsc_khz,

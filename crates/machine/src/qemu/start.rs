@@ -270,6 +270,10 @@ fn spawn_in(
         let group = std::fs::metadata("/dev/kvm").map(|data| data.gid());
         launch.groups.extend(group.ok().filter(|gid| *gid != 0));
     }
+    tools
+        .apart
+        .set(plan, &mut launch, &mut fences)
+        .map_err(|error| failed("setting it apart from the host")(error.to_string()))?;
     launch.cgroup = cgroup.cloned();
     launch.oom_score_adj = OOM_SCORE;
     launch.rlimits.push((Rlimit::Descriptors, DESCRIPTORS_MAX));

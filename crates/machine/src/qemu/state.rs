@@ -13,6 +13,8 @@ pub(super) const CHANNEL_SOCKET: &str = "agent.sock";
 pub(super) const QMP_SOCKET: &str = "qmp.sock";
 /// Pipe of a unikernel's output. QEMU holds both its ends, so that it neither fails nor forgets while no node reads.
 pub(super) const OUTPUT_PIPE: &str = "output.pipe";
+/// Directory in which QEMU finds the host's name servers where it has a root directory of its own and a network.
+pub(super) const RESOLVER: &str = "resolver";
 /// The record of a machine, written as soon as it runs: a node that dies before it has written its own can still end it.
 const LAUNCH_FILE: &str = "launch.json";
 /// How the machine ended, written before it is ended: the next node reads it if this one does not live to tell.
@@ -114,6 +116,12 @@ pub(super) fn remove_live_files(dir: &Path) {
             }
             _ => {}
         }
+    }
+    match fs::remove_dir_all(dir.join(RESOLVER)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(%error, RESOLVER, dir = %dir.display(), "a directory of a machine stays");
+        }
+        _ => {}
     }
 }
 

@@ -18,8 +18,9 @@ use super::state::{self, BackendRecord};
 use super::{command, io_error};
 use crate::{
     AtRest, Capture, CaptureInfo, ChannelStream, OutputStream, Quiet, Snapshot, Vm, VmEnd,
-    VmRecord, VmUsage, VmmError,
+    VmRecord, VmUsage, VmmError, resolver,
 };
+use std::convert::Infallible;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +46,8 @@ const FULL_DISK_POLL: Duration = Duration::from_secs(1);
 /// How long after a question for the machine's state that had no answer it is asked again. What rang may have been the
 /// last event that QEMU sends, so nothing else would; a host that is too busy to answer should not be asked more often.
 const STATUS_RETRY: Duration = Duration::from_secs(1);
+/// How often it is looked whether the host has other name servers.
+const RESOLVER_LOOK: Duration = Duration::from_secs(5);
 /// Room on the host from which a guest that waits for it goes on.
 const ROOM_MIN: u64 = 16 << 20;
 /// How much of what QEMU printed is told when it fails.
@@ -158,6 +161,7 @@ async fn supervise(inner: Arc<Inner>) {
             false
         }
         () = inner.watch_guest() => true,
+        never = inner.keep_resolver() => match never {},
     };
     if guest_is_over {
         tokio::select! {
@@ -311,6 +315,20 @@ impl Inner {
                     tracing::warn!(%error, pid = self.parts.record.pid, "QEMU does not tell its state");
                 }
             }
+        }
+    }
+
+    /// Tells a machine that does not see the host's own files of new name servers.
+    async fn keep_resolver(&self) -> Infallible {
+        let dir = self.parts.dir.join(state::RESOLVER);
+        if !dir.exists() {
+            std::future::pending::<()>().await;
+        }
+        loop {
+            tokio::time::sleep(RESOLVER_LOOK).await;
+            let dir = dir.clone();
+            // It fails only where the runtime shuts down.
+            let _ = tokio::task::spawn_blocking(move || resolver::keep(&dir)).await;
         }
     }
 
