@@ -7,6 +7,7 @@
 
 mod conformance;
 
+use conformance::faults::Monitor;
 use conformance::running::{self, Running};
 use conformance::{
     Lines, Subject, accelerator, ends_with_this_test, guest, kvm, launch, limit, soon,
@@ -18,10 +19,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vistara_host::facts;
 use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
 use vistara_machine::{
-    Adoption, Capture, Disk, Fence, GuestShare, LaunchPlan, Nic, Start, Vm, VmEnd, VmRecord, Vmm,
-    VmmError,
+    Adoption, Capture, Disk, Fence, GuestShare, LaunchPlan, Nic, Start, Vm, VmRecord, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, MachineId, PortMapping, Protocol, Rates};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol, Rates};
 
 /// The user as which machines run when the tests do as root.
 const USER: (u32, u32) = (61_001, 61_002);
@@ -115,8 +115,30 @@ fn left_of(record: &VmRecord) -> Vec<String> {
     left
 }
 
+#[async_trait::async_trait]
+impl Monitor for Qemu {
+    async fn vmm_told(&self, kvm: KvmVerdict) -> Option<Arc<dyn Vmm>> {
+        let options = QemuOptions {
+            program: None,
+            virtiofsd: None,
+            kvm,
+        };
+        let vmm = QemuVmm::detect(options).await.ok()?;
+        Some(Arc::new(vmm))
+    }
+
+    fn control_socket(&self, _: &VmRecord, dir: &Path) -> PathBuf {
+        dir.join("qmp.sock")
+    }
+
+    fn too_little_memory(&self) -> Bytes {
+        Bytes::mib(128)
+    }
+}
+
 conformance!(Qemu);
 of_real_monitors!(Qemu);
+faults!(Qemu);
 
 /// A running machine, from a plan that the test has changed.
 async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {
@@ -369,27 +391,6 @@ async fn a_paused_guest_does_not_answer_until_it_is_resumed() {
     machine.vm.resume().await.unwrap();
     assert_eq!(machine.lines.hear().await, "later");
     machine.end_of(&Qemu).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_monitor_that_is_killed_from_outside_has_crashed() {
-    let Some(machine) = run(|_| {}).await else {
-        return;
-    };
-    let left = Qemu.leftovers(&*machine.vm);
-    let pid = machine.vm.record().pid;
-    assert!(
-        std::process::Command::new("kill")
-            .args(["-9", &pid.to_string()])
-            .status()
-            .unwrap()
-            .success()
-    );
-    match soon("ending", machine.vm.wait()).await {
-        VmEnd::Crashed { message } => assert!(message.contains("signal 9"), "{message}"),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(left(), [] as [&str; 0]);
 }
 
 /// Names the directory to the process that [`a_machine_survives_the_process_that_launched_it`] starts.

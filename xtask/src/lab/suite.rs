@@ -55,6 +55,8 @@ pub(super) fn run(root: &Path, lab: &Lab, options: &Options, arguments: &[String
     let accelerator = accelerator(options, std::env::var(ACCELERATOR_VARIABLE).ok());
     default(ACCELERATOR_VARIABLE, accelerator.clone());
     default("VISTARA_TEST_PATIENCE", PATIENCE.to_owned());
+    // Nobody else runs a machine there.
+    default("VISTARA_TEST_MAY_TAKE_KVM", "1".to_owned());
     if let Some(store) = kernel_store(root) {
         default(KERNELS_VARIABLE, store.display().to_string());
     }

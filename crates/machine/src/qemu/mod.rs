@@ -338,7 +338,7 @@ impl Vmm for QemuVmm {
         };
         let connected = match sockets::connect_in(dir, state::QMP_SOCKET) {
             Ok(stream) => handshake(stream).await,
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(format!("{}: {error}", state::QMP_SOCKET)),
         };
         let (qmp, status) = match connected {
             Ok(connected) => connected,

@@ -123,6 +123,14 @@ async fn give_up(started: Started, plan: &LaunchPlan, message: String) -> VmmErr
             "a killed QEMU does not go"
         );
     }
+    let kills = started
+        .cgroup
+        .as_ref()
+        .and_then(Cgroup::out_of_memory_kills);
+    let message = match kills {
+        Some(1..) => format!("{message}: the machine exceeded its memory limit on the host"),
+        _ => message,
+    };
     clean_up(&started.helpers, started.cgroup.as_ref()).await;
     state::remove_all_files(&plan.dir);
     let words = started.spawned.output.tail(OUTPUT_TOLD);

@@ -18,7 +18,7 @@ const MODULES: [&str; 14] = [
     "net_failover",
     "virtio_net",
     "virtio_blk",
-    "virtio-rng",
+    "virtio_rng",
     "fuse",
     "virtiofs",
     "vsock",
@@ -56,7 +56,7 @@ while :; do
     off) [ -x /bridge ] && reboot -f; poweroff -f;;
     reboot) reboot -f;;
     panic) echo c > /proc/sysrq-trigger;;
-    load) for m in failover net_failover virtio_net virtio_blk virtio-rng fuse virtiofs; do insmod /m/$m.ko 2>/dev/null; done
+    load) for m in failover net_failover virtio_net virtio_blk virtio_rng fuse virtiofs; do insmod /m/$m.ko 2>/dev/null; done
       echo loaded >&4;;
     "sh "*) eval "${line#sh }" >&4 2>&1; printf '\ndone %s\n' $? >&4;;
     *) echo "$line" >&4;;
@@ -134,7 +134,12 @@ pub(crate) fn boot_of(
     let mut modular = false;
     for name in MODULES {
         // What a kernel has built in has no file.
-        if let Some(path) = find(modules, &format!("{name}.ko")) {
+        // As a store names it, or as some packages do.
+        let names = [
+            format!("{name}.ko"),
+            format!("{}.ko", name.replace('_', "-")),
+        ];
+        if let Some(path) = names.iter().find_map(|file| find(modules, file)) {
             modular = true;
             let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
             archive.entry(&format!("m/{name}.ko"), 0o100_644, &bytes);

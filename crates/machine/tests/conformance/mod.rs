@@ -5,6 +5,8 @@
 // A test fails by panicking; what one test file does not use another does.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
+pub(crate) mod devices;
+pub(crate) mod faults;
 pub(crate) mod guest;
 pub(crate) mod killed;
 pub(crate) mod running;
@@ -12,13 +14,13 @@ pub(crate) mod running;
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use vistara_host::{facts, hugepages};
+use vistara_host::facts;
 use vistara_machine::{
     Adoption, ChannelStream, Disk, LaunchPlan, Start, Vm, VmEnd, VmRecord, VmUsage, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, Rates};
+use vistara_model::{Accelerator, KvmVerdict};
 
 /// What the guest writes to its console when it begins.
 pub(crate) const GREETING: &str = "guest begins";
@@ -530,131 +532,32 @@ pub(crate) async fn a_capture_is_refused_where_it_was_not_planned_or_does_not_fi
     assert_eq!(files_in(dir.path()), [] as [&str; 0]);
 }
 
-/// Bytes of the disk that [`reading`] reads.
-const READ: u64 = 1 << 20;
-
-/// How long a guest takes to read a mebibyte of its first disk, past its cache; the drivers are loaded.
-async fn reading(lines: &mut Lines) -> Duration {
-    let begin = Instant::now();
-    lines
-        .say("sh dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null")
-        .await;
-    assert_eq!(lines.hear().await, "");
-    assert_eq!(lines.hear().await, "done 0");
-    begin.elapsed()
-}
-
-/// A rate by which so many bytes take thrice as long as they do without any and some seconds more, and the time that they must take
-/// by it: a slow host must not pass for a bound that holds, nor fail one that is not there.
-pub(crate) fn slower(bytes: u64, free: Duration) -> (Bytes, Duration) {
-    let whole = 3 * free + Duration::from_secs(3);
-    // A tenth of a second's worth comes at once.
-    let least = whole.mul_f64(0.8);
-    (Bytes((bytes as f64 / whole.as_secs_f64()) as u64), least)
-}
-
-/// A fork of a machine without bounds has its own, too.
-pub(crate) async fn a_disks_rate_holds_from_a_boot_on_and_in_a_fork(subject: &dyn Subject) {
-    let Some(vmm) = subject.vmm().await else {
-        return;
-    };
-    let files = tempfile::tempdir().unwrap();
-    let path = files.path().join("disk");
-    std::fs::write(&path, vec![7; 4 << 20]).unwrap();
-    let plan = |dir: &Path, rate| LaunchPlan {
-        disks: vec![Disk {
-            path: path.clone(),
-            read_only: true,
-        }],
-        rates: Rates {
-            disk_per_s: rate,
-            ..Rates::default()
-        },
-        ..subject.plan(dir)
-    };
-    let booted = async |rate| {
-        let dir = tempfile::tempdir().unwrap();
-        let mut plan = plan(dir.path(), rate);
-        plan.capturable = rate.is_none();
-        let vm = launch(&*vmm, &plan).await;
-        let mut lines = Lines::open(&*vm).await;
-        lines.say("load").await;
-        assert_eq!(lines.hear().await, "loaded");
-        let took = reading(&mut lines).await;
-        (vm, took, dir)
-    };
-    let (vm, free, _dir) = booted(None).await;
-    let (rate, least) = slower(READ, free);
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let capture = Arc::new(soon("capturing", vm.capture()).await.unwrap());
-    let (vm, bounded, _dir) = booted(Some(rate)).await;
-    soon("killing", vm.kill()).await.unwrap();
-    println!("free {free:?}, at {rate} a second {bounded:?}, at least {least:?}");
-    assert!(bounded > least, "{bounded:?}");
-    for rate in [Some(rate), None] {
-        let dir = tempfile::tempdir().unwrap();
-        let mut plan = plan(dir.path(), rate);
-        plan.start = Start::Fork(capture.clone());
-        let vm = launch(&*vmm, &plan).await;
-        let took = reading(&mut Lines::open(&*vm).await).await;
-        println!("a fork, {rate:?}: {took:?}");
-        assert_eq!(took > least, rate.is_some(), "{took:?}");
-        soon("killing", vm.kill()).await.unwrap();
-    }
-}
-
-pub(crate) async fn a_machine_of_huge_pages_takes_them_and_gives_them_back(subject: &dyn Subject) {
-    let Some(vmm) = subject.vmm().await else {
-        return;
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let mut plan = subject.plan(dir.path());
-    plan.huge_pages = true;
-    plan.memory = Bytes::mib(128);
-    let wanted = plan.memory.0 / hugepages::PAGE;
-    let before = hugepages::pool().unwrap();
-    if before.free < wanted {
-        return println!(
-            "SKIP: {} huge pages are free, and it takes {wanted}: sysctl vm.nr_hugepages={wanted}",
-            before.free
-        );
-    }
-    let vm = launch(&*vmm, &plan).await;
-    Lines::open(&*vm).await.echo("up").await;
-    let touched = hugepages::touched(vm.record().pid);
-    println!("{touched} bytes of huge pages are touched");
-    assert!(touched > Bytes::mib(16).0 && touched <= plan.memory.0);
-    let left = subject.leftovers(&*vm);
-    soon("killing", vm.kill()).await.unwrap();
-    killed::nothing_is_left("huge pages", || {
-        let mut left = left();
-        let now = hugepages::pool().unwrap();
-        if now != before {
-            left.push(format!("{now:?}, and there were {before:?}"));
-        }
-        left
-    })
-    .await;
-    plan.capturable = true;
-    let refused = soon("launching", vmm.launch(&plan)).await.err();
-    assert!(
-        matches!(refused, Some(VmmError::Unsupported { .. })),
-        "{refused:?}"
-    );
-}
-
 /// The tests for one subject that a fake cannot show: `of_real_monitors!(subject_expression)`.
 #[macro_export]
 macro_rules! of_real_monitors {
     ($subject:expr) => {
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn a_disks_rate_holds_from_a_boot_on_and_in_a_fork() {
-            conformance::a_disks_rate_holds_from_a_boot_on_and_in_a_fork(&$subject).await;
+            conformance::devices::a_disks_rate_holds_from_a_boot_on_and_in_a_fork(&$subject).await;
         }
 
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn a_machine_of_huge_pages_takes_them_and_gives_them_back() {
-            conformance::a_machine_of_huge_pages_takes_them_and_gives_them_back(&$subject).await;
+            conformance::devices::a_machine_of_huge_pages_takes_them_and_gives_them_back(&$subject)
+                .await;
+        }
+
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn a_bound_on_a_disks_requests_holds_and_one_on_its_bytes_is_another() {
+            conformance::devices::a_bound_on_a_disks_requests_holds_and_one_on_its_bytes_is_another(
+                                                                                        &$subject,
+                                                                                    )
+                                                                                    .await;
+        }
+
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn the_guest_draws_on_the_hosts_entropy() {
+            conformance::devices::the_guest_draws_on_the_hosts_entropy(&$subject).await;
         }
 
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,8 +14,10 @@ mod jail;
 mod network;
 mod processor_and_memory;
 
+use conformance::devices::slower;
+use conformance::faults::Monitor;
 use conformance::running::{self, Running};
-use conformance::{Lines, Subject, ends_with_this_test, guest, launch, limit, slower, soon};
+use conformance::{Lines, Subject, ends_with_this_test, guest, launch, limit, soon};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -153,8 +155,26 @@ fn left_of(record: &VmRecord) -> Vec<String> {
     left
 }
 
+#[async_trait::async_trait]
+impl Monitor for Firecracker {
+    async fn vmm_told(&self, kvm: KvmVerdict) -> Option<Arc<dyn Vmm>> {
+        let options = FirecrackerOptions { kvm, ..options() };
+        let vmm = FirecrackerVmm::detect(options).await.ok()?;
+        Some(Arc::new(vmm))
+    }
+
+    fn control_socket(&self, record: &VmRecord, _: &Path) -> PathBuf {
+        Path::new(record.backend["root"].as_str().unwrap()).join("api.sock")
+    }
+
+    fn too_little_memory(&self) -> Bytes {
+        Bytes::mib(48)
+    }
+}
+
 conformance!(Firecracker);
 of_real_monitors!(Firecracker);
+faults!(Firecracker);
 
 /// A running machine, from a plan that the test has changed.
 async fn run(change: impl FnOnce(&mut LaunchPlan)) -> Option<Running> {

@@ -228,6 +228,7 @@ async fn a_networks_rate_holds() {
     }
     let free = fetching(None).await;
     let (rate, least) = slower(400_000, free);
+    let rate = Bytes(rate);
     let bounded = fetching(Some(rate)).await;
     println!("free {free:?}, at {rate} a second {bounded:?}, at least {least:?}");
     assert!(bounded > least, "{bounded:?}");
