@@ -27,6 +27,7 @@ pub struct Bind {
     tree: OwnedFd,
     target: CString,
     read_only: bool,
+    device: bool,
 }
 
 impl Bind {
@@ -42,6 +43,22 @@ impl Bind {
             tree: open_tree(source.as_fd(), c"", flags)?,
             target: CString::new(target.as_os_str().as_bytes())?,
             read_only,
+            device: false,
+        })
+    }
+
+    /// Shows the device at `source` as it is now at `target`: one that goes and comes is another, and the kernel takes everybody's
+    /// rights to the one that went. Needs the right to mount.
+    ///
+    /// # Errors
+    /// The system's; a kernel before 5.2 cannot do this.
+    pub fn of_device(source: &Path, target: &Path) -> io::Result<Bind> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        Ok(Bind {
+            tree: open_tree(CWD, source, flags)?,
+            target: CString::new(target.as_os_str().as_bytes())?,
+            read_only: false,
+            device: true,
         })
     }
 
@@ -49,7 +66,10 @@ impl Bind {
     pub(crate) fn attach(&self) -> rustix::io::Result<()> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         move_mount(&self.tree, c"", CWD, &self.target, flags)?;
-        let mut flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV;
+        let mut flags = MountFlags::BIND | MountFlags::NOSUID;
+        if !self.device {
+            flags |= MountFlags::NODEV;
+        }
         if self.read_only {
             flags |= MountFlags::RDONLY;
         }

@@ -34,6 +34,8 @@ pub struct Shown {
     pub files: Vec<PathBuf>,
     /// Empty directories, at which a launch can show something of its program's own.
     pub places: Vec<PathBuf>,
+    /// Empty files, for the same.
+    pub file_places: Vec<PathBuf>,
     /// Links, and where they lead.
     pub links: Vec<(PathBuf, PathBuf)>,
 }
@@ -130,6 +132,10 @@ fn prepare(shown: &Shown) -> Result<File, RootError> {
     }
     for place in &shown.places {
         directories(place)?;
+    }
+    for place in &shown.file_places {
+        parents(place)?;
+        File::create(place).map_err(at(named("making", place)))?;
     }
     set_read_only(&root, false).map_err(at("making the new root read-only"))?;
     Ok(namespace)

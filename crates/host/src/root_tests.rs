@@ -50,6 +50,7 @@ async fn a_program_finds_what_it_is_shown_and_nothing_else() {
         files: vec![file.clone(), "/dev/null".into(), "/dev/urandom".into()],
         places: vec!["/etc".into(), "/proc".into()],
         links: vec![("/run/link".into(), dir.join("inner"))],
+        ..Shown::default()
     };
     shown.dirs.push(dir.clone());
     let before = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -86,22 +87,27 @@ async fn what_a_launch_shows_at_a_place_is_its_own_and_stays_the_hosts() {
     let shown = Shown {
         dirs: system(),
         places: vec!["/etc".into(), "/proc".into()],
+        file_places: vec!["/dev/zero".into()],
         ..Shown::default()
     };
     let root = Arc::new(Root::prepare(&shown).unwrap());
     let output = OutputBox::new(4096).unwrap();
     let mut launch = Launch::new("/bin/sh");
-    let script = "until grep -q new /etc/words; do sleep 0.02; done; cat /etc/words; (touch /etc/x) 2>&1 | grep -c Read-only";
+    let script = "until grep -q new /etc/words; do sleep 0.02; done; cat /etc/words; (touch /etc/x) 2>&1 | grep -c Read-only; head -c 3 /dev/zero | wc -c";
     launch.args = vec!["-c".into(), script.into()];
     launch.env = vec![("PATH".into(), "/usr/bin:/bin".into())];
     launch.output = Some(output.writer().unwrap());
     let dir = File::open(host.path()).unwrap();
-    launch.binds = vec![Bind::new(&dir, Path::new("/etc"), true).unwrap()];
+    let zero = Path::new("/dev/zero");
+    launch.binds = vec![
+        Bind::new(&dir, Path::new("/etc"), true).unwrap(),
+        Bind::of_device(zero, zero).unwrap(),
+    ];
     launch.root = Some(root.clone());
     let launched = launch.start().unwrap();
     std::fs::write(host.path().join("words"), "new words").unwrap();
     launched.process.wait().await.unwrap();
-    assert_eq!(output.tail(100).trim_end(), "new words1");
+    assert_eq!(output.tail(100).trim_end(), "new words1\n3");
     assert_eq!(printed(&root, "ls /etc").await, "");
 }
 

@@ -17,6 +17,7 @@ use vistara_host::launch::Launch;
 use vistara_host::mounts::Bind;
 use vistara_host::process::ProcessEnd;
 use vistara_host::root::{Root, Shown};
+use vistara_model::Accelerator;
 
 /// Where systems keep programs, libraries and firmware: nothing in them is anybody's own.
 const SYSTEM: [&str; 9] = [
@@ -31,13 +32,9 @@ const SYSTEM: [&str; 9] = [
     "/gnu/store",
 ];
 /// What QEMU opens beside: where libraries lie, and devices. Those that are not there are not shown.
-const FILES: [&str; 5] = [
-    "/etc/ld.so.cache",
-    "/dev/null",
-    "/dev/zero",
-    "/dev/urandom",
-    "/dev/kvm",
-];
+const FILES: [&str; 4] = ["/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"];
+/// Shown to those that use it, and as it is then: it goes with its module.
+const KVM: &str = "/dev/kvm";
 /// Where it looks for name servers, and the directory to which that leads: one of the machine's own, since the file changes.
 const NAME_SERVERS: (&str, &str) = ("/etc/resolv.conf", "/run/resolver");
 /// Where it sees its own process.
@@ -154,6 +151,11 @@ impl Apart {
     ) -> io::Result<()> {
         let networked = plan.nic.is_some();
         self.separate(networked, launch);
+        if matches!(self, Apart::Rooted(_)) && plan.accelerator == Accelerator::Kvm {
+            let shown = Bind::of_device(Path::new(KVM), Path::new(KVM));
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{KVM}: {error}"));
+            launch.binds.push(shown.map_err(named)?);
+        }
         match self {
             Apart::Rooted(_) if networked => {
                 let own = plan.dir.join(state::RESOLVER);
@@ -191,6 +193,7 @@ fn shown(program: &Path) -> Shown {
         dirs,
         files: files.filter(|file| file.exists()).collect(),
         places: vec![NAME_SERVERS.1.into(), PROC.into()],
+        file_places: vec![KVM.into()],
         links: vec![(
             NAME_SERVERS.0.into(),
             Path::new(NAME_SERVERS.1).join(resolver::NAME),

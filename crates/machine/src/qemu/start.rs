@@ -234,7 +234,13 @@ fn spawn_in(
             }
         }
         Start::Nanos(boot) => {
-            handles.kernel = Some(hand_over(readable(&boot.kernel, foreign_user)?.into()));
+            let kernel = readable(&boot.kernel, foreign_user)?;
+            if !is_program_for_x86_64(&kernel) {
+                let path = boot.kernel.display();
+                let message = format!("{path} is no kernel for x86-64");
+                return Err(failed(crate::vmm::BUILDING)(message));
+            }
+            handles.kernel = Some(hand_over(kernel.into()));
             let path = plan.dir.join(state::OUTPUT_PIPE);
             let (writer, both) =
                 output_pipe(&path).map_err(super::io_error("making the pipe", &path))?;
@@ -392,6 +398,18 @@ fn output_pipe(path: &Path) -> io::Result<(File, File)> {
     // Some systems bound what a user may have in pipes; it is less then.
     let _ = rustix::pipe::fcntl_setpipe_size(&both, OUTPUT_PIPE_BYTES);
     Ok((writer, both))
+}
+
+/// Whether the file begins as an ELF program for x86-64 does. QEMU takes anything else for a kernel of Linux's first years, and runs
+/// it where there is no initramfs to refuse.
+fn is_program_for_x86_64(file: &File) -> bool {
+    use std::os::unix::fs::FileExt;
+    const ELF_OF_64_BITS: &[u8] = b"\x7fELF\x02";
+    const X86_64: [u8; 2] = [62, 0];
+    let mut header = [0; 20];
+    file.read_exact_at(&mut header, 0).is_ok()
+        && header.starts_with(ELF_OF_64_BITS)
+        && header[18..] == X86_64
 }
 
 /// A file that the monitor's user can open again by `/proc/self/fd`: itself where everybody may read it, else a copy in
