@@ -1,92 +1,54 @@
 //! Real unikernels in Firecracker: that they print, end and are adopted as the contract says.
 //!
-//! Skipped, with the reason on stdout, without Firecracker, a KVM that really runs guests, a Nanos kernel (`VISTARA_NANOS_KERNEL`, or
-//! `/opt/vistara/nanos/kernel.img`) or a C compiler.
+//! Skipped, with the reason on stdout, without Firecracker, a KVM that really runs guests, a Nanos kernel (see `conformance/unikernel.rs`) or a C
+//! compiler.
 
 // A test fails by panicking, its helpers included.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod conformance;
 
-use conformance::{guest, launch, soon};
+use conformance::faults::Monitor;
+use conformance::unikernel::{self, Shape};
+use conformance::{Answers, Subject, launch, left_of, patience, soon};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vistara_host::{facts, kvm};
+use vistara_host::kvm;
 use vistara_machine::firecracker::{FirecrackerOptions, FirecrackerVmm, OVERHEAD_MAX};
 use vistara_machine::{
-    Adoption, Disk, Fence, LaunchPlan, NanosBoot, Nic, OutputStream, Start, VmEnd, Vmm, VmmError,
+    Adoption, LaunchPlan, Nic, OutputStream, Vm, VmEnd, VmRecord, Vmm, VmmError,
 };
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, PortMapping, Protocol, Rates};
-use vistara_nanos::disk::{BootDisk, DiskOptions};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, PortMapping, Protocol};
+use vistara_nanos::klog;
 use vistara_nanos::manifest::{ExitMatch, Manifest, Network};
-use vistara_nanos::tfs::{Label, VolumeId};
-use vistara_nanos::{KernelFacts, klog};
 
 const USER: (u32, u32) = (61_006, 61_006);
 
-const PROGRAM: &str = r#"
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-#include <arpa/inet.h>
-#include <sys/socket.h>
-static void term(int s) { printf("asked to end\n"); exit(9); }
-int main(int argc, char **argv) {
-    setvbuf(stdout, 0, _IOLBF, 0);
-    if (!strcmp(argv[1], "exit")) { printf("code %s\n", argv[2]); return atoi(argv[2]); }
-    if (!strcmp(argv[1], "flood")) {
-        for (int i = 0; i < atoi(argv[2]); i++) printf("line %06d of a flood that fills any pipe\n", i);
-        return 0;
-    }
-    if (!strcmp(argv[1], "wait")) { signal(SIGTERM, term); printf("waiting\n"); for (;;) pause(); }
-    if (!strcmp(argv[1], "echo")) {
-        int l = socket(AF_INET, SOCK_STREAM, 0), on = 1;
-        struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(7)};
-        setsockopt(l, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-        if (bind(l, (struct sockaddr *)&a, sizeof a) || listen(l, 4)) return 2;
-        printf("listening\n");
-        for (;;) {
-            char b[64];
-            int c = accept(l, 0, 0);
-            ssize_t n = read(c, b, sizeof b);
-            if (n > 0) write(c, b, n);
-            close(c);
-        }
-    }
-    if (!strcmp(argv[1], "abort")) { printf("dying\n"); abort(); }
-    return 1;
-}
-"#;
-
 struct Lab {
-    vmm: FirecrackerVmm,
-    kernel: PathBuf,
-    program: Vec<u8>,
+    vmm: Arc<dyn Vmm>,
 }
 
-async fn lab() -> Option<Lab> {
-    let kernel = std::env::var_os("VISTARA_NANOS_KERNEL").map_or_else(
-        || PathBuf::from("/opt/vistara/nanos/kernel.img"),
-        PathBuf::from,
-    );
-    let Ok(bytes) = std::fs::read(&kernel) else {
-        println!("SKIP: no Nanos kernel at {}", kernel.display());
-        return None;
-    };
-    KernelFacts::read(&bytes).unwrap();
+async fn detected(kvm: KvmVerdict) -> Result<FirecrackerVmm, VmmError> {
     let options = FirecrackerOptions {
         program: std::env::var_os("VISTARA_FIRECRACKER").map(PathBuf::from),
         jailer: None,
         slirp4netns: None,
         cpu_template: None,
-        kvm: KvmVerdict::Works,
+        kvm,
     };
-    let vmm = match FirecrackerVmm::detect(options).await {
+    FirecrackerVmm::detect(options).await
+}
+
+async fn lab() -> Option<Lab> {
+    if let Err(reason) = unikernel::can_be_made() {
+        println!("SKIP: {reason}");
+        return None;
+    }
+    let vmm = match detected(KvmVerdict::Works).await {
         Ok(vmm) => vmm,
         Err(error) => {
             println!("SKIP: {error}");
@@ -94,93 +56,91 @@ async fn lab() -> Option<Lab> {
         }
     };
     // In the lab all is slow at first.
-    let patience = std::env::var("VISTARA_TEST_PATIENCE").map_or(1, |times| times.parse().unwrap());
-    match kvm::probe(kvm::PROBE_BOUND * patience) {
-        kvm::Verdict::Works => {}
+    match kvm::probe(kvm::PROBE_BOUND * patience()) {
+        kvm::Verdict::Works => Some(Lab { vmm: Arc::new(vmm) }),
         kvm::Verdict::Absent(why) | kvm::Verdict::Broken(why) => {
             println!("SKIP: KVM does not run guests here: {why}");
-            return None;
+            None
         }
     }
-    let program = match guest::compiled("firecracker-nanos", PROGRAM) {
-        Ok(program) => program,
-        Err(reason) => {
-            println!("SKIP: {reason}");
-            return None;
-        }
+}
+
+fn plan(dir: &Path, arguments: &[&str]) -> LaunchPlan {
+    let shape = Shape {
+        accelerator: Accelerator::Kvm,
+        user: USER,
+        overhead: OVERHEAD_MAX,
     };
-    Some(Lab {
-        vmm,
-        kernel,
-        program,
-    })
+    let manifest = Manifest {
+        // The kernel's own codes do not restart the machine: by that its failures are told from ends.
+        reboot_on_exit: Some(ExitMatch::OneOf(
+            (0..=255)
+                .filter(|code| !(125..=127).contains(code))
+                .collect(),
+        )),
+        network: Network::Static {
+            address: Ipv4Addr::new(10, 0, 2, 15),
+            netmask: Ipv4Addr::new(255, 255, 255, 0),
+            gateway: Some(Ipv4Addr::new(10, 0, 2, 2)),
+        },
+        ..Manifest::default()
+    };
+    unikernel::plan(dir, &shape, arguments, manifest)
 }
 
 impl Lab {
     fn plan(&self, dir: &Path, arguments: &[&str]) -> LaunchPlan {
-        let disk = dir.join("disk");
-        let manifest = Manifest {
-            program: b"/p".to_vec(),
-            arguments: std::iter::once("p")
-                .chain(arguments.iter().copied())
-                .map(|word| word.as_bytes().to_vec())
-                .collect(),
-            // The kernel's own codes do not restart the machine: by that its failures are told from ends.
-            reboot_on_exit: Some(ExitMatch::OneOf(
-                (0..=255)
-                    .filter(|code| !(125..=127).contains(code))
-                    .collect(),
-            )),
-            debug_exit: true,
-            network: Network::Static {
-                address: Ipv4Addr::new(10, 0, 2, 15),
-                netmask: Ipv4Addr::new(255, 255, 255, 0),
-                gateway: Some(Ipv4Addr::new(10, 0, 2, 2)),
-            },
-            ..Manifest::default()
-        };
-        let options = DiskOptions {
-            id: VolumeId([1; 16]),
-            label: Label::none(),
-            free_bytes: 0,
-        };
-        let mut boot =
-            BootDisk::create(File::create_new(&disk).unwrap(), &options, &manifest).unwrap();
-        let root = boot.tree().root();
-        let length = self.program.len() as u64;
-        boot.tree()
-            .file(root, b"p", length, &mut self.program.as_slice())
-            .unwrap();
-        boot.finish().unwrap();
-        let mut random = [0; 16];
-        std::io::Read::read_exact(&mut File::open("/dev/urandom").unwrap(), &mut random).unwrap();
-        LaunchPlan {
-            id: MachineId::from_random(random),
-            dir: dir.to_owned(),
-            accelerator: Accelerator::Kvm,
-            vcpus: 1,
-            memory: Bytes::mib(64),
-            start: Start::Nanos(NanosBoot {
-                kernel: self.kernel.clone(),
-            }),
-            huge_pages: false,
-            capturable: false,
-            disks: vec![Disk {
-                path: disk,
-                read_only: false,
-            }],
-            nic: None,
-            shares: vec![],
-            rates: Rates::default(),
-            fence: Fence {
-                uid_gid: facts::is_root().then_some(USER),
-                memory_max: Bytes(Bytes::mib(64).0 + OVERHEAD_MAX.0),
-                pids_max: 64,
-                cpu_millis: None,
-            },
-        }
+        plan(dir, arguments)
     }
 }
+
+struct FirecrackerNanos;
+
+#[async_trait::async_trait]
+impl Subject for FirecrackerNanos {
+    async fn vmm(&self) -> Option<Arc<dyn Vmm>> {
+        Some(lab().await?.vmm)
+    }
+
+    fn plan(&self, dir: &Path) -> LaunchPlan {
+        plan(dir, &unikernel::ANSWERS)
+    }
+
+    fn ending_plan(&self, dir: &Path) -> LaunchPlan {
+        plan(dir, &unikernel::ENDS)
+    }
+
+    fn answers(&self) -> Answers {
+        Answers::Output
+    }
+
+    fn lacks(&self) -> &'static [(&'static str, &'static str)] {
+        &unikernel::LACKS
+    }
+
+    fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send> {
+        left_of(vm.record().clone())
+    }
+}
+
+#[async_trait::async_trait]
+impl Monitor for FirecrackerNanos {
+    async fn vmm_told(&self, kvm: KvmVerdict) -> Option<Arc<dyn Vmm>> {
+        Some(Arc::new(detected(kvm).await.ok()?))
+    }
+
+    fn control_socket(&self, record: &VmRecord, _: &Path) -> PathBuf {
+        Path::new(record.backend["root"].as_str().unwrap()).join("api.sock")
+    }
+
+    fn too_little_memory(&self) -> Bytes {
+        Bytes::mib(24)
+    }
+}
+
+conformance!(FirecrackerNanos);
+faults!(FirecrackerNanos);
+ends_at_any_moment!(FirecrackerNanos);
 
 async fn all(mut output: OutputStream) -> String {
     let mut text = Vec::new();
@@ -204,7 +164,7 @@ async fn output_and_exit_codes_are_exact() {
         let dir = tempfile::tempdir().unwrap();
         let plan = lab.plan(dir.path(), &["exit", &code.to_string()]);
         let begin = std::time::Instant::now();
-        let vm = launch(&lab.vmm, &plan).await;
+        let vm = launch(&*lab.vmm, &plan).await;
         let output = vm.open_output().unwrap();
         let end = soon("ending", vm.wait()).await;
         println!("code {code}: {end:?} after {:?}", begin.elapsed());
@@ -233,7 +193,7 @@ async fn a_guest_whose_output_nobody_reads_waits_and_loses_nothing() {
     // slow.
     let lines = 1_000;
     let plan = lab.plan(dir.path(), &["flood", &lines.to_string()]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let pipe = File::open(dir.path().join("output.pipe")).unwrap();
     rustix::pipe::fcntl_setpipe_size(&pipe, 4096).unwrap();
     drop(pipe);
@@ -261,7 +221,7 @@ async fn there_is_neither_agent_nor_power_button_and_a_kill_ends_it() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["wait"]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     for refused in [
         vm.open_channel().await.map(drop),
         vm.press_power_button().await,
@@ -286,7 +246,7 @@ async fn a_signal_that_kills_the_program_is_its_code() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["abort"]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let output = vm.open_output().unwrap();
     assert_eq!(soon("ending", vm.wait()).await, VmEnd::GuestOff);
     let printed = all(output).await;
@@ -316,7 +276,7 @@ async fn a_published_port_leads_into_the_unikernel() {
         }],
         mac: [0x52, 0x54, 0, 0, 0, 8],
     });
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let answer = async {
         loop {
             let dialled = tokio::net::TcpStream::connect(("127.0.0.1", number)).await;

@@ -1,158 +1,126 @@
 //! Real unikernels in QEMU: that they print, end and are adopted as the contract says.
 //!
-//! Skipped, with the reason on stdout, without QEMU, a Nanos kernel (`VISTARA_NANOS_KERNEL`, or
-//! `/opt/vistara/nanos/kernel.img`) or a C compiler.
+//! Skipped, with the reason on stdout, without QEMU, a Nanos kernel (see
+//! `conformance/unikernel.rs`) or a C compiler.
 
 // A test fails by panicking, its helpers included.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod conformance;
 
-use conformance::{accelerator, kvm, launch, patience, soon};
+use conformance::faults::Monitor;
+use conformance::unikernel::{self, Shape};
+use conformance::{Answers, Subject, accelerator, kvm, launch, left_of, patience, soon};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
-use vistara_host::facts;
 use vistara_machine::qemu::{OVERHEAD_MAX, QemuOptions, QemuVmm};
-use vistara_machine::{
-    Adoption, Disk, Fence, LaunchPlan, NanosBoot, OutputStream, Start, VmEnd, Vmm, VmmError,
-};
-use vistara_model::{Bytes, MachineId, Rates};
-use vistara_nanos::disk::{BootDisk, DiskOptions};
+use vistara_machine::{Adoption, LaunchPlan, OutputStream, Vm, VmEnd, VmRecord, Vmm, VmmError};
+use vistara_model::{Bytes, KvmVerdict};
+use vistara_nanos::klog;
 use vistara_nanos::manifest::{ExitMatch, Manifest};
-use vistara_nanos::tfs::{Label, VolumeId};
-use vistara_nanos::{KernelFacts, klog};
 
 const USER: (u32, u32) = (61_003, 61_003);
 
-const PROGRAM: &str = r#"
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-static void term(int s) { printf("asked to end\n"); exit(9); }
-int main(int argc, char **argv) {
-    setvbuf(stdout, 0, _IOLBF, 0);
-    if (!strcmp(argv[1], "exit")) { printf("code %s\n", argv[2]); return atoi(argv[2]); }
-    if (!strcmp(argv[1], "flood")) {
-        for (int i = 0; i < atoi(argv[2]); i++) printf("line %06d of a flood that fills any pipe\n", i);
-        return 0;
-    }
-    if (!strcmp(argv[1], "wait")) { signal(SIGTERM, term); printf("waiting\n"); for (;;) pause(); }
-    if (!strcmp(argv[1], "abort")) { printf("dying\n"); abort(); }
-    return 1;
-}
-"#;
-
 struct Lab {
-    vmm: QemuVmm,
-    kernel: PathBuf,
-    program: Vec<u8>,
+    vmm: Arc<dyn Vmm>,
 }
 
-async fn lab() -> Option<Lab> {
-    let kernel = std::env::var_os("VISTARA_NANOS_KERNEL").map_or_else(
-        || PathBuf::from("/opt/vistara/nanos/kernel.img"),
-        PathBuf::from,
-    );
-    let Ok(bytes) = std::fs::read(&kernel) else {
-        println!("SKIP: no Nanos kernel at {}", kernel.display());
-        return None;
-    };
-    KernelFacts::read(&bytes).unwrap();
+async fn detected(kvm: KvmVerdict) -> Result<QemuVmm, VmmError> {
     let options = QemuOptions {
         program: None,
         virtiofsd: None,
-        kvm: kvm(),
+        kvm,
     };
-    let vmm = match QemuVmm::detect(options).await {
-        Ok(vmm) if !vmm.capabilities().accelerators.contains(&accelerator()) => {
-            println!("SKIP: {} cannot be had here", accelerator());
-            return None;
-        }
-        Ok(vmm) => vmm,
-        Err(error) => {
-            println!("SKIP: {error}");
-            return None;
-        }
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let (source, program) = (dir.path().join("p.c"), dir.path().join("p"));
-    std::fs::write(&source, PROGRAM).unwrap();
-    let built = Command::new("gcc")
-        .args(["-static", "-O1", "-o"])
-        .args([&program, &source])
-        .status();
-    if !built.is_ok_and(|status| status.success()) {
-        println!("SKIP: no C compiler (apt-get install gcc)");
+    QemuVmm::detect(options).await
+}
+
+async fn lab() -> Option<Lab> {
+    if let Err(reason) = unikernel::can_be_made() {
+        println!("SKIP: {reason}");
         return None;
     }
-    let program = std::fs::read(program).unwrap();
-    Some(Lab {
-        vmm,
-        kernel,
-        program,
-    })
+    match detected(kvm()).await {
+        Ok(vmm) if !vmm.capabilities().accelerators.contains(&accelerator()) => {
+            println!("SKIP: {} cannot be had here", accelerator());
+            None
+        }
+        Ok(vmm) => Some(Lab { vmm: Arc::new(vmm) }),
+        Err(error) => {
+            println!("SKIP: {error}");
+            None
+        }
+    }
+}
+
+fn plan(dir: &Path, arguments: &[&str]) -> LaunchPlan {
+    let shape = Shape {
+        accelerator: accelerator(),
+        user: USER,
+        overhead: OVERHEAD_MAX,
+    };
+    let manifest = Manifest {
+        reboot_on_exit: Some(ExitMatch::AllBut(126)),
+        ..Manifest::default()
+    };
+    unikernel::plan(dir, &shape, arguments, manifest)
 }
 
 impl Lab {
     fn plan(&self, dir: &Path, arguments: &[&str]) -> LaunchPlan {
-        let disk = dir.join("disk");
-        let manifest = Manifest {
-            program: b"/p".to_vec(),
-            arguments: std::iter::once("p")
-                .chain(arguments.iter().copied())
-                .map(|word| word.as_bytes().to_vec())
-                .collect(),
-            reboot_on_exit: Some(ExitMatch::AllBut(126)),
-            debug_exit: true,
-            ..Manifest::default()
-        };
-        let options = DiskOptions {
-            id: VolumeId([1; 16]),
-            label: Label::none(),
-            free_bytes: 0,
-        };
-        let mut boot =
-            BootDisk::create(File::create_new(&disk).unwrap(), &options, &manifest).unwrap();
-        let root = boot.tree().root();
-        let length = self.program.len() as u64;
-        boot.tree()
-            .file(root, b"p", length, &mut self.program.as_slice())
-            .unwrap();
-        boot.finish().unwrap();
-        let mut random = [0; 16];
-        std::io::Read::read_exact(&mut File::open("/dev/urandom").unwrap(), &mut random).unwrap();
-        LaunchPlan {
-            id: MachineId::from_random(random),
-            dir: dir.to_owned(),
-            accelerator: accelerator(),
-            vcpus: 1,
-            memory: Bytes::mib(64),
-            start: Start::Nanos(NanosBoot {
-                kernel: self.kernel.clone(),
-            }),
-            huge_pages: false,
-            capturable: false,
-            disks: vec![Disk {
-                path: disk,
-                read_only: false,
-            }],
-            nic: None,
-            shares: vec![],
-            rates: Rates::default(),
-            fence: Fence {
-                uid_gid: facts::is_root().then_some(USER),
-                memory_max: Bytes(Bytes::mib(64).0 + OVERHEAD_MAX.0),
-                pids_max: 64,
-                cpu_millis: None,
-            },
-        }
+        plan(dir, arguments)
     }
 }
+
+struct QemuNanos;
+
+#[async_trait::async_trait]
+impl Subject for QemuNanos {
+    async fn vmm(&self) -> Option<Arc<dyn Vmm>> {
+        Some(lab().await?.vmm)
+    }
+
+    fn plan(&self, dir: &Path) -> LaunchPlan {
+        plan(dir, &unikernel::ANSWERS)
+    }
+
+    fn ending_plan(&self, dir: &Path) -> LaunchPlan {
+        plan(dir, &unikernel::ENDS)
+    }
+
+    fn answers(&self) -> Answers {
+        Answers::Output
+    }
+
+    fn lacks(&self) -> &'static [(&'static str, &'static str)] {
+        &unikernel::LACKS
+    }
+
+    fn leftovers(&self, vm: &dyn Vm) -> Box<dyn Fn() -> Vec<String> + Send> {
+        left_of(vm.record().clone())
+    }
+}
+
+#[async_trait::async_trait]
+impl Monitor for QemuNanos {
+    async fn vmm_told(&self, kvm: KvmVerdict) -> Option<Arc<dyn Vmm>> {
+        Some(Arc::new(detected(kvm).await.ok()?))
+    }
+
+    fn control_socket(&self, _: &VmRecord, dir: &Path) -> PathBuf {
+        dir.join("qmp.sock")
+    }
+
+    fn too_little_memory(&self) -> Bytes {
+        Bytes::mib(24)
+    }
+}
+
+conformance!(QemuNanos);
+faults!(QemuNanos);
+ends_at_any_moment!(QemuNanos);
 
 async fn all(mut output: OutputStream) -> String {
     let mut text = Vec::new();
@@ -176,7 +144,7 @@ async fn output_and_exit_codes_are_exact() {
         let dir = tempfile::tempdir().unwrap();
         let plan = lab.plan(dir.path(), &["exit", &code.to_string()]);
         let begin = std::time::Instant::now();
-        let vm = launch(&lab.vmm, &plan).await;
+        let vm = launch(&*lab.vmm, &plan).await;
         let printed = all(vm.open_output().unwrap()).await;
         let end = soon("ending", vm.wait()).await;
         println!("code {code}: {end:?} after {:?}", begin.elapsed());
@@ -204,7 +172,7 @@ async fn a_guest_whose_output_nobody_reads_waits_and_loses_nothing() {
     // on KVM in the lab takes milliseconds when its host is busy.
     let lines = 200;
     let plan = lab.plan(dir.path(), &["flood", &lines.to_string()]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let pipe = File::open(dir.path().join("output.pipe")).unwrap();
     rustix::pipe::fcntl_setpipe_size(&pipe, 4096).unwrap();
     drop(pipe);
@@ -232,7 +200,7 @@ async fn the_power_button_ends_the_program_and_there_is_no_agent() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["wait"]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let refused = vm.open_channel().await.err().unwrap();
     assert!(matches!(refused, VmmError::Unsupported { .. }), "{refused}");
     let mut output = vm.open_output().unwrap();
@@ -256,7 +224,7 @@ async fn a_signal_that_kills_the_program_is_its_code() {
     let Some(lab) = lab().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let plan = lab.plan(dir.path(), &["abort"]);
-    let vm = launch(&lab.vmm, &plan).await;
+    let vm = launch(&*lab.vmm, &plan).await;
     let printed = all(vm.open_output().unwrap()).await;
     assert_eq!(soon("ending", vm.wait()).await, VmEnd::GuestOff);
     assert!(printed.contains("*** signal 6 received"), "{printed}");

@@ -93,26 +93,7 @@ fn new_id() -> MachineId {
 }
 
 fn left_of(record: &VmRecord) -> Vec<String> {
-    let mut left = Vec::new();
-    let mut process = |pid: u32, start: u64| {
-        // One that has ended and waits to be collected by the process that inherited it holds nothing any more.
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        if facts::start_ticks(pid) == Some(start) && !stat.contains(") Z ") {
-            left.push(format!("process {pid}"));
-        }
-    };
-    process(record.pid, record.pid_start_ticks);
-    for helper in record.backend["helpers"].as_array().unwrap() {
-        let number = |index: usize| helper[index].as_u64().unwrap();
-        process(number(0) as u32, number(1));
-    }
-    for dir in record.backend["cgroup"].as_array().unwrap() {
-        let dir = dir.as_str().unwrap();
-        if Path::new(dir).exists() {
-            left.push(dir.to_owned());
-        }
-    }
-    left
+    conformance::left_of(record.clone())()
 }
 
 #[async_trait::async_trait]

@@ -4,7 +4,7 @@
 //! seed is printed. How many there are is `VISTARA_TEST_KILLED`, the seed `VISTARA_TEST_SEED`. At the end a table tells what
 //! was met: a machine may be further, or gone by itself, by the moment that was drawn for it.
 
-use super::{Lines, Subject, ends_with_this_test, launch, limit, soon};
+use super::{Heard, Subject, ends_with_this_test, launch, limit, soon};
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -108,16 +108,20 @@ impl Usual {
         for _ in 0..2 {
             let dir = tempfile::tempdir().unwrap();
             let begin = Instant::now();
-            let vm = launch(vmm, &subject.plan(dir.path())).await;
+            let vm = launch(vmm, &subject.ending_plan(dir.path())).await;
             let launched = Instant::now();
-            let mut lines = Lines::open(&*vm).await;
-            lines.echo("up").await;
+            let mut heard = Heard::open(subject, &*vm).await;
+            heard.answer("up").await;
             usual.launching = usual.launching.min(launched - begin);
             usual.booting = usual.booting.min(launched.elapsed());
-            lines.say("off").await;
+            heard.end().await;
             let asked = Instant::now();
-            soon("switching off", vm.wait()).await;
-            usual.stopping = usual.stopping.min(asked.elapsed());
+            let ended = async {
+                soon("switching off", vm.wait()).await;
+                asked.elapsed()
+            };
+            let (stopping, ()) = tokio::join!(ended, heard.silence());
+            usual.stopping = usual.stopping.min(stopping);
         }
         usual
     }
@@ -130,7 +134,8 @@ pub(crate) fn left_at_all(plan: &LaunchPlan) -> Vec<String> {
     for entry in std::fs::read_dir(dir).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();
         let socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
-        if socket || !LOGS.contains(&name.as_str()) {
+        let brought = plan.disks.iter().any(|disk| disk.path == entry.path());
+        if socket || !(brought || LOGS.contains(&name.as_str())) {
             left.push(format!("file {name}"));
         }
     }
@@ -301,7 +306,10 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
     for index in 0..usize::try_from(count).unwrap() {
         let (stage, hand) = (STAGES[index / 3 % 4], HANDS[index % 3]);
         let dir = tempfile::tempdir().unwrap();
-        let plan = subject.plan(dir.path());
+        let plan = match stage {
+            Stage::Stopping => subject.ending_plan(dir.path()),
+            _ => subject.plan(dir.path()),
+        };
         let mut namespace = None;
         let reached = match stage {
             Stage::Launching => {
@@ -315,7 +323,7 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
                 usual.launching = usual.launching.min(begin.elapsed());
                 ends_with_this_test(vm.record());
                 namespace = Namespace::of(vm.record().pid);
-                let reached = reach(stage, &*vm, &mut draw, &usual).await;
+                let reached = reach(stage, subject, &*vm, &mut draw, &usual).await;
                 end(&*vmm, vm, &plan, hand).await.unwrap_or(reached)
             }
         };
@@ -363,18 +371,24 @@ pub(crate) async fn machines_that_end_at_any_moment_leave_nothing(subject: &dyn 
 }
 
 /// Brings a machine that was launched to a moment in this stage; gives the stage in which it is.
-async fn reach(stage: Stage, vm: &dyn Vm, draw: &mut Draw, usual: &Usual) -> Stage {
+async fn reach(
+    stage: Stage,
+    subject: &dyn Subject,
+    vm: &dyn Vm,
+    draw: &mut Draw,
+    usual: &Usual,
+) -> Stage {
     if stage == Stage::Booting {
         tokio::time::sleep(draw.part(usual.booting)).await;
         return stage;
     }
-    let mut lines = Lines::open(vm).await;
-    lines.echo("up").await;
+    let mut heard = Heard::open(subject, vm).await;
+    heard.answer("up").await;
     if stage == Stage::Running {
         tokio::time::sleep(draw.part(RUNNING)).await;
         return stage;
     }
-    lines.say("off").await;
+    heard.end().await;
     tokio::time::sleep(draw.part(usual.stopping)).await;
     stage
 }
