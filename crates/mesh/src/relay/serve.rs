@@ -132,11 +132,15 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Gate {
     /// Why a node is not let in.
-    fn refusal(&self, key: &PublicKey, from: IpAddr) -> Option<&'static str> {
+    fn refusal(
+        &self,
+        present: &HashMap<ConnectionId, (PublicKey, IpAddr)>,
+        key: &PublicKey,
+        from: IpAddr,
+    ) -> Option<&'static str> {
         if !self.allow.is_empty() && !self.allow.contains(&NodeId::from_bytes(*key.as_bytes())) {
             return Some("this relay does not serve you: ask its owner for --allow");
         }
-        let present = lock(&self.present);
         let of_key = present.values().filter(|(one, _)| one == key).count();
         let of_host = present.values().filter(|(_, ip)| *ip == from).count();
         if present.len() >= self.clients_max {
@@ -152,12 +156,13 @@ impl AccessControl for Gate {
         let from = from.and_then(|value| value.to_str().ok()?.parse().ok());
         let from = from.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         let key = request.endpoint_id();
-        if let Some(reason) = self.refusal(&key, from) {
+        let mut present = lock(&self.present);
+        if let Some(reason) = self.refusal(&present, &key, from) {
             self.refused.fetch_add(1, Ordering::Relaxed);
             let reason = Some(reason.to_owned());
             return Access::Deny { reason };
         }
-        lock(&self.present).insert(request.connection_id(), (key, from));
+        present.insert(request.connection_id(), (key, from));
         Access::Allow
     }
 
