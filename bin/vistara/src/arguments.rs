@@ -5,7 +5,9 @@ use crate::deploy_command::DeployOptions;
 use crate::gateway::GatewayOptions;
 use crate::hypercore_commands::{ClusterOptions, SpawnOptions};
 use crate::mesh_commands::{GrantOptions, IdOptions, NodesOptions};
+use crate::node_arguments::NodeArguments;
 use crate::receipt_commands::ReceiptOptions;
+use crate::relay_command::RelayCommand;
 use crate::run_options::RunOptions;
 use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
 use crate::template_commands::TemplateOptions;
@@ -121,6 +123,8 @@ pub(crate) enum Command {
     Version(VersionOptions),
     /// Run the node in the foreground, or manage a running one
     Node(NodeArguments),
+    /// Relay between nodes that cannot reach each other: for anybody, or for those that are allowed
+    Relay(RelayCommand),
     /// List the nodes that this one has joined
     Nodes(NodesOptions),
     /// Print this node's id: its public key, by which others know it
@@ -592,63 +596,6 @@ pub(crate) struct VersionOptions {
     /// As JSON
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// `node`.
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
-pub(crate) struct NodeArguments {
-    #[command(subcommand)]
-    pub(crate) command: Option<NodeSubcommand>,
-    /// Leave once nothing has run and nobody has asked for so long; stay where not given
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    pub(crate) idle_exit: Option<Duration>,
-    /// Memory for machines that are kept ready for images which are run again and again; 0 for none [default: a thirty-second
-    /// of the host's, at most 1g]
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) warm_memory: Option<vistara_model::Bytes>,
-    /// Leave the terminal's session first (the CLI starts nodes so)
-    #[arg(long, hide = true)]
-    pub(crate) background: bool,
-}
-
-/// `node …`.
-#[derive(Debug, Subcommand)]
-pub(crate) enum NodeSubcommand {
-    /// Ask the running node to leave; machines go on
-    Stop,
-    /// Say whether a node runs, and which
-    Status {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Join another node: from now on it is kept connected, and --on NODE reaches it
-    Join {
-        /// What to call it here
-        #[arg(long)]
-        name: Option<String>,
-        /// The token that its owner gave to this node
-        #[arg(long, value_name = "TOKEN")]
-        grant: Option<String>,
-        /// What `vistara node ticket` prints there, or its id and any address: ID@ADDRESS:PORT
-        #[arg(value_name = "TICKET")]
-        ticket: String,
-    },
-    /// Forget a node, or all of them, and listen no longer
-    Leave {
-        /// The one to forget
-        #[arg(value_name = "NODE")]
-        node: Option<String>,
-    },
-    /// Listen for other nodes, also after a restart, and print what they type to join this one
-    Ticket {
-        /// Where; port 0 takes any (default: all addresses, the same port as before)
-        #[arg(long, value_name = "ADDRESS:PORT")]
-        listen: Option<String>,
-    },
-    /// Say where this node is, what it costs and whether it takes anything, to those who may use it; print what it says
-    Terms(crate::mesh_commands::TermsOptions),
 }
 
 /// `bench`.

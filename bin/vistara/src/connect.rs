@@ -67,14 +67,20 @@ pub(crate) async fn or_start(places: &Places) -> Result<Client, Failure> {
     if let Some(client) = running(places).await? {
         return Ok(client);
     }
-    start(places).await?;
+    let idle = ["--idle-exit".to_owned(), IDLE_EXIT.to_owned()];
+    start(places, &idle).await
+}
+
+/// A node in the background, with these options. None runs, as far as is known.
+pub(crate) async fn start(places: &Places, options: &[String]) -> Result<Client, Failure> {
+    begin(places, options).await?;
     Ok(Client::new(places.socket.clone()))
 }
 
-async fn start(places: &Places) -> Result<(), Failure> {
+async fn begin(places: &Places, options: &[String]) -> Result<(), Failure> {
     places.prepare()?;
     let begin = Instant::now();
-    let mut child = spawn(places)?;
+    let mut child = spawn(places, options)?;
     let mut left_at: Option<Instant> = None;
     loop {
         if answers(places).await? {
@@ -90,7 +96,7 @@ async fn start(places: &Places) -> Result<(), Failure> {
         }
         if left_at.is_some_and(|at| at.elapsed() > LOCK_TIME_MAX) {
             // The one that held the lock may have been on its way out: its place is free now, or is held for good.
-            child = spawn(places)?;
+            child = spawn(places, options)?;
             left_at = None;
             tokio::time::sleep(Duration::from_millis(500)).await;
             if !answers(places).await? && matches!(child.try_wait(), Ok(Some(_))) {
@@ -113,7 +119,7 @@ async fn start(places: &Places) -> Result<(), Failure> {
     }
 }
 
-fn spawn(places: &Places) -> Result<Child, Failure> {
+fn spawn(places: &Places, options: &[String]) -> Result<Child, Failure> {
     let what = "cannot start a node in the background";
     let log = places.log_file();
     if std::fs::metadata(&log).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX) {
@@ -141,7 +147,8 @@ fn spawn(places: &Places) -> Result<Child, Failure> {
     // Not in a process group of its own: a group's leader could not leave our session, which `--background` does first.
     Command::new("/proc/self/exe")
         .arg0("vistara")
-        .args(["node", "--background", "--idle-exit", IDLE_EXIT])
+        .args(["node", "--background"])
+        .args(options)
         .arg("--socket")
         .arg(&places.socket)
         .arg("--state-dir")

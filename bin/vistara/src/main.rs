@@ -27,7 +27,9 @@ mod listing;
 mod logs_command;
 mod machine_commands;
 mod mesh_commands;
+mod node_arguments;
 mod node_command;
+mod node_page;
 mod output;
 mod place;
 mod places;
@@ -35,6 +37,7 @@ mod progress;
 mod published;
 mod receipt_commands;
 mod receipts;
+mod relay_command;
 mod replicas;
 mod run_command;
 mod run_options;
@@ -126,9 +129,12 @@ fn execute(line: CommandLine) -> Result<u8, Failure> {
     }
     let places = Places::resolve(&Facts::gather(line.place.socket, line.place.state_dir))?;
     if let Command::Node(arguments) = &line.command
-        && arguments.command.is_none()
+        && let Some(service) = node_command::to_become(arguments)
     {
-        return node_command::become_node(arguments, places);
+        return node_command::become_node(service, arguments, places);
+    }
+    if let Command::Relay(options) = line.command {
+        return relay_command::relay(options, &places);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -223,6 +229,7 @@ fn is_local(command: &Command) -> bool {
         command,
         Command::Version(_)
             | Command::Node(_)
+            | Command::Relay(_)
             | Command::Nodes(_)
             | Command::Id(_)
             | Command::Grant(_)
@@ -272,6 +279,7 @@ async fn with_node(
         | Command::Completion(_)
         | Command::Version(_)
         | Command::Node(_)
+        | Command::Relay(_)
         | Command::Deploy(_)
         | Command::Gateway(_)
         | Command::Spawn(_)

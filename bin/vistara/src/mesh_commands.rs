@@ -210,7 +210,12 @@ fn row(node: &PeerNode) -> Vec<String> {
         node.name.clone().unwrap_or_default(),
         state(node),
         node.known.clone(),
-        node.addresses.first().cloned().unwrap_or_default(),
+        match (node.way.as_deref(), node.addresses.first()) {
+            (Some("relayed"), _) => "through a relay".to_owned(),
+            (_, Some(address)) => address.clone(),
+            (_, None) if !node.relays.is_empty() => "through a relay".to_owned(),
+            (_, None) => String::new(),
+        },
         grant.map_or_else(|| "nothing".to_owned(), |grant| grant.rights.join(",")),
         grant.map(|grant| grant.until.clone()).unwrap_or_default(),
         facts.map_or_else(String::new, |facts| {
@@ -400,6 +405,16 @@ pub(crate) struct TermsOptions {
     /// Take part in the network again
     #[arg(long)]
     no_private: bool,
+    /// Be reached through this relay, as `vistara relay` prints it; several are tried; in place of what was said before, and none
+    /// with an empty word
+    #[arg(long, value_name = "RELAY", value_delimiter = ',')]
+    relay: Vec<String>,
+    /// Tell the local network where this node is, and hear who else is there
+    #[arg(long, conflicts_with = "no_local_discovery")]
+    local_discovery: bool,
+    /// Say nothing there any more
+    #[arg(long)]
+    no_local_discovery: bool,
 }
 
 /// `vistara node terms`: what this node says of itself to those who may use it.
@@ -420,6 +435,12 @@ pub(crate) async fn terms(client: &Client, options: &TermsOptions) -> Result<u8,
         terms.memory_max_bytes = Some(size.0);
     }
     terms.draining = (terms.draining || options.drain) && !options.no_drain;
+    if !options.relay.is_empty() {
+        terms.relays.clone_from(&options.relay);
+        terms.relays.retain(|relay| !relay.is_empty());
+    }
+    terms.local_discovery =
+        (terms.local_discovery || options.local_discovery) && !options.no_local_discovery;
     terms.private = (terms.private || options.private) && !options.no_private;
     if terms != before {
         terms = client
@@ -428,6 +449,41 @@ pub(crate) async fn terms(client: &Client, options: &TermsOptions) -> Result<u8,
             .map_err(Failure::at("cannot set the node's terms"))?;
     }
     print_json(&terms)?;
+    Ok(0)
+}
+
+/// `vistara node init`.
+pub(crate) async fn init(client: &Client) -> Result<u8, Failure> {
+    let status = client
+        .mesh()
+        .await
+        .map_err(Failure::at("cannot make this node's key"))?;
+    print(&format!("{}\n", status.id))?;
+    if status.on {
+        eprint_line("hint: it listens; `vistara node ticket` prints what others type to join it");
+    } else {
+        eprint_line(
+            "hint: `vistara node ticket` has it listen for others, `vistara node join TICKET` joins one",
+        );
+    }
+    Ok(0)
+}
+
+/// `vistara node drain` and `vistara node undrain`.
+pub(crate) async fn drain(client: &Client, draining: bool) -> Result<u8, Failure> {
+    let mut terms = client.terms().await?;
+    if terms.draining != draining {
+        terms.draining = draining;
+        client
+            .set_terms(&terms)
+            .await
+            .map_err(Failure::at("cannot set the node's terms"))?;
+    }
+    let running = client.version().await?.machines_active;
+    eprint_line(&match draining {
+        true => format!("takes nothing new that others place here; machines that go on: {running}"),
+        false => "takes what is placed here".to_owned(),
+    });
     Ok(0)
 }
 
@@ -455,6 +511,16 @@ pub(crate) async fn ticket(client: &Client, listen: Option<String>) -> Result<u8
     match &status.ticket {
         Some(ticket) => {
             print(&format!("{ticket}\n"))?;
+            if status.relay.is_none() && !status.relays.is_empty() {
+                let why = status.relay_trouble.as_deref();
+                let why = why.map_or_else(
+                    || "it does not answer".to_owned(),
+                    |why| visible(why, false),
+                );
+                eprint_line(&format!(
+                    "vistara: this node is not connected to its relay, so that nobody reaches it by that: {why}"
+                ));
+            }
             Ok(0)
         }
         None => Err(

@@ -1,10 +1,10 @@
-//! `vistara node`: the daemon itself, and asking a running one to leave.
+//! `vistara node`: the daemon itself, starting it and asking a running one to leave.
 
-use crate::arguments::{NodeArguments, NodeSubcommand};
 use crate::connect;
-use crate::failure::Failure;
+use crate::failure::{Failure, eprint_line};
 use crate::mesh_commands;
-use crate::output::{print, print_json};
+use crate::node_arguments::{NodeArguments, NodeSubcommand, ServiceOptions};
+use crate::node_page;
 use crate::places::Places;
 use std::time::Duration;
 use vistara_model::Bytes;
@@ -72,7 +72,11 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
     };
     match runtime.block_on(vistara_node::run(options)) {
         Ok(()) => Ok(()),
-        Err(vistara_node::NodeError::AlreadyServed(_)) => Ok(()),
+        Err(vistara_node::NodeError::AlreadyServed(_)) => {
+            // Of two that were started at once, one; or somebody's mistake, who reads this.
+            eprint_line("a node runs already; `vistara node status` shows it");
+            Ok(())
+        }
         Err(error) => Err(Failure::new(format!(
             "the node cannot start: {:#}",
             anyhow::Error::from(error)
@@ -80,29 +84,103 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
     }
 }
 
-/// `vistara node` without a subcommand: becomes the daemon.
-pub(crate) fn become_node(arguments: &NodeArguments, places: Places) -> Result<u8, Failure> {
+/// With what options this process is to become the daemon; nothing where it is to speak with one.
+pub(crate) fn to_become(arguments: &NodeArguments) -> Option<&ServiceOptions> {
+    match &arguments.command {
+        None => Some(&arguments.service),
+        Some(NodeSubcommand::Start {
+            detach: false,
+            service,
+        }) => Some(service),
+        Some(_) => None,
+    }
+}
+
+/// `vistara node` and `vistara node start`: becomes the daemon.
+pub(crate) fn become_node(
+    service: &ServiceOptions,
+    arguments: &NodeArguments,
+    places: Places,
+) -> Result<u8, Failure> {
     if arguments.background {
         // Out of the terminal's session: neither its signals nor its end concern a node. It fails only for the leader of
         // a process group, which is out already.
         let _ = rustix::process::setsid();
     }
     places.prepare()?;
-    let warm_memory = match arguments.warm_memory {
+    let warm_memory = match service.warm_memory {
         Some(bytes) => Some(bytes),
         None => crate::environment::bytes(crate::environment::WARM_MEMORY)?,
     };
     run_node(NodeOptions {
         places,
-        idle_exit: arguments.idle_exit,
+        idle_exit: service.idle_exit,
         warm_memory,
     })?;
     Ok(0)
 }
 
-/// `vistara node stop` and `vistara node status`.
+/// `vistara node start -d`.
+async fn start(service: &ServiceOptions, places: &Places) -> Result<u8, Failure> {
+    if let Some(client) = connect::running(places).await? {
+        let version = client.version().await?;
+        eprint_line(&format!("a node runs already (pid {})", version.pid));
+        eprint_line(
+            "hint: one that a command started leaves when it is idle, unless it listens for others; `vistara node stop` first has this one begin anew",
+        );
+        return Ok(0);
+    }
+    let mut options = Vec::new();
+    if let Some(time) = service.idle_exit {
+        options.push(format!("--idle-exit={}ms", time.as_millis()));
+    }
+    if let Some(bytes) = service.warm_memory {
+        options.push(format!("--warm-memory={}", bytes.0));
+    }
+    let client = connect::start(places, &options).await?;
+    let version = client.version().await?;
+    eprint_line(&format!(
+        "the node runs (pid {}); its log is {}",
+        version.pid,
+        places.log_file().display()
+    ));
+    Ok(0)
+}
+
+async fn stop(places: &Places) -> Result<u8, Failure> {
+    let Some(client) = connect::running(places).await? else {
+        eprint_line("no node runs");
+        return Ok(0);
+    };
+    client
+        .shutdown()
+        .await
+        .map_err(Failure::at("cannot stop the node"))?;
+    // It has left when nobody answers any more; a command typed next must not meet it on its way out.
+    for _ in 0..STOP_TRIES_MAX {
+        if connect::running(places).await?.is_none() {
+            return Ok(0);
+        }
+        tokio::time::sleep(STOP_RETRY_EVERY).await;
+    }
+    Err(Failure::new(
+        "the node was asked to leave and still answers after 10 s",
+    ))
+}
+
+/// `vistara node …` that is not the daemon itself.
 pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<u8, Failure> {
     match command {
+        NodeSubcommand::Start { service, .. } => start(service, places).await,
+        NodeSubcommand::Stop => stop(places).await,
+        NodeSubcommand::Status { json } => {
+            let client = connect::running(places).await?;
+            node_page::status(client, *json, places).await
+        }
+        NodeSubcommand::Init => {
+            let client = connect::or_start(places).await?;
+            mesh_commands::init(&client).await
+        }
         NodeSubcommand::Join {
             name,
             grant,
@@ -110,75 +188,27 @@ pub(crate) async fn manage(command: &NodeSubcommand, places: &Places) -> Result<
         } => {
             let client = connect::or_start(places).await?;
             let (ticket, name, grant) = (ticket.clone(), name.clone(), grant.clone());
-            return mesh_commands::join(&client, ticket, name, grant).await;
+            mesh_commands::join(&client, ticket, name, grant).await
         }
         NodeSubcommand::Leave { node } => {
             let client = connect::or_start(places).await?;
-            return mesh_commands::leave(&client, node.as_deref()).await;
+            mesh_commands::leave(&client, node.as_deref()).await
+        }
+        NodeSubcommand::Drain => {
+            let client = connect::or_start(places).await?;
+            mesh_commands::drain(&client, true).await
+        }
+        NodeSubcommand::Undrain => {
+            let client = connect::or_start(places).await?;
+            mesh_commands::drain(&client, false).await
         }
         NodeSubcommand::Ticket { listen } => {
             let client = connect::or_start(places).await?;
-            return mesh_commands::ticket(&client, listen.clone()).await;
+            mesh_commands::ticket(&client, listen.clone()).await
         }
         NodeSubcommand::Terms(options) => {
             let client = connect::or_start(places).await?;
-            return mesh_commands::terms(&client, options).await;
-        }
-        NodeSubcommand::Stop | NodeSubcommand::Status { .. } => {}
-    }
-    let client = connect::running(places).await?;
-    match (command, client) {
-        (
-            NodeSubcommand::Join { .. }
-            | NodeSubcommand::Leave { .. }
-            | NodeSubcommand::Ticket { .. }
-            | NodeSubcommand::Terms(_),
-            _,
-        ) => Ok(0),
-        (NodeSubcommand::Stop, None) => {
-            crate::failure::eprint_line("no node runs");
-            Ok(0)
-        }
-        (NodeSubcommand::Stop, Some(client)) => {
-            client
-                .shutdown()
-                .await
-                .map_err(Failure::at("cannot stop the node"))?;
-            // It has left when nobody answers any more; a command typed next must not meet it on its way out.
-            for _ in 0..STOP_TRIES_MAX {
-                if connect::running(places).await?.is_none() {
-                    return Ok(0);
-                }
-                tokio::time::sleep(STOP_RETRY_EVERY).await;
-            }
-            Err(Failure::new(
-                "the node was asked to leave and still answers after 10 s",
-            ))
-        }
-        (NodeSubcommand::Status { json: false }, None) => {
-            print("no node runs; the next command that needs one starts it\n")?;
-            Ok(1)
-        }
-        (NodeSubcommand::Status { json: true }, None) => {
-            print_json(&serde_json::Value::Null)?;
-            Ok(1)
-        }
-        (NodeSubcommand::Status { json }, Some(client)) => {
-            let version = client.version().await?;
-            if *json {
-                print_json(&version)?;
-            } else {
-                print(&format!(
-                    "version   {}\npid       {}\nstarted   {}\nsocket    {}\nstate     {}\nmachines  {}\n",
-                    version.version,
-                    version.pid,
-                    version.started_at,
-                    places.socket.display(),
-                    version.state_dir,
-                    version.machines_active
-                ))?;
-            }
-            Ok(0)
+            mesh_commands::terms(&client, options).await
         }
     }
 }

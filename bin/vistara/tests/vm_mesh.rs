@@ -506,6 +506,7 @@ fn who_replays_floods_or_sends_garbage_is_refused_and_others_are_served() {
             identity,
             listen: ([127, 0, 0, 1], 0).into(),
             knows: std::sync::Arc::new(|_| false),
+            relays: Vec::new(),
         })
         .await
         .unwrap();

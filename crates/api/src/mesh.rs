@@ -20,6 +20,42 @@ pub struct MeshStatus {
     pub addresses: Vec<String>,
     /// What others type to join it; absent while it does not listen.
     pub ticket: Option<String>,
+    /// Relays through which it may be reached: those that its owner named, else the one of a ticket to which it is connected.
+    #[serde(default)]
+    pub relays: Vec<String>,
+    /// The relay to which it is connected now.
+    #[serde(default)]
+    pub relay: Option<String>,
+    /// Why it is connected to none, where it has tried.
+    #[serde(default)]
+    pub relay_trouble: Option<String>,
+    /// Whether it tells the local network where it is.
+    #[serde(default)]
+    pub local_discovery: bool,
+}
+
+/// `GET /v1/status`: the node on one page. Nothing is made by asking, a key least of all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NodeStatus {
+    /// What runs.
+    #[serde(flatten)]
+    pub version: crate::types::Version,
+    /// Machines that have ended and are kept.
+    pub machines_ended: u64,
+    /// This node among others; nothing where it has no key yet.
+    pub mesh: Option<MeshStatus>,
+    /// Nodes that were joined.
+    pub joined: u64,
+    /// Of those, how many are connected.
+    pub connected: u64,
+    /// Of those, to how many packets go through a relay.
+    pub relayed: u64,
+    /// The network's members by what is believed of them: `alive`, `suspect`, `dead`, `left`. Nothing where the node takes no part.
+    pub members: std::collections::BTreeMap<String, u64>,
+    /// Grants that it has given and that count.
+    pub grants_live: u64,
+    /// What its owner has it say.
+    pub terms: crate::types::NodeTerms,
 }
 
 /// `POST /v1/mesh`: listen for others.
@@ -34,7 +70,8 @@ pub struct ListenRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct JoinRequest {
-    /// `ID@ADDRESS:PORT[,ADDRESS:PORT…]`.
+    /// `ID@ADDRESS:PORT[,ADDRESS:PORT…][,relay:KEY@ADDRESS:PORT…]`; or the id alone of a node that was heard of, or is in the local
+    /// network.
     pub ticket: String,
     /// What to call it here.
     pub name: Option<String>,
@@ -58,7 +95,13 @@ pub struct PeerNode {
     /// part, or this node does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub life: Option<String>,
-    /// How it is known: `joined`, or `heard`.
+    /// By which way packets go to it, while there is a connection: `direct`, or `relayed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub way: Option<String>,
+    /// Through which relays it is reached.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub relays: Vec<String>,
+    /// How it is known: `joined`, or `heard`; `near` where it is neither, and speaks in the local network.
     #[serde(default)]
     pub known: String,
     /// Which of its starts this is, while it is connected.

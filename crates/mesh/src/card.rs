@@ -2,29 +2,48 @@
 //! leave. Signed as [facts](crate::facts) are, in words of its own.
 //!
 //! A card is short enough to ride along in a datagram: where there is more to tell, images are left out, and labels last.
+//!
+//! There are two forms. The first has no relay. The second is the first with a relay behind it, signed in words of its own;
+//! who knows the first alone throws it away, as anything that it does not know.
 
 use crate::facts::{self, StatementError};
 use crate::identity::Identity;
+use crate::relay::Relay;
+use crate::whereabouts::Whereabouts;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
-use vistara_model::NodeFacts;
+use vistara_model::{NodeFacts, NodeId};
 
 const CONTEXT: &[u8] = b"vistara 2026-11 card of a member\0";
+const CONTEXT_RELAYED: &[u8] = b"vistara 2026-12 card of a member behind a relay\0";
 /// Longest card. What passes cards on takes no longer ones.
 pub const CARD_BYTES_MAX: usize = 640;
 /// Most addresses on a card: each may cost every member a dial.
 pub const CARD_ADDRESSES_MAX: usize = 4;
 
 /// What a member says of itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Card {
     /// Who, which version, and what there is.
     pub facts: NodeFacts,
     /// Where it may be dialled: at most [`CARD_ADDRESSES_MAX`].
     pub addresses: Vec<SocketAddr>,
+    /// The relay to which it is connected, if it uses any.
+    pub relay: Option<Relay>,
     /// It takes leave, and is not to be dialled any more.
     pub leaves: bool,
 }
+
+/// What both forms begin with.
+#[derive(Serialize, Deserialize)]
+struct Front {
+    facts: NodeFacts,
+    addresses: Vec<SocketAddr>,
+    leaves: bool,
+}
+
+/// What the second form ends with: the relay's key and address.
+type Back = ([u8; 32], SocketAddr);
 
 /// Whether somebody else's address may be dialled: one of a single host, where that is told apart by the address alone.
 /// Loopback is this very host, and counts only among nodes that listen nowhere else. An IPv4 address in IPv6 clothes is what it
@@ -53,15 +72,26 @@ impl Card {
             return Err(StatementError::Signature);
         }
         self.facts.check()?;
-        let mut card = self.clone();
-        card.addresses.truncate(CARD_ADDRESSES_MAX);
+        let mut front = Front {
+            facts: self.facts.clone(),
+            addresses: self.addresses.clone(),
+            leaves: self.leaves,
+        };
+        front.addresses.truncate(CARD_ADDRESSES_MAX);
+        let back: Option<Back> = (self.relay).map(|relay| (*relay.key.as_bytes(), relay.address));
+        let context = back.map_or(CONTEXT, |_| CONTEXT_RELAYED);
+        let back = back.map(|back| postcard::to_stdvec(&back)).transpose();
+        let back = back
+            .map_err(|_| StatementError::Malformed)?
+            .unwrap_or_default();
         loop {
-            let body = postcard::to_stdvec(&card).map_err(|_| StatementError::Malformed)?;
-            let bytes = facts::seal(identity, CONTEXT, &body);
+            let mut body = postcard::to_stdvec(&front).map_err(|_| StatementError::Malformed)?;
+            body.extend_from_slice(&back);
+            let bytes = facts::seal(identity, context, &body);
             if bytes.len() <= CARD_BYTES_MAX {
                 return Ok(bytes);
             }
-            let facts = &mut card.facts;
+            let facts = &mut front.facts;
             let less = facts.templates.pop_last().is_some()
                 || facts.images.pop_last().is_some()
                 || facts.labels.pop_last().is_some();
@@ -80,16 +110,41 @@ impl Card {
             return Err(StatementError::Length(bytes.len()));
         }
         let (signature, body) = facts::split(bytes)?;
-        let card: Card = match postcard::take_from_bytes(body) {
-            Ok((card, [])) => card,
-            Ok(_) | Err(_) => return Err(StatementError::Malformed),
+        let malformed = |_| StatementError::Malformed;
+        let (front, rest): (Front, &[u8]) = postcard::take_from_bytes(body).map_err(malformed)?;
+        let (context, relay) = if rest.is_empty() {
+            (CONTEXT, None)
+        } else {
+            let ((key, address), rest): (Back, &[u8]) =
+                postcard::take_from_bytes(rest).map_err(malformed)?;
+            if !rest.is_empty() {
+                return Err(StatementError::Malformed);
+            }
+            let key = NodeId::from_bytes(key);
+            (CONTEXT_RELAYED, Some(Relay { key, address }))
         };
-        if card.addresses.len() > CARD_ADDRESSES_MAX {
+        if front.addresses.len() > CARD_ADDRESSES_MAX {
             return Err(StatementError::Malformed);
         }
-        facts::verify(&card.facts.node, CONTEXT, (signature, body))?;
-        card.facts.check()?;
-        Ok(card)
+        facts::verify(&front.facts.node, context, (signature, body))?;
+        front.facts.check()?;
+        Ok(Card {
+            facts: front.facts,
+            addresses: front.addresses,
+            relay,
+            leaves: front.leaves,
+        })
+    }
+
+    /// Where it may be reached: nowhere where it takes leave.
+    pub fn whereabouts(&self) -> Whereabouts {
+        if self.leaves {
+            return Whereabouts::default();
+        }
+        Whereabouts {
+            addresses: self.addresses.clone(),
+            relays: self.relay.into_iter().collect(),
+        }
     }
 }
 
@@ -106,6 +161,7 @@ mod tests {
         let most = Card {
             facts: facts::tests::facts(identity.id()),
             addresses: vec![address; 9],
+            relay: None,
             leaves: true,
         };
         let bytes = most.sign(&identity).unwrap();
@@ -129,12 +185,48 @@ mod tests {
     }
 
     #[test]
+    fn a_card_with_a_relay_is_as_short_and_as_well_signed() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::open(dir.path()).unwrap();
+        let relay = Relay {
+            key: NodeId::from_bytes([9; 32]),
+            address: "[2001:db8::7]:65535".parse().unwrap(),
+        };
+        let most = Card {
+            facts: facts::tests::facts(identity.id()),
+            addresses: vec!["[2001:db8::1]:65535".parse().unwrap(); CARD_ADDRESSES_MAX],
+            relay: Some(relay),
+            leaves: false,
+        };
+        let bytes = most.sign(&identity).unwrap();
+        assert!(bytes.len() <= CARD_BYTES_MAX);
+        let read = Card::read(&bytes).unwrap();
+        assert_eq!((read.relay, read.addresses.len()), (Some(relay), 4));
+        assert_eq!(read.whereabouts().relays, [relay]);
+        let left = Card {
+            leaves: true,
+            ..read
+        };
+        assert!(left.whereabouts().is_empty());
+        for place in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[place] ^= 1;
+            assert!(Card::read(&changed).is_err(), "{place}");
+            // Without its relay it is no card, either.
+            assert!(Card::read(&bytes[..place]).is_err(), "{place}");
+        }
+        let more = [&bytes[..], &[0]].concat();
+        assert!(Card::read(&more).is_err());
+    }
+
+    #[test]
     fn a_card_is_nobody_elses_and_no_statement_of_facts() {
         let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let [one, other] = [0, 1].map(|index: usize| Identity::open(dirs[index].path()).unwrap());
         let card = Card {
             facts: facts::tests::facts(one.id()),
             addresses: Vec::new(),
+            relay: None,
             leaves: false,
         };
         assert_eq!(card.sign(&other), Err(StatementError::Signature));

@@ -4,8 +4,9 @@
 //! other end; **whether** a caller may do what it asks is decided elsewhere (`vistara-control`), and what is asked is HTTP
 //! that this crate never looks into.
 //!
-//! - No packet goes to anybody but the addresses that the user named or that a member of the joined network states: no
-//!   relays, no name services, no port mapping, no 0-RTT (whose first bytes could be replayed).
+//! - No packet goes to anybody but the addresses and relays that the user named or that a member of the joined network
+//!   states, and, where the owner wants that, to the local network: no relays of anybody else's, no name services, no port
+//!   mapping, no 0-RTT (whose first bytes could be replayed).
 //! - What a peer sends is bounded, in size, number and time, before it is looked at ([`frame`]), and makes nothing panic.
 
 pub mod card;
@@ -17,14 +18,18 @@ mod link;
 mod nonces;
 mod peers;
 pub mod receipt;
+mod relay;
 mod ticket;
 mod token;
+mod whereabouts;
 
 pub use identity::{Identity, IdentityError};
 pub use link::{
-    Accepted, Heard, Link, LinkError, LinkOptions, MeshStream, PAGE_BYTES_MAX, PeerState,
+    Accepted, Heard, Link, LinkError, LinkOptions, MeshStream, PAGE_BYTES_MAX, PeerState, Way,
 };
 pub use nonces::{NonceError, Nonces, timely};
 pub use peers::{Peer, Peers, PeersError};
+pub use relay::{NoRelay, RELAYS_MAX, Relay, RelayCounts, RelayError, RelayOptions, RelayServer};
 pub use ticket::{Ticket, TicketError};
 pub use token::{Ambient, Authority, Narrowing, Token, TokenError, Verified};
+pub use whereabouts::Whereabouts;

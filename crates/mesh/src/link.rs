@@ -4,25 +4,33 @@
 //! a peer's task:   Connecting ──hello──▶ Connected ──lost──▶ Away ──after a while, or when wanted──▶ Connecting
 //! ```
 //! A request waits for its peer to be connected, within a bound. Each side sends its requests over the connection that it
-//! has made itself. Who was named is dialled at the addresses that were named, and where it states to be; for [packets] also
-//! who was only heard of, where its card says. No name is resolved, and no third party asked.
+//! has made itself. Who was named is dialled at the addresses that were named, through the relays that were, where it states
+//! to be, and where it was heard in the [local network](near); for [packets] also who was only heard of, where its card says.
+//! No name is resolved, and no third party asked.
 
 mod accept;
+mod near;
 mod packets;
+mod relays;
 
 pub use self::packets::{Heard, PAGE_BYTES_MAX};
+pub use self::relays::Way;
 
 use self::accept::{Place, Taken};
+use self::near::Near;
 use self::packets::Packets;
+use self::relays::{Relays, endpoint_addr};
 use crate::frame::{self, ALPN, FrameError, Hello, Open};
 use crate::identity::Identity;
+use crate::relay::{Relay, trust};
 use crate::ticket::ADDRESSES_MAX;
 use crate::token::Token;
+use crate::whereabouts::Whereabouts;
 use iroh::endpoint::{
     BindOpts, ConnectOptions, Connection, PortmapperConfig, QuicTransportConfig, RecvStream,
     SendStream, VarInt, presets,
 };
-use iroh::{Endpoint, EndpointAddr, PublicKey, RelayMode, TransportAddr};
+use iroh::{Endpoint, EndpointAddr, NetReportConfig, PublicKey, RelayMap, RelayMode};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -126,6 +134,8 @@ pub struct LinkOptions {
     pub listen: SocketAddr,
     /// Whether a node has business here (a grant, say): others get few connections.
     pub knows: Arc<dyn Fn(&NodeId) -> bool + Send + Sync>,
+    /// Relays that the owner named; those of tickets are used where there are none.
+    pub relays: Vec<Relay>,
 }
 
 /// How it stands with a peer.
@@ -204,7 +214,7 @@ struct Published {
 }
 
 struct Slot {
-    addresses: Vec<SocketAddr>,
+    named: Whereabouts,
     wanted: Arc<Notify>,
     published: watch::Receiver<Published>,
     stop: CancellationToken,
@@ -218,6 +228,8 @@ struct Inner {
     accepted: Mutex<HashMap<NodeId, Taken>>,
     handshakes: Arc<Semaphore>,
     packets: Packets,
+    relays: Relays,
+    near: Near,
     stranger_idle: Duration,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -252,6 +264,14 @@ fn transport(window: u32, streams: u32) -> QuicTransportConfig {
         .build()
 }
 
+/// What the library may ask of relays beside having packets forwarded.
+fn asked_of_relays() -> NetReportConfig {
+    let mut asked = NetReportConfig::minimal();
+    // How far each is, where only TCP gets through.
+    asked.https_probes = true;
+    asked
+}
+
 impl Link {
     /// Opens the endpoint. What others open comes out of the channel.
     ///
@@ -273,8 +293,12 @@ impl Link {
         let mut builder = Endpoint::builder(presets::Minimal)
             .secret_key(options.identity.secret().clone())
             .alpns(vec![ALPN.to_vec()])
-            // Nobody but whom the user named: no relays, no name services, no gateways.
-            .relay_mode(RelayMode::Disabled)
+            // Nobody but whom the user named: no relays but those that come in by `use_relays` and `keep`, no name services, no
+            // gateways, and nothing from a relay but packets, its distance, and the address that it sees.
+            .relay_mode(RelayMode::Custom(RelayMap::empty()))
+            .ca_tls_config(trust::by_name())
+            .dns_resolver(trust::names())
+            .net_report_config(asked_of_relays())
             .clear_address_lookup()
             .portmapper_config(PortmapperConfig::Disabled)
             // As a stranger's until it is known who dials.
@@ -301,6 +325,8 @@ impl Link {
             accepted: Mutex::default(),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             packets: Packets::default(),
+            relays: Relays::new(options.relays),
+            near: Near::default(),
             stranger_idle,
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -309,6 +335,7 @@ impl Link {
         inner
             .tasks
             .spawn(accept::accept_all(Arc::clone(&inner), sender));
+        relays::settle(Arc::clone(&inner)).await;
         Ok((Link(inner), receiver))
     }
 
@@ -352,16 +379,14 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError::Key`], or [`LinkError::Closed`].
-    pub fn keep(&self, node: NodeId, addresses: Vec<SocketAddr>) -> Result<(), LinkError> {
+    pub fn keep(&self, node: NodeId, named: impl Into<Whereabouts>) -> Result<(), LinkError> {
+        let named = named.into();
         let key = PublicKey::from_bytes(node.as_bytes()).map_err(|_| LinkError::Key(node))?;
         if self.0.stop.is_cancelled() {
             return Err(LinkError::Closed);
         }
         let mut slots = lock(&self.0.slots);
-        if slots
-            .get(&node)
-            .is_some_and(|slot| slot.addresses == addresses)
-        {
+        if slots.get(&node).is_some_and(|slot| slot.named == named) {
             return Ok(());
         }
         let (publish, published) = watch::channel(Published {
@@ -375,7 +400,7 @@ impl Link {
         let task = keep_connected(
             Arc::clone(&self.0),
             key,
-            addresses.clone(),
+            named.clone(),
             publish,
             Arc::clone(&wanted),
         );
@@ -383,7 +408,7 @@ impl Link {
             .tasks
             .spawn(stop.clone().run_until_cancelled_owned(task));
         let slot = Slot {
-            addresses,
+            named,
             wanted,
             published,
             stop,
@@ -391,6 +416,8 @@ impl Link {
         if let Some(old) = slots.insert(node, slot) {
             old.stop.cancel();
         }
+        drop(slots);
+        self.settle_relays();
         Ok(())
     }
 
@@ -398,6 +425,7 @@ impl Link {
     pub fn forget(&self, node: &NodeId) {
         if let Some(slot) = lock(&self.0.slots).remove(node) {
             slot.stop.cancel();
+            self.settle_relays();
         }
     }
 
@@ -549,7 +577,7 @@ fn pause(failures: u32, random: u8) -> Duration {
 async fn keep_connected(
     inner: Arc<Inner>,
     key: PublicKey,
-    named: Vec<SocketAddr>,
+    named: Whereabouts,
     publish: watch::Sender<Published>,
     wanted: Arc<Notify>,
 ) {
@@ -559,9 +587,12 @@ async fn keep_connected(
     loop {
         publish.send_modify(|now| now.state = PeerState::Connecting);
         // It may say by now that it is elsewhere.
+        let mut everywhere = named.clone();
         let stated = packets::stated(&inner, &node);
-        let addresses = named.iter().chain(&stated).copied();
-        let address = EndpointAddr::from_parts(key, addresses.map(TransportAddr::Ip));
+        everywhere.addresses.extend(stated.addresses);
+        everywhere.relays.extend(stated.relays);
+        everywhere.addresses.extend(inner.near.addresses(&node));
+        let address = endpoint_addr(key, &everywhere);
         let dial = dial(&inner.endpoint, &address, generation, CONNECTION_WINDOW);
         let dialled = tokio::time::timeout(STEP_BOUND, dial).await;
         let reason = match dialled {
@@ -671,3 +702,7 @@ impl AsyncWrite for MeshStream {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod relay_tests;

@@ -1,6 +1,8 @@
 //! The nodes that the user joined: remembered in one file that is replaced as a whole.
 
 use crate::files;
+use crate::relay::Relay;
+use crate::whereabouts::Whereabouts;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -52,8 +54,21 @@ pub struct Peer {
     pub name: Option<String>,
     /// Where it may be reached.
     pub addresses: Vec<SocketAddr>,
+    /// Through which relays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub relays: Vec<Relay>,
     /// The token by which it lets us in, as text.
     pub grant: Option<String>,
+}
+
+impl Peer {
+    /// Where it may be reached.
+    pub fn whereabouts(&self) -> Whereabouts {
+        Whereabouts {
+            addresses: self.addresses.clone(),
+            relays: self.relays.clone(),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -177,6 +192,7 @@ mod tests {
             id: NodeId::from_bytes([byte; 32]),
             name: name.map(str::to_owned),
             addresses: vec!["127.0.0.1:1".parse().unwrap()],
+            relays: Vec::new(),
             grant: None,
         }
     }
@@ -187,11 +203,28 @@ mod tests {
         let mut peers = Peers::open(dir.path()).unwrap();
         peers.put(peer(1, Some("a"))).unwrap();
         peers.put(peer(2, None)).unwrap();
-        peers.put(peer(1, Some("b"))).unwrap();
+        let mut behind = peer(1, Some("b"));
+        let relay = format!("{}@192.0.2.1:7443", "09".repeat(32));
+        behind.relays.push(relay.parse().unwrap());
+        peers.put(behind.clone()).unwrap();
         assert!(peers.remove(&NodeId::from_bytes([2; 32])).unwrap());
         assert!(!peers.remove(&NodeId::from_bytes([2; 32])).unwrap());
         let again = Peers::open(dir.path()).unwrap();
-        assert_eq!(again.all(), &[peer(1, Some("b"))]);
+        assert_eq!(again.all(), &[behind]);
+    }
+
+    #[test]
+    fn what_was_remembered_before_there_were_relays_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            r#"{{"format":1,"peers":[{{"id":"{}","name":"a","addresses":["127.0.0.1:1"],"grant":null}}]}}"#,
+            "01".repeat(32)
+        );
+        std::fs::write(dir.path().join("peers.json"), text).unwrap();
+        assert_eq!(
+            Peers::open(dir.path()).unwrap().all(),
+            &[peer(1, Some("a"))]
+        );
     }
 
     #[test]

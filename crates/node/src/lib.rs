@@ -16,6 +16,7 @@ mod mesh;
 mod node;
 mod options;
 mod receipts;
+mod relay;
 mod request;
 mod service;
 mod snapshots;
@@ -28,6 +29,7 @@ mod volumes;
 pub use baseline::raw_agent_ready;
 pub use fault::NodeError;
 pub use options::{NodeOptions, TemplateLimits, Vmms};
+pub use relay::{RelayFault, RelayPlan, run_relay};
 pub use service::{openapi, run};
 /// For whoever copies a machine's disk, which is mostly holes.
 pub use vistara_host::files::clone_sparse;

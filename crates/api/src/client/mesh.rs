@@ -41,6 +41,14 @@ impl Client {
             .map_err(|error| ClientError::broken("connecting to the other node", error))
     }
 
+    /// The node on one page.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn status(&self) -> Result<NodeStatus, ClientError> {
+        self.get("/v1/status").await
+    }
+
     /// This node among others. Makes its key where it has none.
     ///
     /// # Errors

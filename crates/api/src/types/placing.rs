@@ -58,6 +58,11 @@ pub struct NodeTerms {
     pub memory_max_bytes: Option<u64>,
     /// It speaks with the nodes that were joined and says nothing of itself to the rest of their network, nor hears of it.
     pub private: bool,
+    /// Relays through which others reach it, as `vistara relay` prints them (`KEY@ADDRESS:PORT`): at most 4. Those of joined
+    /// nodes' tickets are used where there are none.
+    pub relays: Vec<String>,
+    /// It tells the local network where it is, and hears who else is there.
+    pub local_discovery: bool,
 }
 
 /// `POST /v1/offers`: would the node take this?

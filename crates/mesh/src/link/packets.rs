@@ -4,11 +4,15 @@
 //! node is dialled that has stated where it may be ([`Link::know`]); what is dialled so is closed when it was not used for a
 //! while, or others need its place. Nothing of what comes is judged here, only bounded.
 
-use super::{CODE_LEAVING, Inner, Link, Live, STEP_BOUND, STRANGER_WINDOW, dial, lock, pause};
+use super::{
+    CODE_LEAVING, Inner, Link, Live, STEP_BOUND, STRANGER_WINDOW, dial, endpoint_addr, lock, pause,
+};
 use crate::card::{CARD_ADDRESSES_MAX, is_dialled};
+use crate::relay::Relay;
+use crate::whereabouts::Whereabouts;
 use bytes::Bytes;
 use iroh::endpoint::Connection;
-use iroh::{EndpointAddr, PublicKey, TransportAddr};
+use iroh::{EndpointAddr, PublicKey};
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -56,7 +60,7 @@ struct Hearing {
 }
 
 /// A connection over which packets go.
-struct Line {
+pub(super) struct Line {
     connection: Connection,
     used: Mutex<Instant>,
     /// Dialled for packets alone.
@@ -64,6 +68,10 @@ struct Line {
 }
 
 impl Line {
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     fn touch(&self) {
         *lock(&self.used) = Instant::now();
     }
@@ -129,14 +137,15 @@ impl Hosts {
     }
 }
 
-/// Those of some addresses that may be dialled now. `met` is whether there was a connection with the node before: then others'
-/// failures at its host do not count.
+/// Where of all a node may be dialled now. `met` is whether there was a connection with the node before: then others' failures
+/// at its host do not count. A relay of the owner's own is nobody's host to be spared; any other is.
 fn now_dialled(
     calls: &HashMap<NodeId, Call>,
     hosts: &Hosts,
     met: bool,
-    mut addresses: Vec<SocketAddr>,
-) -> Vec<SocketAddr> {
+    mut whereabouts: Whereabouts,
+    is_own: impl Fn(&Relay) -> bool,
+) -> Whereabouts {
     let dialling = |met: bool| {
         let alike =
             move |call: &&Call| matches!(call, Call::Dialling { met: one, .. } if *one == met);
@@ -144,15 +153,18 @@ fn now_dialled(
     };
     // Half of all dials are for those that were there once.
     if dialling(true) + dialling(false) >= DIALS_MAX || (!met && dialling(false) >= DIALS_MAX / 2) {
-        return Vec::new();
+        return Whereabouts::default();
     }
-    addresses.retain(|address| {
+    let free = |address: &SocketAddr| {
         let ip = address.ip().to_canonical();
         let busy = calls.values().filter(|call| call.dials(&ip)).count() >= OF_HOST_MAX;
         // Of this very host nobody is to be spared.
         ip.is_loopback() || !(busy || (!met && hosts.rests(&ip)))
-    });
-    addresses
+    };
+    whereabouts.addresses.retain(free);
+    let relay = |relay: &Relay| is_own(relay) || free(&relay.address);
+    whereabouts.relays.retain(relay);
+    whereabouts
 }
 
 /// What the link has for packets.
@@ -160,7 +172,7 @@ pub(super) struct Packets {
     hearing: Mutex<Option<Hearing>>,
     lines: Mutex<HashMap<NodeId, Vec<Arc<Line>>>>,
     /// Where nodes say that they may be dialled: as they say it, to be looked at when it is used.
-    stated: Mutex<HashMap<NodeId, Vec<SocketAddr>>>,
+    stated: Mutex<HashMap<NodeId, Whereabouts>>,
     calls: Mutex<HashMap<NodeId, Call>>,
     hosts: Mutex<Hosts>,
     /// With whom there was a connection.
@@ -198,7 +210,7 @@ impl Packets {
         }
     }
 
-    fn line(&self, node: &NodeId) -> Option<Arc<Line>> {
+    pub(super) fn line(&self, node: &NodeId) -> Option<Arc<Line>> {
         let lines = lock(&self.lines);
         let open = |line: &&Arc<Line>| line.connection.close_reason().is_none();
         lines.get(node)?.iter().find(open).cloned()
@@ -369,12 +381,15 @@ impl<'a> Entered<'a> {
 
 /// Where a node states that it may be dialled, as far as that is used. Loopback counts where the own socket is bound to
 /// nothing else, which does not change as interfaces come and go.
-pub(super) fn stated(inner: &Inner, node: &NodeId) -> Vec<SocketAddr> {
+pub(super) fn stated(inner: &Inner, node: &NodeId) -> Whereabouts {
     let bound = inner.endpoint.bound_sockets();
     let loopback = (bound.iter()).all(|address| address.ip().to_canonical().is_loopback());
-    let mut addresses = (lock(&inner.packets.stated).get(node).cloned()).unwrap_or_default();
+    let mut stated = (lock(&inner.packets.stated).get(node).cloned()).unwrap_or_default();
+    let addresses = &mut stated.addresses;
     addresses.retain(|address| is_dialled(address, loopback));
-    addresses
+    let dialled = |relay: &Relay| is_dialled(&relay.address, loopback);
+    (stated.relays).retain(|relay| inner.relays.is_own(relay) || dialled(relay));
+    stated
 }
 
 /// Hears what comes over a connection that was made for requests, until it is closed.
@@ -427,23 +442,21 @@ impl Link {
     }
 
     /// Where a node states that it may be dialled. What of it is used is decided when it is.
-    pub fn know(&self, node: NodeId, addresses: &[SocketAddr]) {
-        let addresses: Vec<SocketAddr> = (addresses.iter())
-            .take(CARD_ADDRESSES_MAX)
-            .copied()
-            .collect();
+    pub fn know(&self, node: NodeId, mut whereabouts: Whereabouts) {
+        whereabouts.addresses.truncate(CARD_ADDRESSES_MAX);
+        whereabouts.relays.truncate(1);
         let mut stated = lock(&self.0.packets.stated);
-        if addresses.is_empty() {
+        if whereabouts.is_empty() {
             stated.remove(&node);
         } else {
             // How often it is dialled does not begin anew: whoever says something else each second has nobody knock there as often.
-            stated.insert(node, addresses);
+            stated.insert(node, whereabouts);
         }
     }
 
     /// Where a node states that it may be dialled, as far as that is used: those of no single host, and loopback from
     /// elsewhere, are left out.
-    pub fn stated(&self, node: &NodeId) -> Vec<SocketAddr> {
+    pub fn stated(&self, node: &NodeId) -> Whereabouts {
         stated(&self.0, node)
     }
 
@@ -476,7 +489,8 @@ impl Link {
             slot.wanted.notify_one();
             return;
         }
-        let addresses = stated(inner, &node);
+        let mut whereabouts = stated(inner, &node);
+        whereabouts.addresses.extend(inner.near.addresses(&node));
         let Ok(key) = PublicKey::from_bytes(node.as_bytes()) else {
             return;
         };
@@ -493,21 +507,25 @@ impl Link {
             None => 0,
         };
         let met = lock(&packets.met).contains(&node);
-        let addresses = now_dialled(&calls, &lock(&packets.hosts), met, addresses);
-        if addresses.is_empty() {
+        let is_own = |relay: &Relay| inner.relays.is_own(relay);
+        let whereabouts = now_dialled(&calls, &lock(&packets.hosts), met, whereabouts, is_own);
+        if whereabouts.is_empty() {
             return;
         }
+        let foreign = (whereabouts.relays.iter()).filter(|relay| !is_own(relay));
+        let hosts = foreign.map(|relay| &relay.address);
         let dialling = Call::Dialling {
             waiting: vec![bytes],
             failures,
-            to: (addresses.iter())
+            to: (whereabouts.addresses.iter())
+                .chain(hosts)
                 .map(|address| address.ip().to_canonical())
                 .collect(),
             met,
         };
         calls.insert(node, dialling);
         drop(calls);
-        let address = EndpointAddr::from_parts(key, addresses.into_iter().map(TransportAddr::Ip));
+        let address = endpoint_addr(key, &whereabouts);
         let task = call(Arc::clone(inner), node, address);
         inner
             .tasks
@@ -557,11 +575,24 @@ mod tests {
 
     #[test]
     fn many_keys_that_name_one_host_have_it_dialled_no_oftener_than_few() {
-        let at = |text: &str| vec![text.parse::<SocketAddr>().unwrap()];
+        let at = |text: &str| Whereabouts::from(vec![text.parse::<SocketAddr>().unwrap()]);
         let (mut calls, mut hosts) = (HashMap::new(), Hosts::default());
+        let relay = |text: &str| Relay {
+            key: NodeId::from_bytes([9; 32]),
+            address: text.parse().unwrap(),
+        };
+        let own = relay("192.0.2.1:9");
+        let is_own = |relay: &Relay| *relay == own;
+        let now_dialled = |calls: &HashMap<NodeId, Call>, hosts: &Hosts, met, whereabouts| {
+            now_dialled(calls, hosts, met, whereabouts, is_own)
+        };
+        let through = |relay| Whereabouts {
+            addresses: Vec::new(),
+            relays: vec![relay],
+        };
         for number in 0..2 {
             let to = now_dialled(&calls, &hosts, false, at("192.0.2.1:4"));
-            assert_eq!(to.len(), 1);
+            assert_eq!(to.addresses.len(), 1);
             calls.insert(
                 NodeId::from_bytes([number; 32]),
                 dialling("192.0.2.1", false),
@@ -571,31 +602,44 @@ mod tests {
         for busy in ["192.0.2.1:5", "[::ffff:192.0.2.1]:6"] {
             assert!(now_dialled(&calls, &hosts, true, at(busy)).is_empty());
         }
+        // Somebody's relay is a host, too; the owner's own is spared nothing.
+        let some = through(relay("192.0.2.1:8"));
+        assert!(now_dialled(&calls, &hosts, true, some).is_empty());
+        assert!(!now_dialled(&calls, &hosts, false, through(own)).is_empty());
         assert_eq!(
-            now_dialled(&calls, &hosts, false, at("192.0.2.2:4")).len(),
+            now_dialled(&calls, &hosts, false, at("192.0.2.2:4"))
+                .addresses
+                .len(),
             1
         );
         calls.clear();
         hosts.enter("192.0.2.1".parse().unwrap(), false);
         assert!(now_dialled(&calls, &hosts, false, at("192.0.2.1:7")).is_empty());
         assert_eq!(
-            now_dialled(&calls, &hosts, true, at("192.0.2.1:7")).len(),
+            now_dialled(&calls, &hosts, true, at("192.0.2.1:7"))
+                .addresses
+                .len(),
             1
         );
         hosts.enter("192.0.2.1".parse().unwrap(), true);
         assert_eq!(
-            now_dialled(&calls, &hosts, false, at("192.0.2.1:7")).len(),
+            now_dialled(&calls, &hosts, false, at("192.0.2.1:7"))
+                .addresses
+                .len(),
             1
         );
     }
 
     #[test]
     fn half_of_the_dials_are_for_those_that_were_there_once() {
-        let to: Vec<SocketAddr> = vec!["192.0.2.200:4".parse().unwrap()];
+        let to = Whereabouts::from(vec!["192.0.2.200:4".parse().unwrap()]);
+        let now_dialled = |calls: &HashMap<NodeId, Call>, hosts: &Hosts, met, whereabouts| {
+            now_dialled(calls, hosts, met, whereabouts, |_| false)
+        };
         let (mut calls, hosts) = (HashMap::new(), Hosts::default());
         for number in 0..u8::try_from(DIALS_MAX).unwrap() {
             let met = usize::from(number) >= DIALS_MAX / 2;
-            assert_eq!(now_dialled(&calls, &hosts, met, to.clone()).len(), 1);
+            assert!(!now_dialled(&calls, &hosts, met, to.clone()).is_empty());
             let host = format!("192.0.2.{number}");
             calls.insert(NodeId::from_bytes([number; 32]), dialling(&host, met));
             let enough = usize::from(number) + 1 >= DIALS_MAX / 2;

@@ -1,6 +1,7 @@
 //! Links of real endpoints on loopback.
 
 use super::*;
+use iroh::TransportAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const BOUND: Duration = Duration::from_secs(60);
@@ -35,6 +36,7 @@ async fn end_of(
         identity: Identity::open(dir.path()).unwrap(),
         listen,
         knows,
+        relays: Vec::new(),
     };
     let (link, accepted) = Link::open_for(options, stranger_idle).await.unwrap();
     End {
@@ -465,7 +467,7 @@ async fn packets_go_both_ways_over_one_connection_that_is_dialled_when_there_is_
     // Nobody has said where it is: nothing happens.
     a.link.say(b.link.id(), b"lost".to_vec());
     assert!(!a.link.is_connected(&b.link.id()));
-    a.link.know(b.link.id(), &b.link.addresses());
+    a.link.know(b.link.id(), b.link.addresses().into());
     a.link.say(b.link.id(), b"one".to_vec());
     a.link.say(b.link.id(), b"two".to_vec());
     assert_eq!(
@@ -490,7 +492,7 @@ async fn packets_go_both_ways_over_one_connection_that_is_dialled_when_there_is_
 #[tokio::test]
 async fn who_is_not_heard_says_nothing_and_who_says_too_much_is_heard_in_part() {
     let (a, b) = (end().await, end().await);
-    a.link.know(b.link.id(), &b.link.addresses());
+    a.link.know(b.link.id(), b.link.addresses().into());
     a.link.say(b.link.id(), b"nobody hears".to_vec());
     while !a.link.is_connected(&b.link.id()) {
         tokio::task::yield_now().await;
@@ -516,7 +518,7 @@ async fn a_member_keeps_its_place_without_asking_anything_and_a_stranger_does_no
         let b = end_among_strangers(|_| false, Duration::from_millis(100)).await;
         let mut to_b = b.link.hear(Arc::new(move |_| member));
         let a = end().await;
-        a.link.know(b.link.id(), &b.link.addresses());
+        a.link.know(b.link.id(), b.link.addresses().into());
         a.link.say(b.link.id(), b"here".to_vec());
         assert_eq!(next_packet(&mut to_b).await.1, b"here");
         let gone = async {

@@ -52,8 +52,9 @@ impl Mesh {
         whole(async move { mesh.join_or_leave(private).await }).await
     }
 
-    async fn join_or_leave(&self, private: bool) -> Answer<()> {
+    async fn join_or_leave(self: &Arc<Self>, private: bool) -> Answer<()> {
         let _turn = self.turning.lock().await;
+        self.reach_changed().await?;
         match (self.link(), self.gossip()) {
             (Some(_), Some(_)) if private => self.end_gossip(true).await,
             (Some(link), None) if !private => {
@@ -90,11 +91,12 @@ impl Mesh {
     /// A member that was only heard of, as one to be remembered; nothing where it does not state where it is.
     pub(super) fn as_peer(&self, node: &NodeId) -> Option<Peer> {
         self.member(node)?;
-        let addresses = self.link()?.stated(node);
-        (!addresses.is_empty()).then_some(Peer {
+        let stated = self.link()?.stated(node);
+        (!stated.is_empty()).then_some(Peer {
             id: *node,
             name: None,
-            addresses,
+            addresses: stated.addresses,
+            relays: stated.relays,
             grant: None,
         })
     }
@@ -130,9 +132,9 @@ impl Mesh {
         ))
     }
 
-    /// What was typed to join a node: a ticket, or the whole id of one that was heard of. A beginning is not enough: anybody can
-    /// make a key whose id begins as another's does.
-    pub(crate) fn ticket_of(&self, typed: &str) -> Answer<Ticket> {
+    /// What was typed to join a node: a ticket, or the whole id of one that was heard of, or is in the local network. A beginning
+    /// is not enough: anybody can make a key whose id begins as another's does.
+    pub(crate) async fn ticket_of(self: &Arc<Self>, typed: &str) -> Answer<Ticket> {
         let typed = typed.trim();
         let heard = self.heard_of(typed);
         if heard.is_some_and(|node| node.to_string() != typed) {
@@ -141,12 +143,16 @@ impl Mesh {
             ))
             .hint("`vistara nodes --json` shows whole ids; compare it with what its owner says"));
         }
-        match heard.and_then(|node| self.as_peer(&node)) {
-            Some(peer) => Ok(Ticket {
+        if let Some(peer) = heard.and_then(|node| self.as_peer(&node)) {
+            return Ok(Ticket {
                 node: peer.id,
                 addresses: peer.addresses,
-            }),
-            None => Ok(typed.parse()?),
+                relays: peer.relays,
+            });
+        }
+        match typed.parse() {
+            Ok(node) => self.ticket_from_near(node).await,
+            Err(_) => Ok(typed.parse()?),
         }
     }
 }

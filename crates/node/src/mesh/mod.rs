@@ -19,6 +19,7 @@ mod ledger;
 mod members;
 mod place;
 mod placing;
+mod reach;
 
 pub(crate) use bring::Bringing;
 pub(crate) use caller::{Asker, Caller, Foreign, Guarded, Owner, Visit, used};
@@ -27,6 +28,7 @@ pub(crate) use gossip::Member;
 pub(crate) use ledger::{Given, Ledger};
 pub(crate) use place::number as place_number;
 pub(crate) use placing::{Heard, Placing};
+pub(crate) use reach::relays_of;
 
 use crate::fault::{Answer, Fault, blocking};
 use serde::{Deserialize, Serialize};
@@ -159,6 +161,11 @@ impl Mesh {
         &self.dir
     }
 
+    /// Whether there is a key, or was one.
+    pub(crate) fn has_key(&self) -> bool {
+        lock(&self.open).is_some() || self.dir.join("generation").exists()
+    }
+
     /// The key, the peers and the grants; makes the key at the first use.
     pub(crate) async fn open(&self) -> Answer<Arc<Open>> {
         if let Some(open) = lock(&self.open).as_ref() {
@@ -196,6 +203,11 @@ impl Mesh {
             error = fault.0.message,
             "this node does not listen for others yet"
         );
+        self.listen_soon();
+    }
+
+    /// Tries to listen until it does, or is not to any more.
+    fn listen_soon(self: &Arc<Self>) {
         let mesh = Arc::downgrade(self);
         // It ends when it listens, or with the node: whoever has the port may give it back.
         tokio::spawn(async move {
@@ -218,6 +230,10 @@ impl Mesh {
 
     async fn begin_to_listen(self: Arc<Self>, wish: Option<SocketAddr>) -> Answer<Link> {
         let _turn = self.turning.lock().await;
+        self.listen_in_turn(wish).await
+    }
+
+    async fn listen_in_turn(self: &Arc<Self>, wish: Option<SocketAddr>) -> Answer<Link> {
         let open = self.open_in_turn().await?;
         if let Some(link) = self.link() {
             if wish.is_none_or(|wish| wish.port() == 0 || link.port() == Some(wish.port())) {
@@ -236,10 +252,12 @@ impl Mesh {
             }
         };
         let knows = Arc::clone(&open);
+        let reach = self.reach().await;
         let (link, accepted) = Link::open(LinkOptions {
             identity: open.identity.clone(),
             listen,
             knows: Arc::new(move |node| knows.knows(node)),
+            relays: reach.relays,
         })
         .await?;
         // The same port after a restart: tickets go on to be right.
@@ -252,13 +270,14 @@ impl Mesh {
             return Err(fault);
         }
         for peer in lock(&open.peers).all() {
-            if let Err(error) = link.keep(peer.id, peer.addresses.clone()) {
+            if let Err(error) = link.keep(peer.id, peer.whereabouts()) {
                 tracing::warn!(peer = %peer.id, %error, "a remembered node cannot be dialled");
             }
         }
+        link.discover(reach.local_discovery);
         *lock(&self.link) = Some(link.clone());
         // It ends with the link, which closes the channel.
-        tokio::spawn(Arc::clone(&self).receive(Arc::clone(&open), accepted));
+        tokio::spawn(Arc::clone(self).receive(Arc::clone(&open), accepted));
         self.begin_gossip(&open, &link).await;
         tracing::info!(%listen, "this node listens for others");
         Ok(link)
@@ -413,14 +432,15 @@ impl Mesh {
             id: ticket.node,
             name: name.or_else(|| before.as_ref().and_then(|peer| peer.name.clone())),
             addresses: ticket.addresses,
+            relays: ticket.relays,
             grant: grant
                 .map(|token| token.to_string())
                 .or_else(|| before.as_ref().and_then(|peer| peer.grant.clone())),
         };
         let link = self.listen(None).await?;
-        link.keep(peer.id, peer.addresses.clone())?;
+        link.keep(peer.id, peer.whereabouts())?;
         let undo = || match &before {
-            Some(before) => drop(link.keep(before.id, before.addresses.clone())),
+            Some(before) => drop(link.keep(before.id, before.whereabouts())),
             None => link.forget(&peer.id),
         };
         if let Err(error) = link.reach(&peer.id).await {
@@ -442,7 +462,7 @@ impl Mesh {
     }
 
     /// Forgets a node that was joined.
-    pub(crate) async fn forget(&self, typed: &str) -> Answer<()> {
+    pub(crate) async fn forget(self: &Arc<Self>, typed: &str) -> Answer<()> {
         let open = self.open().await?;
         let id = find(&open, typed)?.id;
         blocking(move || lock(&open.peers).remove(&id)).await??;
@@ -452,7 +472,8 @@ impl Mesh {
         if let Some(gossip) = self.gossip() {
             gossip.unjoined(id);
         }
-        Ok(())
+        let mesh = Arc::clone(self);
+        whole(async move { mesh.drop_unwanted_relay().await }).await
     }
 
     /// Remembers a token that a node gave to this one.
@@ -476,7 +497,7 @@ impl Mesh {
         let (books, put) = (Arc::clone(&open), peer.clone());
         blocking(move || lock(&books.peers).put(put)).await??;
         if let Some(link) = self.link() {
-            link.keep(peer.id, peer.addresses.clone())?;
+            link.keep(peer.id, peer.whereabouts())?;
         }
         if let Some(gossip) = self.gossip() {
             gossip.joined(peer.id);

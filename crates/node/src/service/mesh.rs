@@ -8,15 +8,16 @@ use crate::view;
 use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use vistara_api::{
     ErrorBody, GivenGrant, Grant, GrantRequest, JoinRequest, KeepGrantRequest, ListenRequest,
-    MeshStatus, NODE_STREAM, NarrowRequest, NarrowedGrant, PeerNode,
+    MeshStatus, NODE_STREAM, NarrowRequest, NarrowedGrant, NodeStatus, PeerNode,
 };
 use vistara_control::{Standing, Usage};
-use vistara_mesh::{Narrowing, Peer, PeerState, Ticket, Token};
-use vistara_model::{Bytes, GrantId, GrantLimits, GrantTerms, NodeId, Right};
+use vistara_mesh::{Link, Narrowing, Peer, PeerState, Ticket, Token, Way};
+use vistara_model::{Bytes, GrantId, GrantLimits, GrantTerms, MachineState, NodeId, Right};
 
 /// Longest name of a node, in bytes: it stands in listings.
 const NAME_MAX: usize = 63;
@@ -106,6 +107,7 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
         None => ("away", None, Some("this node does not listen".to_owned())),
     };
     let member = app.mesh.member(&peer.id);
+    let link = app.mesh.link();
     let terms = peer
         .grant
         .as_ref()
@@ -117,6 +119,8 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
         addresses: peer.addresses.iter().map(ToString::to_string).collect(),
         state: state.to_owned(),
         life: member.map(|member| member.word().to_owned()),
+        way: link.and_then(|link| link.way(&peer.id)).map(way),
+        relays: peer.relays.iter().map(ToString::to_string).collect(),
         known: "joined".to_owned(),
         generation,
         reason,
@@ -133,12 +137,17 @@ fn peer(app: &App, peer: &Peer) -> PeerNode {
 fn heard_of(app: &App, member: &Member) -> PeerNode {
     let link = app.mesh.link();
     let connected = (link.as_ref()).is_some_and(|link| link.is_connected(&member.id));
-    let addresses = link.map(|link| link.stated(&member.id)).unwrap_or_default();
+    let way = (link.as_ref())
+        .and_then(|link| link.way(&member.id))
+        .map(way);
+    let stated = link.map(|link| link.stated(&member.id)).unwrap_or_default();
     let facts = app.placing.heard(&member.id);
     PeerNode {
         id: member.id.to_string(),
         name: None,
-        addresses: addresses.iter().map(ToString::to_string).collect(),
+        addresses: stated.addresses.iter().map(ToString::to_string).collect(),
+        relays: stated.relays.iter().map(ToString::to_string).collect(),
+        way,
         state: if connected { "connected" } else { "idle" }.to_owned(),
         life: Some(member.word().to_owned()),
         known: "heard".to_owned(),
@@ -149,6 +158,31 @@ fn heard_of(app: &App, member: &Member) -> PeerNode {
     }
 }
 
+fn way(way: Way) -> String {
+    match way {
+        Way::Direct => "direct".to_owned(),
+        Way::Relayed => "relayed".to_owned(),
+    }
+}
+
+/// A node that is neither joined nor heard of in the network, and speaks in the local one.
+fn near(id: NodeId, addresses: &[SocketAddr]) -> PeerNode {
+    PeerNode {
+        id: id.to_string(),
+        name: None,
+        addresses: addresses.iter().map(ToString::to_string).collect(),
+        state: "idle".to_owned(),
+        life: None,
+        way: None,
+        relays: Vec::new(),
+        known: "near".to_owned(),
+        generation: None,
+        reason: None,
+        grant: None,
+        facts: None,
+    }
+}
+
 fn status(app: &App, open: &Open) -> MeshStatus {
     let id = open.identity.id();
     let link = app.mesh.link();
@@ -156,9 +190,12 @@ fn status(app: &App, open: &Open) -> MeshStatus {
         .as_ref()
         .map(|link| link.addresses())
         .unwrap_or_default();
-    let ticket = (!addresses.is_empty()).then(|| Ticket {
+    let relays = link.as_ref().map(Link::relays).unwrap_or_default();
+    let reachable = !addresses.is_empty() || !relays.is_empty();
+    let ticket = reachable.then(|| Ticket {
         node: id,
         addresses: addresses.clone(),
+        relays: relays.clone(),
     });
     MeshStatus {
         id: id.to_string(),
@@ -166,7 +203,55 @@ fn status(app: &App, open: &Open) -> MeshStatus {
         on: link.is_some(),
         addresses: addresses.iter().map(ToString::to_string).collect(),
         ticket: ticket.map(|ticket| ticket.to_string()),
+        relays: relays.iter().map(ToString::to_string).collect(),
+        relay: (link.as_ref().and_then(Link::home)).map(|relay| relay.to_string()),
+        relay_trouble: link.as_ref().and_then(Link::relay_trouble),
+        local_discovery: link.is_some_and(|link| link.discovers()),
     }
+}
+
+/// The node on one page. Makes nothing.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = NodeStatus), (status = 503, body = ErrorBody)))]
+pub(super) async fn page(State(app): State<App>) -> Answer<Json<NodeStatus>> {
+    let version = super::system::own_version(&app);
+    let placing = Arc::clone(&app.placing);
+    let terms = blocking(move || placing.terms()).await??;
+    let ended = (app.node.all().iter())
+        .filter(|handle| handle.record().state == MachineState::Ended)
+        .count();
+    let mut page = NodeStatus {
+        version,
+        machines_ended: ended as u64,
+        mesh: None,
+        joined: 0,
+        connected: 0,
+        relayed: 0,
+        members: BTreeMap::new(),
+        grants_live: 0,
+        terms,
+    };
+    if !app.mesh.has_key() {
+        return Ok(Json(page));
+    }
+    let open = app.mesh.open().await?;
+    let peers = lock(&open.peers).all().to_vec();
+    page.joined = peers.len() as u64;
+    if let Some(link) = app.mesh.link() {
+        let state =
+            |peer: &&Peer| matches!(link.state(&peer.id), Some(PeerState::Connected { .. }));
+        let connected = peers.iter().filter(state);
+        let ways: Vec<_> = connected.map(|peer| link.way(&peer.id)).collect();
+        page.connected = ways.len() as u64;
+        let relayed = ways.iter().filter(|way| **way == Some(Way::Relayed));
+        page.relayed = relayed.count() as u64;
+    }
+    for member in app.mesh.members() {
+        *page.members.entry(member.word().to_owned()).or_default() += 1;
+    }
+    let live = |given: &&Given| given.revoked_s.is_none() && given.terms.until_s >= now_s();
+    page.grants_live = lock(&open.ledger).all().iter().filter(live).count() as u64;
+    page.mesh = Some(status(&app, &open));
+    Ok(Json(page))
 }
 
 /// This node among others. Makes its key where it has none.
@@ -196,6 +281,7 @@ pub(super) async fn listen(
         })?),
     };
     app.mesh.listen(wish).await?;
+    app.mesh.settle_relays().await;
     let open = app.mesh.open().await?;
     Ok(Json(status(&app, &open)))
 }
@@ -207,7 +293,7 @@ pub(super) async fn leave(State(app): State<App>) -> Answer<Json<()>> {
     Ok(Json(()))
 }
 
-/// The nodes that were joined, and then those that were only heard of in their network.
+/// The nodes that were joined, then those that were only heard of in their network, then those in the local network.
 #[utoipa::path(get, path = "/v1/nodes", responses((status = 200, body = Vec<PeerNode>), (status = 503, body = ErrorBody)))]
 pub(super) async fn nodes(State(app): State<App>) -> Answer<Json<Vec<PeerNode>>> {
     let open = app.mesh.open().await?;
@@ -217,8 +303,16 @@ pub(super) async fn nodes(State(app): State<App>) -> Answer<Json<Vec<PeerNode>>>
     heard.retain(|member| !joined.contains(&member.id));
     heard.sort_by_key(|member| member.id);
     let joined = peers.iter().map(|known| peer(&app, known));
+    let known: BTreeSet<NodeId> = (peers.iter().map(|peer| peer.id))
+        .chain(heard.iter().map(|member| member.id))
+        .collect();
     let heard = heard.iter().map(|member| heard_of(&app, member));
-    Ok(Json(joined.chain(heard).collect()))
+    let mut around = app.mesh.link().map(|link| link.near()).unwrap_or_default();
+    around.retain(|(node, _)| !known.contains(node));
+    let around = around
+        .iter()
+        .map(|(node, addresses)| near(*node, addresses));
+    Ok(Json(joined.chain(heard).chain(around).collect()))
 }
 
 /// Joins a node: dials it, and remembers it once it has answered.
@@ -232,7 +326,7 @@ pub(super) async fn join(
     State(app): State<App>,
     Json(request): Json<JoinRequest>,
 ) -> Answer<Json<PeerNode>> {
-    let ticket = app.mesh.ticket_of(&request.ticket)?;
+    let ticket = app.mesh.ticket_of(&request.ticket).await?;
     let token = request
         .grant
         .as_deref()

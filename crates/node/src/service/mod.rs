@@ -128,6 +128,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(templates::list, templates::create))
         .routes(routes!(templates::remove))
         .routes(routes!(templates::prune))
+        .routes(routes!(mesh::page))
         .routes(routes!(mesh::show, mesh::listen, mesh::leave))
         .routes(routes!(mesh::nodes, mesh::join))
         .routes(routes!(mesh::forget))
@@ -276,7 +277,8 @@ fn report(result: std::io::Result<()>) {
     }
 }
 
-async fn terminated() {
+/// Waits for SIGTERM or SIGINT.
+pub(crate) async fn terminated() {
     use tokio::signal::unix::{SignalKind, signal};
     match (
         signal(SignalKind::terminate()),

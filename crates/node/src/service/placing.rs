@@ -2,7 +2,7 @@
 
 use super::App;
 use crate::fault::{Answer, Fault, blocking};
-use crate::mesh::{Caller, Heard, place_number as number};
+use crate::mesh::{Caller, Heard, place_number as number, relays_of};
 use crate::{request, view};
 use axum::extract::{Path, State};
 use axum::{Extension, Json};
@@ -74,6 +74,7 @@ pub(super) async fn set_terms(
             "a region and at most {LABELS_MAX} labels have 1 to {LABEL_BYTES_MAX} printable letters each, without spaces"
         )));
     }
+    relays_of(&terms)?;
     // Its directory and key are made where there are none.
     app.mesh.open().await?;
     let (placing, private) = (Arc::clone(&app.placing), terms.private);

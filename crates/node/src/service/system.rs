@@ -16,15 +16,19 @@ use vistara_model::Payload;
 /// Version and state of the node.
 #[utoipa::path(get, path = "/v1/version", responses((status = 200, body = Version)))]
 pub(super) async fn version(State(app): State<App>) -> Json<Version> {
+    Json(own_version(&app))
+}
+
+pub(super) fn own_version(app: &App) -> Version {
     let node = &app.node;
-    Json(Version {
+    Version {
         version: node.options.version.clone(),
         api: API_VERSION.to_owned(),
         pid: std::process::id(),
         started_at: view::time(node.started_ns),
         state_dir: node.options.state_dir.display().to_string(),
         machines_active: node.active() as u64,
-    })
+    }
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

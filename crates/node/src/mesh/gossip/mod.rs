@@ -15,7 +15,7 @@ mod wire;
 use super::{Open, lock};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ use vistara_control::membership::{
     Body, Config, FACTS_BYTES_MAX, Life, Membership, News, Output, Packet, Stated, Tie,
 };
 use vistara_mesh::card::{CARD_ADDRESSES_MAX, CARD_BYTES_MAX, Card};
-use vistara_mesh::{Heard, Link, PAGE_BYTES_MAX};
+use vistara_mesh::{Heard, Link, PAGE_BYTES_MAX, Whereabouts};
 use vistara_model::{NodeFacts, NodeId, OwnerTerms, Stock};
 
 const _: () = assert!(CARD_BYTES_MAX <= FACTS_BYTES_MAX);
@@ -163,7 +163,7 @@ fn nothing(facts: NodeFacts) -> NodeFacts {
 }
 
 /// Whether what a node says of itself has changed so much that everybody is told.
-fn is_news(old: &Card, said: Duration, facts: &NodeFacts, addresses: &[SocketAddr]) -> bool {
+fn is_news(old: &Card, said: Duration, facts: &NodeFacts, whereabouts: &Whereabouts) -> bool {
     let step = facts.capacity.memory.0 / FREE_STEPS;
     let moved = old.facts.free.memory.0.abs_diff(facts.free.memory.0) > step;
     let same = NodeFacts {
@@ -172,7 +172,11 @@ fn is_news(old: &Card, said: Duration, facts: &NodeFacts, addresses: &[SocketAdd
         ..facts.clone()
     };
     let machines = old.facts.free.machines != facts.free.machines;
-    said >= STATE_EVERY || moved || machines || old.facts != same || old.addresses != addresses
+    said >= STATE_EVERY
+        || moved
+        || machines
+        || old.facts != same
+        || old.whereabouts() != *whereabouts
 }
 
 impl Gossip {
@@ -228,7 +232,7 @@ impl Gossip {
             if state.machine.life(node).is_none() {
                 continue;
             }
-            self.link.know(node, &card.addresses);
+            self.link.know(node, card.whereabouts());
             if self.open.knows(&node) {
                 state.machine.pin(node, true);
             }
@@ -373,8 +377,7 @@ impl Gossip {
                     let Some(card) = cards.remove(&(stated.node, stated.version)) else {
                         continue;
                     };
-                    let dialled: &[SocketAddr] = if card.leaves { &[] } else { &card.addresses };
-                    self.link.know(stated.node, dialled);
+                    self.link.know(stated.node, card.whereabouts());
                     state.known.insert(
                         stated.node,
                         Known {
@@ -392,7 +395,7 @@ impl Gossip {
     fn forgotten(&self, state: &mut State, node: NodeId) {
         state.known.remove(&node);
         state.dead.remove(&node);
-        self.link.know(node, &[]);
+        self.link.know(node, Whereabouts::default());
     }
 
     fn tick(&self) {
@@ -450,9 +453,14 @@ impl Gossip {
             IpAddr::V6(ip) => ip.is_unique_local() || ip.is_loopback(),
         });
         addresses.truncate(CARD_ADDRESSES_MAX);
+        let relay = self.link.home();
+        let whereabouts = Whereabouts {
+            addresses,
+            relays: relay.into_iter().collect(),
+        };
         let mut state = lock(&self.state);
         if let Some((old, at)) = &state.own {
-            if !is_news(old, at.elapsed(), &facts, &addresses) {
+            if !is_news(old, at.elapsed(), &facts, &whereabouts) {
                 return;
             }
             // Clocks may be set back.
@@ -460,7 +468,8 @@ impl Gossip {
         }
         let card = Card {
             facts,
-            addresses,
+            addresses: whereabouts.addresses,
+            relay,
             leaves: false,
         };
         self.say_of_itself(&mut state, card);
@@ -504,6 +513,7 @@ impl Gossip {
                 card.leaves = true;
                 // Who leaves has nothing for anybody, is nowhere, and says no more of itself than that.
                 card.addresses.clear();
+                card.relay = None;
                 card.facts = nothing(card.facts);
                 self.say_of_itself(&mut state, card);
             }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use vistara_mesh::{Identity, LinkOptions, Peer};
 use vistara_model::Architecture;
@@ -19,6 +20,7 @@ fn card(leaves: bool) -> (NodeId, Arc<[u8]>) {
     let card = Card {
         facts,
         addresses: Vec::new(),
+        relay: None,
         leaves,
     };
     (identity.id(), Arc::from(card.sign(&identity).unwrap()))
@@ -54,6 +56,7 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
         id: joined,
         name: None,
         addresses: Vec::new(),
+        relays: Vec::new(),
         grant: None,
     };
     lock(&open.peers).put(peer).unwrap();
@@ -65,6 +68,7 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
         identity: open.identity.clone(),
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         knows: Arc::new(|_| false),
+        relays: Vec::new(),
     })
     .await
     .unwrap();
@@ -77,6 +81,7 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
         id: heard,
         name: None,
         addresses: Vec::new(),
+        relays: Vec::new(),
         grant: None,
     };
     lock(&open.peers).put(peer).unwrap();
