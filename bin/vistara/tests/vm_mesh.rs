@@ -8,7 +8,7 @@
 mod vm;
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use vm::two::{Two, archive, bare, complained, said};
 use vm::{BOUND, IMAGE, System, target, text, until, wait};
@@ -362,4 +362,114 @@ fn a_grant_counts_for_whom_what_and_how_long_it_says() {
     }
     let refused = complained(near, &ps);
     assert!(refused.contains("revoked"), "{refused}");
+}
+
+/// Begins a copy of this file into a machine, waits until some of it is there, cuts it off as is told, and gives what the copy
+/// complained.
+fn cut_copy(
+    two: &Two,
+    machine: &str,
+    file: &str,
+    to: &str,
+    cut: impl FnOnce(&mut Child),
+) -> String {
+    let inside = format!("{machine}:{to}");
+    let mut copy = two
+        .near
+        .command(&["--on", "far", "cp", "-q", file, &inside])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("the file's beginning", || {
+        let look = ["exec", machine, "test", "-s", to];
+        two.far.vistara(&look).status.success()
+    });
+    cut(&mut copy);
+    let cut = wait(copy);
+    assert!(!cut.status.success(), "it was over before it was cut off");
+    text(&cut.stderr)
+}
+
+#[test]
+fn whoever_asks_may_be_killed_and_what_runs_over_there_goes_on_and_loses_nothing() {
+    let Some(two) = Two::with_machines("cut") else {
+        return;
+    };
+    two.grant("run", &[]);
+    let (far, near) = (&two.far, &two.near);
+    let exec = |machine: &str, words: &[&str]| {
+        text(
+            &near
+                .vistara(&[&["--on", "far", "exec", machine], words].concat())
+                .stdout,
+        )
+    };
+
+    // The client of a run, in the middle of its output.
+    let script =
+        "n=0; while [ $n -lt 60 ]; do n=$((n+1)); echo line $n; sleep 0.1; done; exec sleep 1000";
+    let run = [
+        "--on", "far", "run", "-q", "-m", "128m", IMAGE, "sh", "-c", script,
+    ];
+    let mut running = near
+        .command(&run)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(running.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "line 1");
+    running.kill().unwrap();
+    wait(running);
+    let machine = said(near, &["--on", "far", "ps", "-q", "--no-trunc"]);
+
+    // The node here, in the middle of a command there, which goes on.
+    let script = "echo begun; sleep 3; echo done >/tmp/mark";
+    let mut asking = near
+        .command(&["--on", "far", "exec", &machine, "sh", "-c", script])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(asking.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "begun");
+    near.kill_node();
+    let lost = wait(asking);
+    assert!(!lost.status.success(), "{}", text(&lost.stderr));
+    until("the command's end", || {
+        exec(&machine, &["cat", "/tmp/mark"]) == "done\n"
+    });
+    let all: String = (1..=60).map(|number| format!("line {number}\n")).collect();
+    until("all of its output", || {
+        let logs = near.vistara(&["--on", "far", "logs", &machine]);
+        text(&logs.stdout) == all
+    });
+
+    // Each of the three in the middle of a copy. It fails, and says so; another one makes it whole.
+    let file = near.state.join("sent");
+    std::fs::write(&file, vec![b'x'; 96 << 20]).unwrap();
+    let file = file.to_str().unwrap();
+    cut_copy(&two, &machine, file, "/tmp/one", |copy| {
+        copy.kill().unwrap()
+    });
+    let said_so = cut_copy(&two, &machine, file, "/tmp/two", |_| near.kill_node());
+    assert!(!said_so.is_empty());
+    said(near, &["ps"]);
+    let said_so = cut_copy(&two, &machine, file, "/tmp/three", |_| far.kill_node());
+    assert!(said_so.contains("far"), "{said_so}");
+    assert_eq!(said(far, &["ps", "-q", "--no-trunc"]), machine);
+    let inside = format!("{machine}:/tmp/three");
+    until("a copy after the cut", || {
+        let copy = near.vistara(&["--on", "far", "cp", "-q", file, &inside]);
+        copy.status.success()
+    });
+    let bytes = exec(
+        &machine,
+        &["sh", "-c", "tr -d x </tmp/three | wc -c; wc -c </tmp/three"],
+    );
+    assert_eq!(bytes, format!("0\n{}\n", 96 << 20));
 }
