@@ -1,6 +1,7 @@
 //! The command line as typed: every command and option. Nothing is decided here; `run`'s own options are in
 //! [`crate::run_options`].
 
+use crate::bench_mesh::BenchMeshOptions;
 use crate::deploy_command::DeployOptions;
 use crate::gateway::GatewayOptions;
 use crate::hypercore_commands::{ClusterOptions, SpawnOptions};
@@ -651,6 +652,8 @@ pub(crate) enum BenchCommand {
         #[arg(value_name = "IMAGE")]
         image: Option<String>,
     },
+    /// Two nodes of the benchmark's own: commands on the other one, placement, images, and what an idle node costs
+    Mesh(Box<BenchMeshOptions>),
     /// The same static program as a unikernel and in a Linux guest: time to its first line, and memory
     Boot {
         /// A Linux guest in Firecracker to its agent's answer instead, against a bare Firecracker with the same kernel and disks

@@ -95,6 +95,9 @@ pub(crate) async fn bench(
             let image = image.as_deref();
             return crate::bench_fork::burst(client, places, image, count, *json).await;
         }
+        BenchCommand::Mesh(options) => {
+            return crate::bench_mesh::mesh(client, places, options).await;
+        }
         BenchCommand::Boot {
             vs: Some(Baseline::Raw),
             json,

@@ -385,6 +385,24 @@ async fn transfer(
     progress::show(Box::pin(events), quiet).await
 }
 
+/// Has the layers of an image go from one node to another that lacks them, and nothing more: what `vistara bench mesh` times.
+/// Gives the image's parts, to be put together there, and how many bytes were on their way.
+pub(crate) async fn layers(
+    source: &Client,
+    target: &Client,
+    image: &str,
+) -> Result<(ImageParts, u64), Failure> {
+    let parts = source.image_parts(image).await?;
+    let wanted = offered(&parts, target.offer_image(&parts).await?.layers);
+    let lacking = (wanted.iter())
+        .map(|layer| layer.bytes.saturating_sub(layer.have_bytes))
+        .sum();
+    let sources = Arc::new(Sources::of([("the source".to_owned(), source.clone())]));
+    let (report, _events) = mpsc::channel(EVENTS_MAX);
+    send_all(&sources, target, &parts, wanted, &report).await?;
+    Ok((parts, lacking))
+}
+
 /// Gives another node an image that this one has; none where this one has it not.
 pub(crate) async fn send_own(
     target: &Client,

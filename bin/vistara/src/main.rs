@@ -7,6 +7,7 @@ mod arguments;
 mod bench_boot;
 mod bench_command;
 mod bench_fork;
+mod bench_mesh;
 mod bench_raw;
 mod connect;
 mod copy;

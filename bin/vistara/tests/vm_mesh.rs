@@ -8,97 +8,10 @@
 mod vm;
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::UdpSocket;
-use std::process::Stdio;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vistara_mesh::frame::Open;
-use vistara_mesh::{Identity, Link, LinkOptions, Ticket};
-use vm::{BOUND, IMAGE, System, state_dir, target, text, until, wait};
-
-/// What a command printed, which must have gone well.
-fn said(system: &System, words: &[&str]) -> String {
-    let output = system.vistara(words);
-    assert!(
-        output.status.success(),
-        "{words:?}: {}",
-        text(&output.stderr)
-    );
-    text(&output.stdout).trim().to_owned()
-}
-
-/// What a command complained, which must have failed.
-fn complained(system: &System, words: &[&str]) -> String {
-    let output = system.vistara(words);
-    assert!(
-        !output.status.success(),
-        "{words:?}: {}",
-        text(&output.stdout)
-    );
-    text(&output.stderr)
-}
-
-/// A node that serves, and one that asks; both leave when the test ends.
-struct Two {
-    far: System,
-    near: System,
-    ticket: String,
-    id: String,
-}
-
-impl Two {
-    /// With machines at the far node, which listens and was joined, and has granted nothing.
-    fn with_machines(name: &str) -> Option<Two> {
-        let far = System::ready_as(&format!("mesh-{name}-far"))?;
-        Some(Two::of(far, name))
-    }
-
-    /// Without machines, kernels or images.
-    fn without_machines(name: &str) -> Two {
-        let far = bare(&format!("mesh-{name}-far"));
-        Two::of(far, name)
-    }
-
-    fn of(far: System, name: &str) -> Two {
-        let near = bare(&format!("mesh-{name}-near"));
-        let ticket = said(&far, &["node", "ticket", "--listen", "127.0.0.1:0"]);
-        let id = said(&near, &["id"]);
-        said(&near, &["node", "join", &ticket, "--name", "far"]);
-        Two {
-            far,
-            near,
-            ticket,
-            id,
-        }
-    }
-
-    /// Grants the near node this; it is kept there.
-    fn grant(&self, rights: &str, more: &[&str]) -> String {
-        let words = ["grant", "--to", &self.id, "--for", rights, "--until", "1h"];
-        let token = said(&self.far, &[&words[..], more].concat());
-        said(&self.near, &["grant", "keep", &token]);
-        token
-    }
-}
-
-impl Drop for Two {
-    fn drop(&mut self) {
-        for system in [&self.near, &self.far] {
-            for machine in text(&system.vistara(&["ps", "-aq"]).stdout).split_whitespace() {
-                system.vistara(&["rm", "-f", machine]);
-            }
-            system.vistara(&["node", "leave"]);
-            system.vistara(&["node", "stop"]);
-        }
-    }
-}
-
-/// A node that has nothing.
-fn bare(name: &str) -> System {
-    let state = state_dir(name);
-    std::fs::create_dir_all(&state).unwrap();
-    System { state }
-}
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use vm::two::{Two, archive, bare, complained, said};
+use vm::{BOUND, IMAGE, System, target, text, until, wait};
 
 #[test]
 fn a_program_runs_on_another_node_as_if_it_were_here() {
@@ -307,23 +220,6 @@ fn a_node_that_is_killed_is_named_and_its_machines_are_there_when_it_is_back() {
     });
 }
 
-/// A root file system as an archive, of files that do not compress.
-fn archive(path: &std::path::Path, bytes: usize) {
-    let mut noise = vec![0; bytes];
-    std::fs::File::open("/dev/urandom")
-        .unwrap()
-        .read_exact(&mut noise)
-        .unwrap();
-    let mut tar = tar::Builder::new(std::fs::File::create(path).unwrap());
-    let mut header = tar::Header::new_gnu();
-    header.set_size(bytes as u64);
-    header.set_mode(0o755);
-    header.set_cksum();
-    tar.append_data(&mut header, "noise", noise.as_slice())
-        .unwrap();
-    tar.finish().unwrap();
-}
-
 #[test]
 fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() {
     let two = Two::without_machines("images");
@@ -468,117 +364,112 @@ fn a_grant_counts_for_whom_what_and_how_long_it_says() {
     assert!(refused.contains("revoked"), "{refused}");
 }
 
-fn in_half_a_minute() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    (now + Duration::from_secs(30)).as_millis() as u64
-}
-
-/// What a node answers on a stream that begins like this.
-async fn answer(link: &Link, ticket: &Ticket, open: &Open) -> String {
-    let mut stream = link.begin(&ticket.node, open).await.unwrap();
-    let request =
-        b"GET /v1/machines?all=true HTTP/1.1\r\nhost: vistara\r\nconnection: close\r\n\r\n";
-    stream.write_all(request).await.unwrap();
-    let mut answer = Vec::new();
-    // A peer may end the connection in place of an answer.
-    let _ = tokio::time::timeout(BOUND, stream.read_to_end(&mut answer))
-        .await
-        .expect("an answer or an end");
-    text(&answer)
+/// Begins a copy of this file into a machine, waits until some of it is there, cuts it off as is told, and gives what the copy
+/// complained.
+fn cut_copy(
+    two: &Two,
+    machine: &str,
+    file: &str,
+    to: &str,
+    cut: impl FnOnce(&mut Child),
+) -> String {
+    let inside = format!("{machine}:{to}");
+    let mut copy = two
+        .near
+        .command(&["--on", "far", "cp", "-q", file, &inside])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("the file's beginning", || {
+        let look = ["exec", machine, "test", "-s", to];
+        two.far.vistara(&look).status.success()
+    });
+    cut(&mut copy);
+    let cut = wait(copy);
+    assert!(!cut.status.success(), "it was over before it was cut off");
+    text(&cut.stderr)
 }
 
 #[test]
-fn who_replays_floods_or_sends_garbage_is_refused_and_others_are_served() {
-    let two = Two::without_machines("hostile");
-    let ticket: Ticket = two.ticket.parse().unwrap();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let dir = tempfile::tempdir().unwrap();
-        let identity = Identity::open(dir.path()).unwrap();
-        let to = identity.id().to_string();
-        let words = ["grant", "--to", &to, "--for", "run", "--until", "1h"];
-        let token: vistara_mesh::Token = said(&two.far, &words).parse().unwrap();
-        let (link, _accepted) = Link::open(LinkOptions {
-            identity,
-            listen: ([127, 0, 0, 1], 0).into(),
-            knows: std::sync::Arc::new(|_| false),
-            relays: Vec::new(),
-        })
-        .await
-        .unwrap();
-        link.keep(ticket.node, ticket.addresses.clone()).unwrap();
-        let generation = link.reach(&ticket.node).await.unwrap();
-        let good = Open {
-            target: *ticket.node.as_bytes(),
-            generation,
-            nonce: [7; 16],
-            deadline_ms: in_half_a_minute(),
-            token: Some(token.as_bytes().to_vec()),
-        };
-        let first = answer(&link, &ticket, &good).await;
-        assert!(first.starts_with("HTTP/1.1 200"), "{first}");
-        let replayed = answer(&link, &ticket, &good).await;
-        assert!(replayed.contains("has been made already"), "{replayed}");
-        let with = |nonce: u8, change: &dyn Fn(&mut Open)| {
-            let mut open = Open {
-                nonce: [nonce; 16],
-                ..good.clone()
-            };
-            change(&mut open);
-            open
-        };
-        for (bad, why) in [
-            (with(1, &|open| open.target = [9; 32]), "another node"),
-            (with(2, &|open| open.generation += 1), "start of this node"),
-            (with(3, &|open| open.deadline_ms = 1), "deadline has passed"),
-            (
-                with(4, &|open| open.deadline_ms = u64::MAX),
-                "more than ten minutes",
-            ),
-            (with(5, &|open| open.token = None), "has given a grant"),
-            (
-                with(6, &|open| open.token = Some(vec![0xff; 300])),
-                "not a grant",
-            ),
-        ] {
-            let refused = answer(&link, &ticket, &bad).await;
-            assert!(
-                refused.contains("403") || refused.contains("400"),
-                "{refused}"
-            );
-            assert!(refused.contains(why), "{why}: {refused}");
-        }
+fn whoever_asks_may_be_killed_and_what_runs_over_there_goes_on_and_loses_nothing() {
+    let Some(two) = Two::with_machines("cut") else {
+        return;
+    };
+    two.grant("run", &[]);
+    let (far, near) = (&two.far, &two.near);
+    let exec = |machine: &str, words: &[&str]| {
+        text(
+            &near
+                .vistara(&[&["--on", "far", "exec", machine], words].concat())
+                .stdout,
+        )
+    };
 
-        // Many streams at once, none of which says anything; and packets that are none.
-        let mut silent = Vec::new();
-        for number in 0_u32..200 {
-            let mut nonce = [8; 16];
-            nonce[..4].copy_from_slice(&number.to_le_bytes());
-            let open = Open {
-                nonce,
-                ..good.clone()
-            };
-            silent.push(link.begin(&ticket.node, &open).await.unwrap());
-        }
-        let garbage = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let mut packet = [0; 1200];
-        for number in 0_u32..20_000 {
-            packet[..4].copy_from_slice(&number.wrapping_mul(2_654_435_761).to_le_bytes());
-            packet[4] = 0xc0;
-            // A full queue is as good a flood as any.
-            let _ = garbage.send_to(&packet, ticket.addresses[0]);
-        }
-        two.grant("run", &[]);
-        let begin = Instant::now();
-        said(&two.near, &["--on", "far", "ps"]);
-        assert!(begin.elapsed() < Duration::from_secs(10));
-        drop(silent);
-        link.close().await;
+    // The client of a run, in the middle of its output.
+    let script =
+        "n=0; while [ $n -lt 60 ]; do n=$((n+1)); echo line $n; sleep 0.1; done; exec sleep 1000";
+    let run = [
+        "--on", "far", "run", "-q", "-m", "128m", IMAGE, "sh", "-c", script,
+    ];
+    let mut running = near
+        .command(&run)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(running.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "line 1");
+    running.kill().unwrap();
+    wait(running);
+    let machine = said(near, &["--on", "far", "ps", "-q", "--no-trunc"]);
+
+    // The node here, in the middle of a command there, which goes on.
+    let script = "echo begun; sleep 3; echo done >/tmp/mark";
+    let mut asking = near
+        .command(&["--on", "far", "exec", &machine, "sh", "-c", script])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(asking.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "begun");
+    near.kill_node();
+    let lost = wait(asking);
+    assert!(!lost.status.success(), "{}", text(&lost.stderr));
+    until("the command's end", || {
+        exec(&machine, &["cat", "/tmp/mark"]) == "done\n"
     });
-    let status = said(&two.far, &["node", "status", "--json"]);
-    assert!(status.contains("pid"), "{status}");
+    let all: String = (1..=60).map(|number| format!("line {number}\n")).collect();
+    until("all of its output", || {
+        let logs = near.vistara(&["--on", "far", "logs", &machine]);
+        text(&logs.stdout) == all
+    });
+
+    // Each of the three in the middle of a copy. It fails, and says so; another one makes it whole.
+    let file = near.state.join("sent");
+    std::fs::write(&file, vec![b'x'; 96 << 20]).unwrap();
+    let file = file.to_str().unwrap();
+    cut_copy(&two, &machine, file, "/tmp/one", |copy| {
+        copy.kill().unwrap()
+    });
+    let said_so = cut_copy(&two, &machine, file, "/tmp/two", |_| near.kill_node());
+    assert!(!said_so.is_empty());
+    said(near, &["ps"]);
+    let said_so = cut_copy(&two, &machine, file, "/tmp/three", |_| far.kill_node());
+    assert!(said_so.contains("far"), "{said_so}");
+    assert_eq!(said(far, &["ps", "-q", "--no-trunc"]), machine);
+    let inside = format!("{machine}:/tmp/three");
+    until("a copy after the cut", || {
+        let copy = near.vistara(&["--on", "far", "cp", "-q", file, &inside]);
+        copy.status.success()
+    });
+    let bytes = exec(
+        &machine,
+        &["sh", "-c", "tr -d x </tmp/three | wc -c; wc -c </tmp/three"],
+    );
+    assert_eq!(bytes, format!("0\n{}\n", 96 << 20));
 }

@@ -31,6 +31,8 @@ mod unikernel;
 
 pub use error::{ErrorKind, ImageError, Refusal};
 pub use facts::Asked;
+#[doc(hidden)]
+pub use facts::fuzz_program;
 pub use image::{Image, Layer, Pruned, PullOptions, Removed, RootDisk};
 pub use limits::Limits;
 pub use progress::{Progress, ProgressSink};

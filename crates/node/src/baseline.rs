@@ -1,4 +1,10 @@
-//! What `vistara bench` measures against, where that takes a guest's agent.
+//! What `vistara bench` measures against, where that takes a guest's agent; and what it measures of a node's parts.
+
+mod peers;
+mod placing;
+
+pub use peers::QuietNodes;
+pub use placing::{PLACEMENT_POLICIES, placement_times};
 
 use crate::fault::chain;
 use std::time::Duration;

@@ -25,8 +25,8 @@ mod templates;
 mod view;
 mod volumes;
 
-/// The baselines that `vistara bench` measures against.
-pub use baseline::raw_agent_ready;
+/// What `vistara bench` measures, and measures against.
+pub use baseline::{PLACEMENT_POLICIES, QuietNodes, placement_times, raw_agent_ready};
 pub use fault::NodeError;
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use relay::{RelayFault, RelayPlan, run_relay};

@@ -3,6 +3,8 @@
 // Helpers outside a test function: a failure is the test's. Each file of tests uses a part of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
+pub(crate) mod two;
+
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};

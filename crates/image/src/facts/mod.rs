@@ -250,3 +250,15 @@ pub(crate) fn look(
 ) -> Result<ProgramFacts, ImageError> {
     gather::gather(tree, source, asked)
 }
+
+/// Takes any bytes as a program in an image, and as what was remembered of one, for a fuzzer. Whatever they are, this returns.
+#[doc(hidden)]
+pub fn fuzz_program(bytes: &[u8]) {
+    if elf::is_elf(bytes) {
+        // Only that these return matters.
+        let _ = elf::read(bytes, true);
+        let _ = elf::read(bytes, false);
+    }
+    let _ = scripts::interpreter(bytes);
+    let _ = Cache::parse(bytes);
+}

@@ -32,3 +32,16 @@ pub use modules::StagedModule;
 pub use nanos::{NanosKernel, NanosKernelRecord, NanosKernels};
 pub use payload::{LinuxPayload, UpperLayer};
 pub use store::{Kernel, KernelRecord, KernelStore};
+
+/// Takes any bytes as a kernel's file and as a module's, for a fuzzer. Whatever they are, this returns.
+#[doc(hidden)]
+pub fn fuzz_kernel(bytes: &[u8]) {
+    /// What one may unpack to.
+    const UNPACKED_MAX: u64 = 1 << 20;
+    // Only that these return matters.
+    let _ = elf::compact_kernel(bytes);
+    let _ = elf::slim_module(bytes);
+    let _ = elf::module_depends(bytes);
+    let _ = unpack::decompress(bytes, UNPACKED_MAX);
+    let _ = unpack::bzimage_payload(bytes);
+}

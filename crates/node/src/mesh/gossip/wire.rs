@@ -151,6 +151,8 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Packet> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
 
     /// One of each kind, with numbers that take the most room.
     fn packets() -> Vec<Packet> {
@@ -218,5 +220,24 @@ mod tests {
         }
         // A length beyond all memory.
         assert_eq!(decode(&[VERSION, 4, 0xff, 0xff, 0xff, 0xff, 0x7f]), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn a_packet_that_was_changed_is_another_or_none(
+            which in 0..7_usize,
+            changes in proptest::collection::vec((any::<Index>(), any::<u8>()), 1..6),
+        ) {
+            let mut bytes = encode(&packets()[which]).unwrap();
+            for (at, byte) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if let Some(packet) = decode(&bytes) {
+                prop_assert_eq!(decode(&encode(&packet).unwrap()), Some(packet));
+            }
+        }
     }
 }
