@@ -373,7 +373,7 @@ mod tests {
 
     #[test]
     fn an_older_version_hears_nothing_new() {
-        let old = Version::parse("Firecracker v1.7.0").unwrap();
+        let old = Version::parse("Firecracker v1.8.0").unwrap();
         let settings = settings(&plan(), old, None, None).unwrap();
         assert_eq!(find(&settings, "/serial"), None);
     }

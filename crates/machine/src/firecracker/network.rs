@@ -19,7 +19,7 @@
 //! the host's name server, also where that listens on loopback. IPv6, and so `::1`, is off.)
 
 use super::io_error;
-use crate::{LaunchPlan, VmmError};
+use crate::{LaunchPlan, VmmError, resolver};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -52,10 +52,8 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// The helper's part of the machine's directory, and its socket there.
 const DIR: &str = "network";
 const SOCKET: &str = "api.sock";
-/// Where programs find the resolver's addresses.
-const RESOLVER: &str = "etc/resolv.conf";
-/// Bytes of the resolver's addresses that are taken: three servers, and what people write beside them.
-const RESOLVER_MAX: u64 = 64 << 10;
+/// Where, in its directory, programs find the name servers' addresses.
+const RESOLVER_DIR: &str = "etc";
 
 /// Bytes of the helper's complaints that are kept, and characters of them that are told.
 const COMPLAINTS: u64 = 16 << 10;
@@ -210,42 +208,20 @@ fn taps(uid: u32, filter: &FrameFilter) -> [Tap<'_>; 2] {
 /// Makes the helper's directory.
 fn make_dir(machine: &Path) -> Result<PathBuf, VmmError> {
     let dir = machine.join(DIR);
-    for below in ["etc", "run"] {
-        let below = dir.join(below);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&below)
-            .map_err(io_error("making the directory", &below))?;
-    }
-    let path = dir.join(RESOLVER);
-    fs::write(&path, resolver()).map_err(io_error("writing", &path))?;
+    let below = dir.join("run");
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&below)
+        .map_err(io_error("making the directory", &below))?;
+    let path = dir.join(RESOLVER_DIR);
+    resolver::make(&path).map_err(io_error("writing the name servers in", &path))?;
     Ok(dir)
-}
-
-/// The addresses of the host's name servers, as they are written; empty where the host has none.
-fn resolver() -> Vec<u8> {
-    use std::io::Read;
-    let mut text = Vec::new();
-    let read = File::open(Path::new("/").join(RESOLVER))
-        .and_then(|file| file.take(RESOLVER_MAX).read_to_end(&mut text));
-    if let Err(error) = read {
-        tracing::debug!(%error, "the host has no name servers");
-    }
-    text
 }
 
 /// Tells a running machine's helper of changes of the host's name servers. Blocks on files.
 pub(super) fn keep_resolver(machine: &Path) {
-    let (path, now) = (machine.join(DIR).join(RESOLVER), resolver());
-    match fs::read(&path) {
-        Ok(known) if known != now => {
-            if let Err(error) = fs::write(&path, now) {
-                tracing::warn!(%error, path = %path.display(), "a machine does not hear of new name servers");
-            }
-        }
-        _ => {}
-    }
+    resolver::keep(&machine.join(DIR).join(RESOLVER_DIR));
 }
 
 /// Removes what the helper had.

@@ -241,7 +241,7 @@ async fn root_in_a_guest_does_not_reach_the_hosts_loopback_whatever_it_sends() {
     let ports = &plan.nic.as_ref().unwrap().ports;
     helper.publish(dir.path(), ports).await.unwrap();
     // A host whose name server is its own: 10.0.2.3 leads to it, but to no other port there.
-    let resolver = dir.path().join(DIR).join(RESOLVER);
+    let resolver = dir.path().join(DIR).join(RESOLVER_DIR).join(resolver::NAME);
     std::fs::write(resolver, "nameserver 127.0.0.1\n").unwrap();
     become_guest(&process);
     // What a guest's root can do to its own kernel, to have it send what no kernel sends by itself.
@@ -346,8 +346,9 @@ async fn a_machine_to_be_captured_has_the_device_and_no_helper() {
 fn new_name_servers_of_the_host_reach_a_running_machine() {
     let dir = tempfile::tempdir().unwrap();
     make_dir(dir.path()).unwrap();
-    let path = dir.path().join(DIR).join(RESOLVER);
+    let path = dir.path().join(DIR).join(RESOLVER_DIR).join(resolver::NAME);
     std::fs::write(&path, "nameserver 192.0.2.1\n").unwrap();
     keep_resolver(dir.path());
-    assert_eq!(std::fs::read(&path).unwrap(), resolver());
+    let of_host = std::fs::read("/etc/resolv.conf").unwrap_or_default();
+    assert_eq!(std::fs::read(&path).unwrap(), of_host);
 }

@@ -9,10 +9,11 @@ pub(super) struct Version {
 }
 
 impl Version {
-    /// The oldest whose API is spoken here: snapshots have a format of their own since.
+    /// The oldest whose guests start: since this one it tells of its devices by ACPI, and kernels such as Debian's look nowhere
+    /// else.
     pub(super) const OLDEST: Version = Version {
         major: 1,
-        minor: 7,
+        minor: 8,
         patch: 0,
     };
     /// The one that all this was tried with.
@@ -72,7 +73,7 @@ mod tests {
         assert_eq!(read("Firecracker v1.14.0-dev"), Some("1.14.0".to_owned()));
         assert_eq!(read("Jailer v1.16.1"), None);
         assert_eq!(read("Firecracker v"), None);
-        assert!(Version::parse("Firecracker v1.6.9").unwrap() < Version::OLDEST);
+        assert!(Version::parse("Firecracker v1.7.9").unwrap() < Version::OLDEST);
         assert!(Version::parse("Firecracker v1.10.0").unwrap() > Version::OLDEST);
     }
 }
