@@ -1,6 +1,7 @@
 //! What is to happen in a run, and what came of it.
 
 use crate::net::{Cut, Weather};
+use crate::traffic::Traffic;
 use crate::wire::Wire;
 use crate::world::{EMPTY_MAX, GOSSIP_BYTES_MAX, World};
 use rand::RngExt;
@@ -73,7 +74,7 @@ pub(crate) enum Event {
     Arrive {
         to: usize,
         from: usize,
-        wire: Wire,
+        wire: Box<Wire>,
     },
     Wake {
         node: usize,
@@ -168,7 +169,7 @@ impl World {
         }
         if now.as_secs().is_multiple_of(30) {
             for node in 0..self.nodes.len() {
-                let bytes = self.nodes[node].gossip_bytes / now.as_secs();
+                let bytes = self.nodes[node].traffic.all().bytes / now.as_secs();
                 self.checks.load(now, node, bytes, GOSSIP_BYTES_MAX);
             }
         }
@@ -177,9 +178,17 @@ impl World {
     pub(crate) fn report(self) -> Report {
         let seconds = self.queue.now().as_secs().max(1);
         let mut gossip: Vec<u64> = (self.nodes.iter())
-            .map(|node| node.gossip_bytes / seconds)
+            .map(|node| node.traffic.all().bytes / seconds)
             .collect();
+        let busiest = (self.nodes.iter())
+            .map(|node| node.traffic)
+            .max_by_key(|traffic| traffic.all().bytes)
+            .unwrap_or_default();
         gossip.sort_unstable();
+        let mut traffic = Traffic::default();
+        for node in &self.nodes {
+            traffic += &node.traffic;
+        }
         let mut gaps = self.checks.gaps.clone();
         gaps.sort_unstable();
         Report {
@@ -188,6 +197,8 @@ impl World {
             checked: self.checks.checked,
             gaps,
             gossip,
+            traffic,
+            busiest,
             ended: self.checks.ended(),
             lost: self.checks.lost(),
             violations: self.checks.violations,
@@ -208,6 +219,10 @@ pub struct Report {
     pub gaps: Vec<Duration>,
     /// Bytes that each node sent for membership in a second, sorted.
     pub gossip: Vec<u64>,
+    /// What that was, of all nodes together.
+    pub traffic: Traffic,
+    /// What it was of the node that sent most.
+    pub busiest: Traffic,
     /// Tasks that ended.
     pub ended: usize,
     /// Tasks that were reported lost.
@@ -221,6 +236,13 @@ fn part<T: Copy + Default>(sorted: &[T], share: f64) -> T {
     let index = (sorted.len() as f64 * share) as usize;
     let last = sorted.len().saturating_sub(1);
     sorted.get(index.min(last)).copied().unwrap_or_default()
+}
+
+impl Report {
+    /// Bytes that half of the nodes sent at most for membership in a second, and that no node sent more than.
+    pub fn gossip_median_and_most(&self) -> (u64, u64) {
+        (part(&self.gossip, 0.5), part(&self.gossip, 1.0))
+    }
 }
 
 impl fmt::Display for Report {
@@ -246,6 +268,8 @@ impl fmt::Display for Report {
             part(&self.gossip, 0.99),
             part(&self.gossip, 1.0),
         )?;
+        write!(f, "{}", self.traffic)?;
+        write!(f, "of these, the node that sent most:\n{}", self.busiest)?;
         match self.violations.as_slice() {
             [] => writeln!(f, "all invariants held"),
             broken => {
