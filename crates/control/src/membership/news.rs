@@ -249,7 +249,9 @@ impl Membership {
 
     /// A packet with no more than has to be said: who speaks, and to whom it thinks to be gone, that it thinks so.
     pub(super) fn bare(&self, body: Body, to: NodeId) -> Packet {
-        let mut news = vec![self.me];
+        // Most have room for a few more.
+        let mut news = Vec::with_capacity(8);
+        news.push(self.me);
         let believed = self.members.get(to).map(|member| member.news);
         news.extend(believed.filter(|news| news.life != Life::Alive));
         let facts = Vec::new();

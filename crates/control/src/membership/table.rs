@@ -5,7 +5,7 @@
 
 use super::{Life, Member, Membership, News, Output};
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasher, DefaultHasher, Hasher};
+use std::hash::{BuildHasher, Hasher};
 use std::ops::RangeBounds;
 use std::time::Duration;
 use vistara_model::NodeId;
@@ -21,7 +21,7 @@ pub(super) struct Keys {
     number: [u8; 32],
     numbers: u64,
     rng_seed: u64,
-    hashing: [u8; 16],
+    hashing: [u64; 4],
 }
 
 impl std::fmt::Debug for Keys {
@@ -33,8 +33,11 @@ impl std::fmt::Debug for Keys {
 impl Keys {
     pub(super) fn new(seed: u64) -> Keys {
         let key = |what| blake3::derive_key(what, &seed.to_le_bytes());
-        let mut hashing = [0; 16];
-        hashing.copy_from_slice(&key("vistara 2026 membership tables in memory")[..16]);
+        let mut hashing = [0; 4];
+        let bytes = key("vistara 2026 membership tables in memory");
+        for (key, word) in hashing.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *key = u64::from_le_bytes(*word);
+        }
         Keys {
             place: key("vistara 2026 membership place"),
             rank: key("vistara 2026 membership rank"),
@@ -47,9 +50,7 @@ impl Keys {
 
     /// How tables in memory hash ids.
     pub(super) fn hashing(&self) -> Hashing {
-        let mut hasher = DefaultHasher::new();
-        hasher.write(&self.hashing);
-        Hashing(hasher)
+        Hashing(self.hashing)
     }
 
     /// What chances are drawn from: who guesses its state learns nothing of the keys.
@@ -153,10 +154,10 @@ impl Members {
     }
 }
 
-/// Hashes ids for tables in memory, under a key, so that nobody can choose ids that fall together. Nothing goes by the order of
-/// such a table.
+/// Hashes ids for tables in memory, under a key, so that nobody can choose ids that fall together: NH of UMAC (Black and others,
+/// 1999), whose collisions are as rare as chance has them for whoever sees no hashes. Nothing goes by the order of such a table.
 #[derive(Clone)]
-pub(super) struct Hashing(DefaultHasher);
+pub(super) struct Hashing([u64; 4]);
 
 impl std::fmt::Debug for Hashing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -165,10 +166,37 @@ impl std::fmt::Debug for Hashing {
 }
 
 impl BuildHasher for Hashing {
-    type Hasher = DefaultHasher;
+    type Hasher = IdHasher;
 
-    fn build_hasher(&self) -> DefaultHasher {
-        self.0.clone()
+    fn build_hasher(&self) -> IdHasher {
+        IdHasher {
+            keys: self.0,
+            sum: 0,
+        }
+    }
+}
+
+/// Of one id. What else is written, as the length of what follows, is the same for all ids and counts for nothing.
+pub(super) struct IdHasher {
+    keys: [u64; 4],
+    sum: u128,
+}
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        let (words, _) = bytes.as_chunks::<8>();
+        let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+        for keys in self.keys.as_chunks::<2>().0 {
+            let [one, other] = keys.map(|key| words.next().unwrap_or_default().wrapping_add(key));
+            self.sum = (self.sum).wrapping_add(u128::from(one) * u128::from(other));
+        }
+    }
+
+    fn write_usize(&mut self, _length: usize) {}
+
+    fn finish(&self) -> u64 {
+        // Tables take the lowest bits and the highest ones, which the product's halves make up for each other.
+        ((self.sum >> 64) as u64) ^ (self.sum as u64)
     }
 }
 
