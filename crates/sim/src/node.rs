@@ -48,6 +48,8 @@ pub(crate) struct Node {
     stated_at: Duration,
     version: u64,
     pub(crate) traffic: Traffic,
+    /// What it had sent when its load was looked at last.
+    pub(crate) looked_bytes: u64,
 }
 
 fn config(scenario: &Scenario) -> Config {
@@ -89,6 +91,7 @@ impl Node {
             stated_at: Duration::ZERO,
             version: 0,
             traffic: Traffic::default(),
+            looked_bytes: 0,
         }
     }
 
@@ -147,6 +150,7 @@ impl Node {
         self.boot = old.boot + 1;
         self.up_since = now;
         self.traffic = old.traffic;
+        self.looked_bytes = old.looked_bytes;
         let local = self.local(now);
         let (node, start) = (id(self.number), self.boot);
         self.membership = Membership::new(config(scenario), node, start, rng.random(), local);

@@ -99,6 +99,9 @@ pub(crate) enum Event {
     Look,
 }
 
+/// Over how many seconds a node's load is held to its bound.
+const LOAD_PERIOD_S: u64 = 30;
+
 /// When a network has found together, and services begin.
 const SETTLED: Duration = Duration::from_secs(15);
 
@@ -167,10 +170,13 @@ impl World {
         if self.net.cut == Cut::None && now >= self.quiet_since + EMPTY_MAX {
             self.checks.nothing_empty_since(now, EMPTY_MAX);
         }
-        if now.as_secs().is_multiple_of(30) {
+        if now.as_secs().is_multiple_of(LOAD_PERIOD_S) {
             for node in 0..self.nodes.len() {
-                let bytes = self.nodes[node].traffic.all().bytes / now.as_secs();
-                self.checks.load(now, node, bytes, GOSSIP_BYTES_MAX);
+                let one = &mut self.nodes[node];
+                let bytes = one.traffic.all().bytes;
+                let before = std::mem::replace(&mut one.looked_bytes, bytes);
+                let load = (bytes - before) / LOAD_PERIOD_S;
+                self.checks.load(now, node, load, GOSSIP_BYTES_MAX);
             }
         }
     }

@@ -26,7 +26,7 @@ pub const NOTICED_WITHIN: Duration = Duration::from_secs(10);
 const STALE_MAX: Duration = Duration::from_secs(30);
 /// How long after a cut a network is held to that.
 const CALM_AFTER: Duration = Duration::from_secs(15);
-/// What a node may send for membership each second, on average, in a network of any size.
+/// What a node may send for membership each second, over half a minute, in a network of any size.
 pub const GOSSIP_BYTES_MAX: u64 = 24_000;
 
 /// Networks of at most this many nodes begin with nodes that know nobody. In larger ones each knows others at the start, as

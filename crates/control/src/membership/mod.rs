@@ -7,8 +7,8 @@
 //!     ▲   or somebody says dead     │ its own word           │
 //!     └─────────────────────────────┴────────────────────────┘
 //! ```
-//! Each half second a node pings another, in an order of its own; who does not answer is pinged through three helpers, then
-//! suspected, then, three seconds later, dead. Every packet carries news. A node that hears itself suspected says that it
+//! Each half second a node pings another, in an order of its own; who does not answer is pinged again and through three
+//! helpers, then suspected, then, three seconds later, dead. Every packet carries news. A node that hears itself suspected says that it
 //! lives, with a larger incarnation. Others' word alone kills nobody: who is said to be dead, and is not suspected yet, is
 //! suspected first. Nor does it raise the dead: who is dead here and alive to others is pinged, and its own word counts.
 //! Others' word takes back one suspicion; after that this node's own pings decide, until one is answered.
@@ -18,8 +18,8 @@
 //! came along.
 //!
 //! **Bounds.** A packet has at most [`Config::packet_bytes`]. Of its own accord a node sends at most a constant number a
-//! second, however large the network is; beside that, one answer for a ping, a bounded number of pings in others'
-//! stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
+//! second, however large the network is; beside that, one answer for a ping, with news at a bounded rate, a bounded number of
+//! bare pings in others' stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
 //!
 //! **The table** holds [`Config::members_max`]; of larger networks a node knows a random part (the members whose keyed hash
 //! is smallest; it is used for nothing else, so that nobody learns it), and passes news of the others on. Whom this node has
@@ -66,7 +66,7 @@ pub const FACTS_BYTES_MAX: usize = 640;
 pub struct Config {
     /// How often one member is pinged.
     pub probe_period: Duration,
-    /// How long its answer is waited for before helpers are asked.
+    /// How long its answer is waited for before it is pinged again and helpers are asked; and again after that.
     pub ack_wait: Duration,
     /// How long in all before it is suspected.
     pub probe_wait: Duration,
