@@ -11,9 +11,11 @@ mod net;
 mod node;
 mod placing;
 mod scenario;
+mod traffic;
 mod wire;
 mod world;
 
 pub use net::{Cut, Weather};
 pub use scenario::{Fault, Report, Scenario};
+pub use traffic::{Sent, Traffic};
 pub use world::{EMPTY_MAX, GOSSIP_BYTES_MAX, NOTICED_WITHIN, World};

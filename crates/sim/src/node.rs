@@ -1,6 +1,7 @@
 //! One node: the decisions of the product, with what they keep in memory and what survives a restart.
 
 use crate::scenario::{Fault, Scenario};
+use crate::traffic::Traffic;
 use crate::wire::{MACHINE, facts, id};
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -46,8 +47,9 @@ pub(crate) struct Node {
     stated: Option<Stock>,
     stated_at: Duration,
     version: u64,
-    pub(crate) gossip_bytes: u64,
-    pub(crate) gossip_packets: u64,
+    pub(crate) traffic: Traffic,
+    /// What it had sent when its load was looked at last.
+    pub(crate) looked_bytes: u64,
 }
 
 fn config(scenario: &Scenario) -> Config {
@@ -88,8 +90,8 @@ impl Node {
             stated: None,
             stated_at: Duration::ZERO,
             version: 0,
-            gossip_bytes: 0,
-            gossip_packets: 0,
+            traffic: Traffic::default(),
+            looked_bytes: 0,
         }
     }
 
@@ -147,8 +149,8 @@ impl Node {
         let old = std::mem::replace(self, Node::new(self.number, scenario, rng));
         self.boot = old.boot + 1;
         self.up_since = now;
-        self.gossip_bytes = old.gossip_bytes;
-        self.gossip_packets = old.gossip_packets;
+        self.traffic = old.traffic;
+        self.looked_bytes = old.looked_bytes;
         let local = self.local(now);
         let (node, start) = (id(self.number), self.boot);
         self.membership = Membership::new(config(scenario), node, start, rng.random(), local);

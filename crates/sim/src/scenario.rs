@@ -1,6 +1,7 @@
 //! What is to happen in a run, and what came of it.
 
 use crate::net::{Cut, Weather};
+use crate::traffic::Traffic;
 use crate::wire::Wire;
 use crate::world::{EMPTY_MAX, GOSSIP_BYTES_MAX, World};
 use rand::RngExt;
@@ -73,7 +74,7 @@ pub(crate) enum Event {
     Arrive {
         to: usize,
         from: usize,
-        wire: Wire,
+        wire: Box<Wire>,
     },
     Wake {
         node: usize,
@@ -97,6 +98,9 @@ pub(crate) enum Event {
     Noticed(usize, u64),
     Look,
 }
+
+/// Over how many seconds a node's load is held to its bound.
+const LOAD_PERIOD_S: u64 = 30;
 
 /// When a network has found together, and services begin.
 const SETTLED: Duration = Duration::from_secs(15);
@@ -166,10 +170,13 @@ impl World {
         if self.net.cut == Cut::None && now >= self.quiet_since + EMPTY_MAX {
             self.checks.nothing_empty_since(now, EMPTY_MAX);
         }
-        if now.as_secs().is_multiple_of(30) {
+        if now.as_secs().is_multiple_of(LOAD_PERIOD_S) {
             for node in 0..self.nodes.len() {
-                let bytes = self.nodes[node].gossip_bytes / now.as_secs();
-                self.checks.load(now, node, bytes, GOSSIP_BYTES_MAX);
+                let one = &mut self.nodes[node];
+                let bytes = one.traffic.all().bytes;
+                let before = std::mem::replace(&mut one.looked_bytes, bytes);
+                let load = (bytes - before) / LOAD_PERIOD_S;
+                self.checks.load(now, node, load, GOSSIP_BYTES_MAX);
             }
         }
     }
@@ -177,9 +184,17 @@ impl World {
     pub(crate) fn report(self) -> Report {
         let seconds = self.queue.now().as_secs().max(1);
         let mut gossip: Vec<u64> = (self.nodes.iter())
-            .map(|node| node.gossip_bytes / seconds)
+            .map(|node| node.traffic.all().bytes / seconds)
             .collect();
+        let busiest = (self.nodes.iter())
+            .map(|node| node.traffic)
+            .max_by_key(|traffic| traffic.all().bytes)
+            .unwrap_or_default();
         gossip.sort_unstable();
+        let mut traffic = Traffic::default();
+        for node in &self.nodes {
+            traffic += &node.traffic;
+        }
         let mut gaps = self.checks.gaps.clone();
         gaps.sort_unstable();
         Report {
@@ -188,6 +203,8 @@ impl World {
             checked: self.checks.checked,
             gaps,
             gossip,
+            traffic,
+            busiest,
             ended: self.checks.ended(),
             lost: self.checks.lost(),
             violations: self.checks.violations,
@@ -208,6 +225,10 @@ pub struct Report {
     pub gaps: Vec<Duration>,
     /// Bytes that each node sent for membership in a second, sorted.
     pub gossip: Vec<u64>,
+    /// What that was, of all nodes together.
+    pub traffic: Traffic,
+    /// What it was of the node that sent most.
+    pub busiest: Traffic,
     /// Tasks that ended.
     pub ended: usize,
     /// Tasks that were reported lost.
@@ -221,6 +242,13 @@ fn part<T: Copy + Default>(sorted: &[T], share: f64) -> T {
     let index = (sorted.len() as f64 * share) as usize;
     let last = sorted.len().saturating_sub(1);
     sorted.get(index.min(last)).copied().unwrap_or_default()
+}
+
+impl Report {
+    /// Bytes that half of the nodes sent at most for membership in a second, and that no node sent more than.
+    pub fn gossip_median_and_most(&self) -> (u64, u64) {
+        (part(&self.gossip, 0.5), part(&self.gossip, 1.0))
+    }
 }
 
 impl fmt::Display for Report {
@@ -246,6 +274,8 @@ impl fmt::Display for Report {
             part(&self.gossip, 0.99),
             part(&self.gossip, 1.0),
         )?;
+        write!(f, "{}", self.traffic)?;
+        write!(f, "of these, the node that sent most:\n{}", self.busiest)?;
         match self.violations.as_slice() {
             [] => writeln!(f, "all invariants held"),
             broken => {

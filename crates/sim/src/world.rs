@@ -26,7 +26,7 @@ pub const NOTICED_WITHIN: Duration = Duration::from_secs(10);
 const STALE_MAX: Duration = Duration::from_secs(30);
 /// How long after a cut a network is held to that.
 const CALM_AFTER: Duration = Duration::from_secs(15);
-/// What a node may send for membership each second, on average, in a network of any size.
+/// What a node may send for membership each second, over half a minute, in a network of any size.
 pub const GOSSIP_BYTES_MAX: u64 = 24_000;
 
 /// Networks of at most this many nodes begin with nodes that know nobody. In larger ones each knows others at the start, as
@@ -85,7 +85,7 @@ impl World {
     fn happen(&mut self, event: Event) {
         match event {
             Event::Arrive { to, from, wire } if self.nodes[to].up => {
-                self.hear(to, from, wire);
+                self.hear(to, from, *wire);
                 self.after(to);
             }
             Event::Arrive { .. } => {}
@@ -206,15 +206,20 @@ impl World {
         let to = number(to);
         let now = self.queue.now();
         if from == to {
+            let wire = Box::new(wire);
             self.queue.at(now, Event::Arrive { to, from, wire });
             return;
         }
         if let Wire::Member(packet) = &wire {
-            self.nodes[from].gossip_bytes += packet.bytes() as u64;
-            self.nodes[from].gossip_packets += 1;
+            self.nodes[from].traffic.count(packet);
         }
-        for delay in self.net.arrivals(from, to).into_iter().flatten() {
-            let wire = wire.clone();
+        let [first, second] = self.net.arrivals(from, to);
+        if let Some(delay) = second {
+            let wire = Box::new(wire.clone());
+            self.queue.at(now + delay, Event::Arrive { to, from, wire });
+        }
+        if let Some(delay) = first {
+            let wire = Box::new(wire);
             self.queue.at(now + delay, Event::Arrive { to, from, wire });
         }
     }
@@ -466,7 +471,7 @@ impl World {
                 spec,
                 records: BTreeMap::new(),
             };
-            let wire = Wire::ToKeeper(begin);
+            let wire = Box::new(Wire::ToKeeper(begin));
             let to = number(keeper);
             self.queue.at(now, Event::Arrive { to, from: to, wire });
         }

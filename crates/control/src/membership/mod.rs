@@ -7,8 +7,8 @@
 //!     ▲   or somebody says dead     │ its own word           │
 //!     └─────────────────────────────┴────────────────────────┘
 //! ```
-//! Each half second a node pings another, in an order of its own; who does not answer is pinged through three helpers, then
-//! suspected, then, three seconds later, dead. Every packet carries news. A node that hears itself suspected says that it
+//! Each half second a node pings another, in an order of its own; who does not answer is pinged again and through three
+//! helpers, then suspected, then, three seconds later, dead. Every packet carries news. A node that hears itself suspected says that it
 //! lives, with a larger incarnation. Others' word alone kills nobody: who is said to be dead, and is not suspected yet, is
 //! suspected first. Nor does it raise the dead: who is dead here and alive to others is pinged, and its own word counts.
 //! Others' word takes back one suspicion; after that this node's own pings decide, until one is answered.
@@ -18,8 +18,8 @@
 //! came along.
 //!
 //! **Bounds.** A packet has at most [`Config::packet_bytes`]. Of its own accord a node sends at most a constant number a
-//! second, however large the network is; beside that, one answer for a ping, a bounded number of pings in others'
-//! stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
+//! second, however large the network is; beside that, one answer for a ping, with news at a bounded rate, a bounded number of
+//! bare pings in others' stead at a time, and pages at a bounded rate. A page counts only if it was asked for.
 //!
 //! **The table** holds [`Config::members_max`]; of larger networks a node knows a random part (the members whose keyed hash
 //! is smallest; it is used for nothing else, so that nobody learns it), and passes news of the others on. Whom this node has
@@ -35,19 +35,21 @@
 mod news;
 mod pages;
 mod probe;
+mod rumours;
 mod table;
 #[cfg(test)]
 mod tests;
 
-use news::{Doubts, Rumours};
+use news::Doubts;
 use pages::{Pages, Strangers};
 use probe::Probe;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use std::collections::{BTreeMap, BTreeSet};
+use rumours::Rumours;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use table::Keys;
+use table::{Keys, Members};
 use vistara_model::NodeId;
 
 /// Bytes of one piece of news on the wire, at most: a key, a number, a state.
@@ -64,7 +66,7 @@ pub const FACTS_BYTES_MAX: usize = 640;
 pub struct Config {
     /// How often one member is pinged.
     pub probe_period: Duration,
-    /// How long its answer is waited for before helpers are asked.
+    /// How long its answer is waited for before it is pinged again and helpers are asked; and again after that.
     pub ack_wait: Duration,
     /// How long in all before it is suspected.
     pub probe_wait: Duration,
@@ -272,13 +274,14 @@ pub struct Membership {
     rng: SmallRng,
     own_facts: Option<Stated>,
     own_facts_sent: u32,
-    /// By their places, which are also the order in which they are pinged and told of in pages.
-    members: BTreeMap<table::Place, Member>,
+    members: Members,
     /// The ranks of those that were only heard of, and of those that have spoken; the pinned are in neither.
     hearsay: BTreeSet<table::Place>,
     known: BTreeSet<table::Place>,
     pinned: usize,
     alive: usize,
+    /// The ranks of those that are believed to be gone.
+    dead: BTreeSet<table::Place>,
     suspicions: BTreeSet<(Duration, NodeId)>,
     rumours: Rumours,
     /// Members with facts that are passed on, by how often they were.
@@ -292,6 +295,8 @@ pub struct Membership {
     doubts: Doubts,
     pages: Pages,
     strangers: Strangers,
+    /// Up to when answers have used up what news they may carry.
+    answers_until: Duration,
     next_probe: Duration,
     next_gossip: Duration,
     next_reach: Duration,
@@ -316,19 +321,20 @@ impl Membership {
         let (next_probe, next_gossip) = (soon(config.probe_period), soon(config.gossip_period));
         let (next_reach, next_sync) = (soon(config.reach_period), soon(config.sync_period));
         Membership {
-            rumours: Rumours::new(config.rumours_max),
+            rumours: Rumours::new(config.rumours_max, keys.hashing()),
             config,
+            members: Members::new(keys.hashing()),
             me,
             keys,
             now,
             rng,
             own_facts: None,
             own_facts_sent: 0,
-            members: BTreeMap::new(),
             hearsay: BTreeSet::new(),
             known: BTreeSet::new(),
             pinned: 0,
             alive: 0,
+            dead: BTreeSet::new(),
             suspicions: BTreeSet::new(),
             fresh_facts: BTreeSet::new(),
             probes: Vec::new(),
@@ -337,6 +343,7 @@ impl Membership {
             doubts: Doubts::default(),
             pages: Pages::default(),
             strangers: Strangers::default(),
+            answers_until: Duration::ZERO,
             next_probe,
             next_gossip,
             next_reach,
@@ -373,12 +380,12 @@ impl Membership {
 
     /// What is believed of one; nothing where it is not known.
     pub fn life(&self, node: NodeId) -> Option<Life> {
-        self.members.get(&self.place(node)).map(|one| one.news.life)
+        self.members.get(node).map(|one| one.news.life)
     }
 
     /// How it is bound to this node; nothing where it is not known.
     pub fn tie(&self, node: NodeId) -> Option<Tie> {
-        let member = self.members.get(&self.place(node))?;
+        let member = self.members.get(node)?;
         Some(if member.pinned {
             Tie::Pinned
         } else if member.heard {
@@ -451,7 +458,7 @@ impl Membership {
         let mut outputs = Vec::new();
         let own = self.own_facts.clone();
         for node in self.some_alive(2 * self.config.gossip_fanout + 2, self.me.node) {
-            let mut packet = self.packet(Body::Gossip, Some(node), own.as_ref());
+            let mut packet = self.packet(Body::Gossip, node, own.as_ref());
             packet.facts.extend(own.clone());
             outputs.push(Output::Send(node, packet));
         }
@@ -514,10 +521,7 @@ impl Membership {
         }
         if !packet.news.iter().any(|news| news.node == from) {
             // It speaks, so it lives.
-            let incarnation = self
-                .members
-                .get(&self.place(from))
-                .map_or(0, |one| one.news.incarnation);
+            let incarnation = self.members.get(from).map_or(0, |one| one.news.incarnation);
             let news = News {
                 node: from,
                 incarnation,
@@ -533,8 +537,7 @@ impl Membership {
             Body::Ping { number, version } => {
                 let newer = |own: &&Stated| own.version > version;
                 let own = self.own_facts.as_ref().filter(newer).cloned();
-                let mut answer = self.packet(Body::Ack { number }, Some(from), own.as_ref());
-                answer.facts.splice(0..0, own);
+                let answer = self.answer(now, Body::Ack { number }, from, own);
                 outputs.push(Output::Send(from, answer));
             }
             Body::Ack { number } => self.acked(from, number, &mut outputs),
@@ -556,7 +559,9 @@ impl Membership {
             }
             Body::Page { next, .. } => {
                 let full = self.members.len() >= self.config.members_max;
-                if let (Some(next), Some(left), false) = (next, pull, full) {
+                // Members stand in pages by chance: where one says nothing new, the others hardly would.
+                let new = outputs.iter().any(|one| matches!(one, Output::Changed(..)));
+                if let (Some(next), Some(left), false, true) = (next, pull, full, new) {
                     self.pull(from, next, left, &mut outputs);
                 }
             }
@@ -577,7 +582,7 @@ impl Membership {
                 break;
             }
             self.suspicions.pop_first();
-            if let Some(news) = self.members.get(&self.place(node)).map(|one| one.news) {
+            if let Some(news) = self.members.get(node).map(|one| one.news) {
                 let life = Life::Dead;
                 self.believe(now, News { life, ..news }, true, &mut outputs);
             }
@@ -614,10 +619,9 @@ impl Membership {
 
     /// The members from a random place on that pass, once around.
     fn around_random_place(&mut self, pass: impl Fn(&Member) -> bool, most: usize) -> Vec<NodeId> {
-        let Some(((last, _), _)) = self.members.last_key_value() else {
+        let Some((last, _)) = self.members.last_place() else {
             return Vec::new();
         };
-        let last = *last;
         let mut found: Vec<NodeId> = Vec::with_capacity(most);
         for _ in 0..most {
             let start = (self.rng.random_range(0..=last), NodeId::from_bytes([0; 32]));
@@ -642,7 +646,7 @@ impl Membership {
     }
 
     fn some_dead(&mut self) -> Option<NodeId> {
-        if self.alive == self.members.len() {
+        if self.dead.is_empty() {
             return None;
         }
         self.around_random_place(|member| member.news.life == Life::Dead, 1)

@@ -1,21 +1,27 @@
 //! Hearing, believing and passing on.
 
+use super::pages::spend;
 use super::{
-    Body, DENIAL_BITS, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, HEAD_BYTES, Life, Membership, NEWS_BYTES,
-    News, Output, Packet, Stated,
+    Body, DENIAL_BITS, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, Life, Membership, NEWS_BYTES, News,
+    Output, Packet, Stated,
 };
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 use vistara_model::NodeId;
 
-/// News are sent this many times the logarithm of the network's size, which reaches everybody with high probability;
-const SENDS_PER_LOG: u32 = 2;
-/// and this many times more, since in small networks chance is less even.
-const SENDS_MORE: u32 = 6;
+/// How often a piece of news is sent on. Where each of n nodes tells `ln n + c` others by chance, nobody is missed with a
+/// probability of about `e^(-e^-c)` (Kermarrec, Massoulié, Ganesh 2003): this is c = 6, 99.75 %, for 2^14 nodes, and a death is told twice, as
+/// a suspicion and as a death. In smaller networks chance is less even, and it costs little there.
+const SENDS_MAX: usize = 16;
 /// Facts are passed on this often: they may be missed, the next ping asks for them.
 const FACTS_SENDS_MAX: u32 = 6;
-/// How long news that were passed on are remembered, so that they are not taken for new ones.
-const REMEMBERED: Duration = Duration::from_secs(60);
+/// Others' facts twice, where this node knows a part of the network: few of those that it tells know whom they are about, and
+/// only they take them.
+const FACTS_SENDS_IN_PART: u32 = 2;
+/// Answers carry news and others' facts four times a second, twice as often as a node is pinged on average, and 16 times at
+/// once. Who is pinged more (many contradict each other about it, or somebody wants it to send much) says what it is asked.
+const ANSWERS_PERIOD: Duration = Duration::from_millis(250);
+const ANSWERS_BURST: u32 = 16;
 /// Most that are waiting to be tried because somebody contradicts: a minute's.
 const DOUBTS_MAX: usize = 256;
 /// Most of them on one peer's word: who contradicts everything delays the others by seconds.
@@ -56,114 +62,10 @@ fn follows(known: &News, news: &News) -> bool {
         && (news.life == Life::Alive || same_start(known.incarnation, next))
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Rumour {
-    news: News,
-    sent: u32,
-    /// As the how-manieth it came.
-    came: u64,
-}
-
-/// News under way.
-#[derive(Debug, Clone)]
-pub(super) struct Rumours {
-    most: usize,
-    all: BTreeMap<NodeId, Rumour>,
-    /// Those that are still sent, the least sent first; of those that were sent equally often the one that came first, so that
-    /// nobody's choice of ids goes before others' news.
-    queue: BTreeSet<(u32, u64, NodeId)>,
-    /// How many there have been.
-    count: u64,
-    /// Those that are not any more, the oldest first.
-    spent: VecDeque<(Duration, News)>,
-}
-
-impl Rumours {
-    pub(super) fn new(most: usize) -> Rumours {
-        Rumours {
-            most,
-            all: BTreeMap::new(),
-            queue: BTreeSet::new(),
-            count: 0,
-            spent: VecDeque::new(),
-        }
-    }
-
-    /// Whether there is something to tell.
-    pub(super) fn waiting(&self) -> bool {
-        !self.queue.is_empty()
-    }
-
-    /// Whether this is known, or outweighed by what is known.
-    fn knows(&self, news: &News) -> bool {
-        (self.all.get(&news.node)).is_some_and(|known| !news.outweighs(&known.news))
-    }
-
-    fn put(&mut self, news: News) {
-        if let Some(old) = self.all.remove(&news.node) {
-            self.queue.remove(&(old.sent, old.came, news.node));
-        }
-        while self.all.len() >= self.most {
-            // What was told goes first; then what was told most.
-            let gone = match self.spent.pop_front() {
-                Some((_, old)) if self.is_spent(&old) => old.node,
-                Some(_) => continue,
-                None => match self.queue.pop_last() {
-                    Some((_, _, node)) => node,
-                    None => return,
-                },
-            };
-            self.all.remove(&gone);
-        }
-        let (sent, came) = (0, self.count);
-        self.count += 1;
-        self.all.insert(news.node, Rumour { news, sent, came });
-        self.queue.insert((sent, came, news.node));
-    }
-
-    fn is_spent(&self, old: &News) -> bool {
-        (self.all.get(&old.node)).is_some_and(|one| {
-            one.news == *old && !self.queue.contains(&(one.sent, one.came, old.node))
-        })
-    }
-
-    /// Up to this many, each counted as sent; what has been sent `limit` times is not sent again.
-    fn take(&mut self, most: usize, limit: u32, now: Duration) -> Vec<News> {
-        let chosen: Vec<_> = self.queue.iter().take(most).copied().collect();
-        let mut taken = Vec::with_capacity(chosen.len());
-        for (sent, came, node) in chosen {
-            self.queue.remove(&(sent, came, node));
-            if let Some(one) = self.all.get_mut(&node) {
-                one.sent = sent + 1;
-                taken.push(one.news);
-                if one.sent < limit {
-                    self.queue.insert((one.sent, came, node));
-                } else {
-                    self.spent.push_back((now, one.news));
-                }
-            }
-        }
-        taken
-    }
-
-    /// Forgets what was told long ago.
-    pub(super) fn forget(&mut self, now: Duration) {
-        while let Some((at, old)) = self.spent.front().copied() {
-            if at + REMEMBERED > now {
-                break;
-            }
-            self.spent.pop_front();
-            if self.is_spent(&old) {
-                self.all.remove(&old.node);
-            }
-        }
-    }
-}
-
 impl Membership {
     /// How many pieces of news are passed on or remembered.
     pub fn rumours_held(&self) -> usize {
-        self.rumours.all.len()
+        self.rumours.len()
     }
 
     /// Takes one piece of news; `vouched` where facts of whom it is about came along.
@@ -179,13 +81,18 @@ impl Membership {
             self.hear_of_me(news);
             return;
         }
-        let known = self.members.get(&self.place(news.node)).map(|one| one.news);
+        let known = self.members.get(news.node).map(|one| one.news);
         if news.node == from {
             // Its own word, over a connection that proves who speaks, counts whatever others said.
             match known {
                 Some(known) if known == news => {}
                 _ if news.life == Life::Suspect => {}
-                _ => self.believe(now, news, true, outputs),
+                Some(_) => self.believe(now, news, true, outputs),
+                None => {
+                    if !self.enter(now, news, (true, true), outputs) {
+                        self.pass_on(news);
+                    }
+                }
             }
             return;
         }
@@ -204,21 +111,33 @@ impl Membership {
                 self.doubt(news.node, from);
             }
             Some(known) => self.hear_of(now, from, (known, news), page, outputs),
-            None if self.rumours.knows(&news) => {}
+            None if self.is_told(&news) => {}
             // Anybody can invent ids: one peer's word of strangers counts at a bounded rate, beyond what strangers have signed.
             None if !vouched && !self.strangers.may_tell(now, from) => {}
-            // A stranger's death is passed on, not entered.
-            None if news.life == Life::Dead => {
-                if !page {
-                    self.rumours.put(news);
-                }
-            }
+            // A stranger's end, or what may become one, is passed on, not entered.
+            None if page && news.life != Life::Alive => {}
+            None if news.life != Life::Alive => self.pass_on(news),
             None => {
                 let entered = self.enter(now, news, (false, !page), outputs);
                 if !entered && !page {
-                    self.rumours.put(news);
+                    self.pass_on(news);
                 }
             }
+        }
+    }
+
+    /// Whether this is told or remembered already, or outweighed by what is.
+    fn is_told(&self, news: &News) -> bool {
+        (self.rumours.of(news.node)).is_some_and(|told| !news.outweighs(told))
+    }
+
+    /// Passes on what is said of a stranger. That it lives is news only where something else was told of it: who knows a part
+    /// of a network meets strangers all the time, and would have all others tell each other of each of them.
+    fn pass_on(&mut self, news: News) {
+        let told = self.rumours.of(news.node);
+        let newer = told.is_some_and(|told| news.outweighs(told));
+        if newer || (told.is_none() && news.life != Life::Alive) {
+            self.rumours.put(news);
         }
     }
 
@@ -231,8 +150,7 @@ impl Membership {
         page: bool,
         outputs: &mut Vec<Output>,
     ) {
-        let place = self.place(news.node);
-        let Some(member) = self.members.get_mut(&place) else {
+        let Some(member) = self.members.get_mut(news.node) else {
             return;
         };
         match (known.life, news.life) {
@@ -278,8 +196,7 @@ impl Membership {
         tell: bool,
         outputs: &mut Vec<Output>,
     ) {
-        let place = self.place(news.node);
-        let Some(member) = self.members.get_mut(&place) else {
+        let Some(member) = self.members.get_mut(news.node) else {
             // Whom this node believes something of without having it in its table has just spoken.
             self.enter(now, news, (true, tell), outputs);
             return;
@@ -294,6 +211,11 @@ impl Membership {
             }
             self.suspicions.insert((member.deadline, news.node));
         }
+        match (before, news.life) {
+            (_, Life::Dead) => self.dead.insert(member.rank),
+            (Life::Dead, Life::Alive | Life::Suspect) => self.dead.remove(&member.rank),
+            (Life::Alive | Life::Suspect, Life::Alive | Life::Suspect) => false,
+        };
         self.alive -= usize::from(before == Life::Alive);
         self.alive += usize::from(news.life == Life::Alive);
         if before != news.life {
@@ -311,8 +233,7 @@ impl Membership {
 
     /// Takes facts, if they are newer and about a member.
     pub(super) fn learn(&mut self, stated: Stated, outputs: &mut Vec<Output>) {
-        let place = self.place(stated.node);
-        let Some(member) = self.members.get_mut(&place) else {
+        let Some(member) = self.members.get_mut(stated.node) else {
             return;
         };
         let known = member.facts.as_ref().map_or(0, |facts| facts.version);
@@ -326,47 +247,48 @@ impl Membership {
         outputs.push(Output::Facts(stated));
     }
 
+    /// A packet with no more than has to be said: who speaks, and to whom it thinks to be gone, that it thinks so.
+    pub(super) fn bare(&self, body: Body, to: NodeId) -> Packet {
+        // Most have room for a few more.
+        let mut news = Vec::with_capacity(8);
+        news.push(self.me);
+        let believed = self.members.get(to).map(|member| member.news);
+        news.extend(believed.filter(|news| news.life != Life::Alive));
+        let facts = Vec::new();
+        Packet { body, news, facts }
+    }
+
     /// A packet with as much news and facts as it holds. `room_for` is put in by the caller.
-    pub(super) fn packet(
-        &mut self,
-        body: Body,
-        to: Option<NodeId>,
-        room_for: Option<&Stated>,
-    ) -> Packet {
-        let mut news = vec![self.me];
-        let believed = to.and_then(|to| self.members.get(&self.place(to)));
-        // Who is thought to be gone is told so, and can deny it.
-        news.extend(
-            believed
-                .map(|member| member.news)
-                .filter(|news| news.life != Life::Alive),
-        );
+    pub(super) fn packet(&mut self, body: Body, to: NodeId, room_for: Option<&Stated>) -> Packet {
+        let mut packet = self.bare(body, to);
         let reserved = room_for.map_or(0, |own| own.bytes.len() + FACTS_HEAD_BYTES);
-        let room = self
-            .config
-            .packet_bytes
-            .saturating_sub(HEAD_BYTES + reserved + news.len() * NEWS_BYTES);
-        let size = u64::try_from(self.members.len()).unwrap_or(u64::MAX).max(2);
-        // A full table is a part of a network whose size is not known: 2^14 is assumed.
-        let log = if self.is_full() {
-            14
-        } else {
-            u64::BITS - size.leading_zeros()
-        };
+        let room = (self.config.packet_bytes).saturating_sub(packet.bytes() + reserved);
         // Remembered from the last gossip on: exact enough for a minute.
         let now = self.next_gossip;
-        news.extend(
-            self.rumours
-                .take(room / NEWS_BYTES, SENDS_PER_LOG * log + SENDS_MORE, now),
-        );
-        let mut packet = Packet {
-            body,
-            news,
-            facts: Vec::new(),
-        };
+        (self.rumours).take(room / NEWS_BYTES, SENDS_MAX, now, &mut packet.news);
         if !matches!(body, Body::Gossip) {
             self.add_facts(&mut packet, reserved);
         }
+        packet
+    }
+
+    /// An answer: with news and others' facts as often as [`ANSWERS_PERIOD`] allows, since others decide how many there are.
+    pub(super) fn answer(
+        &mut self,
+        now: Duration,
+        body: Body,
+        to: NodeId,
+        own: Option<Stated>,
+    ) -> Packet {
+        let next = spend(self.answers_until, now, ANSWERS_PERIOD, ANSWERS_BURST);
+        let mut packet = match next {
+            Some(next) => {
+                self.answers_until = next;
+                self.packet(body, to, own.as_ref())
+            }
+            None => self.bare(body, to),
+        };
+        packet.facts.splice(0..0, own);
         packet
     }
 
@@ -377,7 +299,9 @@ impl Membership {
             let facts = if *node == self.me.node {
                 self.own_facts.as_ref()
             } else {
-                (self.members.get(&self.place(*node))).and_then(|member| member.facts.as_ref())
+                self.members
+                    .get(*node)
+                    .and_then(|member| member.facts.as_ref())
             };
             let Some(facts) = facts else {
                 continue;
@@ -390,22 +314,31 @@ impl Membership {
             packet.facts.push(facts.clone());
             sent.push((*count, *node));
         }
+        let others_most = if self.is_full() {
+            FACTS_SENDS_IN_PART
+        } else {
+            FACTS_SENDS_MAX
+        };
         for (count, node) in sent {
             self.fresh_facts.remove(&(count, node));
-            if count + 1 < FACTS_SENDS_MAX {
+            let most = if node == self.me.node {
+                FACTS_SENDS_MAX
+            } else {
+                others_most
+            };
+            if count + 1 < most {
                 self.fresh_facts.insert((count + 1, node));
             }
-            let place = self.place(node);
             if node == self.me.node {
                 self.own_facts_sent = count + 1;
-            } else if let Some(member) = self.members.get_mut(&place) {
+            } else if let Some(member) = self.members.get_mut(node) {
                 member.facts_sent = count + 1;
             }
         }
     }
 
     pub(super) fn send(&mut self, to: NodeId, body: Body, outputs: &mut Vec<Output>) {
-        let packet = self.packet(body, Some(to), None);
+        let packet = self.packet(body, to, None);
         outputs.push(Output::Send(to, packet));
     }
 

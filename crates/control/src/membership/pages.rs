@@ -69,7 +69,12 @@ pub(super) struct Pages {
 }
 
 /// Up to when a bucket is used up with one more, if it has one.
-fn spend(used_until: Duration, now: Duration, period: Duration, burst: u32) -> Option<Duration> {
+pub(super) fn spend(
+    used_until: Duration,
+    now: Duration,
+    period: Duration,
+    burst: u32,
+) -> Option<Duration> {
     let next = used_until.max(now) + period;
     (next <= now + period * burst).then_some(next)
 }

@@ -1,7 +1,10 @@
 //! Pinging, directly and through helpers.
+//!
+//! Of larger networks a helper knows the target seldom, and pings no strangers: so a packet that is lost is made good by
+//! asking again, and helpers are for paths that are broken.
 
 use super::table::Place;
-use super::{Body, Life, Membership, News, Output, Packet};
+use super::{Body, Life, Membership, News, Output};
 use std::time::Duration;
 use vistara_model::NodeId;
 
@@ -21,17 +24,18 @@ pub(super) struct Probe {
     target: NodeId,
     /// For whom; nobody else where it is this node's own.
     asked_by: Option<(NodeId, u64)>,
-    /// Who was asked to ping in this node's stead.
+    /// Whether others were asked to ping in this node's stead, and who.
+    helped: bool,
     helpers: Vec<NodeId>,
-    /// When helpers are asked; nothing once they are.
-    indirect_at: Option<Duration>,
+    /// When it is sent again; nothing where it is not any more.
+    again_at: Option<Duration>,
     /// When it has failed.
     fails_at: Duration,
 }
 
 impl Probe {
     pub(super) fn next_at(&self) -> Duration {
-        self.indirect_at.unwrap_or(self.fails_at)
+        self.again_at.unwrap_or(self.fails_at)
     }
 }
 
@@ -101,38 +105,36 @@ impl Membership {
             return;
         }
         let number = self.keys.number();
-        // Who is dead has to answer by itself, and answers nobody in most cases: helpers are not asked.
-        let helped = own && self.life(target) != Some(Life::Dead);
+        // Who is dead answers nobody in most cases: it is not tried again, and helpers are not asked.
+        let again = own && self.life(target) != Some(Life::Dead);
         self.probes.push(Probe {
             number,
             target,
             asked_by,
+            helped: false,
             helpers: Vec::new(),
-            indirect_at: helped.then(|| now + self.config.ack_wait),
+            again_at: again.then(|| now + self.config.ack_wait),
             fails_at: now + self.config.probe_wait,
         });
-        let facts = self
-            .members
-            .get(&self.place(target))
-            .and_then(|one| one.facts.as_ref());
-        let version = facts.map_or(0, |facts| facts.version);
-        let body = Body::Ping { number, version };
-        if doubted {
-            // Beside the usual ones, and with no more than has to be said.
-            let believed = self.members.get(&self.place(target)).map(|one| one.news);
-            let news = [
-                Some(self.me),
-                believed.filter(|one| one.life != Life::Alive),
-            ];
-            let packet = Packet {
-                body,
-                news: news.into_iter().flatten().collect(),
-                facts: Vec::new(),
-            };
-            outputs.push(Output::Send(target, packet));
+        // In others' stead, or because of what others say: how often is theirs to decide.
+        if doubted || !own {
+            outputs.push(self.bare_ping(target, number));
         } else {
+            let body = self.ping_body(target, number);
             self.send(target, body, outputs);
         }
+    }
+
+    fn ping_body(&self, target: NodeId, number: u64) -> Body {
+        let facts = self.members.get(target).and_then(|one| one.facts.as_ref());
+        let version = facts.map_or(0, |facts| facts.version);
+        Body::Ping { number, version }
+    }
+
+    /// A ping beside the usual ones, with no more than has to be said.
+    fn bare_ping(&self, target: NodeId, number: u64) -> Output {
+        let body = self.ping_body(target, number);
+        Output::Send(target, self.bare(body, target))
     }
 
     pub(super) fn ping_for(
@@ -161,8 +163,7 @@ impl Membership {
         if (self.answered(number, target, |probe| probe.helpers.contains(&from))).is_none() {
             return;
         }
-        let place = self.place(target);
-        let Some(member) = self.members.get_mut(&place) else {
+        let Some(member) = self.members.get_mut(target) else {
             return;
         };
         member.denied = false;
@@ -180,7 +181,8 @@ impl Membership {
     pub(super) fn acked(&mut self, target: NodeId, number: u64, outputs: &mut Vec<Output>) {
         let probe = self.answered(number, target, |_| true);
         if let Some((asker, number)) = probe.and_then(|probe| probe.asked_by) {
-            self.send(asker, Body::AckFor { number, target }, outputs);
+            let packet = self.bare(Body::AckFor { number, target }, asker);
+            outputs.push(Output::Send(asker, packet));
         }
     }
 
@@ -197,27 +199,30 @@ impl Membership {
         Some(self.probes.swap_remove(index))
     }
 
-    /// Asks helpers, and suspects who answered nobody.
+    /// Tries again, asks helpers, and suspects who answered nobody.
     pub(super) fn poll_probes(&mut self, now: Duration, outputs: &mut Vec<Output>) {
         let mut index = 0;
         while let Some(probe) = self.probes.get_mut(index) {
-            if probe.indirect_at.is_some_and(|at| at <= now) {
-                probe.indirect_at = None;
+            if probe.again_at.is_some_and(|at| at <= now) {
+                let next = now + self.config.ack_wait;
+                probe.again_at = Some(next).filter(|at| *at < probe.fails_at);
                 let (number, target) = (probe.number, probe.target);
-                let helpers = self.some_alive(self.config.helpers, target);
-                for helper in &helpers {
-                    self.send(*helper, Body::PingFor { number, target }, outputs);
-                }
-                if let Some(probe) = self.probes.get_mut(index) {
-                    probe.helpers = helpers;
+                let helped = std::mem::replace(&mut probe.helped, true);
+                outputs.push(self.bare_ping(target, number));
+                if !helped {
+                    let helpers = self.some_alive(self.config.helpers, target);
+                    for helper in &helpers {
+                        let packet = self.bare(Body::PingFor { number, target }, *helper);
+                        outputs.push(Output::Send(*helper, packet));
+                    }
+                    if let Some(probe) = self.probes.get_mut(index) {
+                        probe.helpers = helpers;
+                    }
                 }
                 index += 1;
             } else if probe.fails_at <= now {
                 let probe = self.probes.swap_remove(index);
-                let known = self
-                    .members
-                    .get(&self.place(probe.target))
-                    .map(|one| one.news);
+                let known = self.members.get(probe.target).map(|one| one.news);
                 match known {
                     Some(news) if probe.asked_by.is_none() && news.life == Life::Alive => {
                         let life = Life::Suspect;

@@ -4,6 +4,9 @@
 //! table goes by ranks, which nothing tells.
 
 use super::{Life, Member, Membership, News, Output};
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, Hasher};
+use std::ops::RangeBounds;
 use std::time::Duration;
 use vistara_model::NodeId;
 
@@ -18,6 +21,7 @@ pub(super) struct Keys {
     number: [u8; 32],
     numbers: u64,
     rng_seed: u64,
+    hashing: [u64; 4],
 }
 
 impl std::fmt::Debug for Keys {
@@ -29,13 +33,24 @@ impl std::fmt::Debug for Keys {
 impl Keys {
     pub(super) fn new(seed: u64) -> Keys {
         let key = |what| blake3::derive_key(what, &seed.to_le_bytes());
+        let mut hashing = [0; 4];
+        let bytes = key("vistara 2026 membership tables in memory");
+        for (key, word) in hashing.iter_mut().zip(bytes.as_chunks::<8>().0) {
+            *key = u64::from_le_bytes(*word);
+        }
         Keys {
             place: key("vistara 2026 membership place"),
             rank: key("vistara 2026 membership rank"),
             number: key("vistara 2026 membership number"),
             numbers: 0,
             rng_seed: head(&key("vistara 2026 membership rng")),
+            hashing,
         }
+    }
+
+    /// How tables in memory hash ids.
+    pub(super) fn hashing(&self) -> Hashing {
+        Hashing(self.hashing)
     }
 
     /// What chances are drawn from: who guesses its state learns nothing of the keys.
@@ -49,7 +64,7 @@ impl Keys {
         head(blake3::keyed_hash(&self.number, &self.numbers.to_le_bytes()).as_bytes())
     }
 
-    fn place(&self, node: NodeId) -> Place {
+    pub(super) fn place(&self, node: NodeId) -> Place {
         let hash = blake3::keyed_hash(&self.place, node.as_bytes());
         (head(hash.as_bytes()), node)
     }
@@ -66,17 +81,131 @@ fn head(bytes: &[u8; 32]) -> u64 {
     u64::from_le_bytes(head)
 }
 
-impl Membership {
-    pub(super) fn place(&self, node: NodeId) -> Place {
-        self.keys.place(node)
+/// The members, by their ids, and by their places, which is the order in which they are pinged and told of in pages.
+#[derive(Debug, Clone)]
+pub(super) struct Members {
+    /// Where in `all` each is: asked for each piece of news, for which the keyed hash of places would be slow.
+    by_id: HashMap<NodeId, usize, Hashing>,
+    by_place: BTreeMap<Place, usize>,
+    /// Members, and what was left of them in slots that are in `free`.
+    all: Vec<Member>,
+    free: Vec<usize>,
+}
+
+impl Members {
+    pub(super) fn new(hashing: Hashing) -> Members {
+        Members {
+            by_id: HashMap::with_hasher(hashing),
+            by_place: BTreeMap::new(),
+            all: Vec::new(),
+            free: Vec::new(),
+        }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.by_place.len()
+    }
+
+    pub(super) fn get(&self, node: NodeId) -> Option<&Member> {
+        self.all.get(*self.by_id.get(&node)?)
+    }
+
+    pub(super) fn get_mut(&mut self, node: NodeId) -> Option<&mut Member> {
+        self.all.get_mut(*self.by_id.get(&node)?)
+    }
+
+    /// Takes up one that is not there yet.
+    fn insert(&mut self, place: Place, member: Member) {
+        let slot = self.free.pop().unwrap_or(self.all.len());
+        match self.all.get_mut(slot) {
+            Some(one) => *one = member,
+            None => self.all.push(member),
+        }
+        self.by_id.insert(place.1, slot);
+        self.by_place.insert(place, slot);
+    }
+
+    fn remove(&mut self, place: Place) -> Option<Member> {
+        let slot = self.by_place.remove(&place)?;
+        self.by_id.remove(&place.1);
+        self.free.push(slot);
+        self.all.get(slot).cloned()
+    }
+
+    /// All, by their places.
+    pub(super) fn values(&self) -> impl Iterator<Item = &Member> {
+        self.by_place
+            .values()
+            .filter_map(|slot| self.all.get(*slot))
+    }
+
+    /// Those whose places are within a range.
+    pub(super) fn range(
+        &self,
+        places: impl RangeBounds<Place>,
+    ) -> impl Iterator<Item = (&Place, &Member)> {
+        (self.by_place.range(places))
+            .filter_map(|(place, slot)| Some((place, self.all.get(*slot)?)))
+    }
+
+    /// The last place that is taken.
+    pub(super) fn last_place(&self) -> Option<Place> {
+        self.by_place.last_key_value().map(|(place, _)| *place)
+    }
+}
+
+/// Hashes ids for tables in memory, under a key, so that nobody can choose ids that fall together: NH of UMAC (Black and others,
+/// 1999), whose collisions are as rare as chance has them for whoever sees no hashes. Nothing goes by the order of such a table.
+#[derive(Clone)]
+pub(super) struct Hashing([u64; 4]);
+
+impl std::fmt::Debug for Hashing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hashing")
+    }
+}
+
+impl BuildHasher for Hashing {
+    type Hasher = IdHasher;
+
+    fn build_hasher(&self) -> IdHasher {
+        IdHasher {
+            keys: self.0,
+            sum: 0,
+        }
+    }
+}
+
+/// Of one id. What else is written, as the length of what follows, is the same for all ids and counts for nothing.
+pub(super) struct IdHasher {
+    keys: [u64; 4],
+    sum: u128,
+}
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        let (words, _) = bytes.as_chunks::<8>();
+        let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+        for keys in self.keys.as_chunks::<2>().0 {
+            let [one, other] = keys.map(|key| words.next().unwrap_or_default().wrapping_add(key));
+            self.sum = (self.sum).wrapping_add(u128::from(one) * u128::from(other));
+        }
+    }
+
+    fn write_usize(&mut self, _length: usize) {}
+
+    fn finish(&self) -> u64 {
+        // Tables take the lowest bits and the highest ones, which the product's halves make up for each other.
+        ((self.sum >> 64) as u64) ^ (self.sum as u64)
+    }
+}
+
+impl Membership {
     /// Keeps a member in the table whatever comes, or does so no more: whom the user named, or who has given or got a
     /// grant. At most half of the table is pinned; says whether this one is, or is not any more, as was asked.
     pub fn pin(&mut self, node: NodeId, pinned: bool) -> bool {
-        let place = self.place(node);
         let full = self.pinned >= self.config.members_max / 2;
-        let Some(member) = self.members.get_mut(&place) else {
+        let Some(member) = self.members.get_mut(node) else {
             return false;
         };
         if member.pinned == pinned {
@@ -103,8 +232,7 @@ impl Membership {
 
     /// A member has spoken to this node.
     pub(super) fn heard(&mut self, node: NodeId) {
-        let place = self.place(node);
-        if let Some(member) = self.members.get_mut(&place) {
+        if let Some(member) = self.members.get_mut(node) {
             member.denied = false;
             if !member.heard {
                 member.heard = true;
@@ -128,13 +256,12 @@ impl Membership {
         if self.members.len() < most && !crowded {
             return Ok(None);
         }
-        let is_dead = |member: &&Member| {
-            member.news.life == Life::Dead && !member.pinned && (!crowded || !member.heard)
+        let goes = |(_, node): &&Place| {
+            let member = self.members.get(*node);
+            member.is_some_and(|member| !member.pinned && (!crowded || !member.heard))
         };
-        if self.alive < self.members.len()
-            && let Some(dead) = self.members.values().find(is_dead)
-        {
-            return Ok(Some(dead.news.node));
+        if let Some((_, dead)) = self.dead.iter().rev().find(goes) {
+            return Ok(Some(*dead));
         }
         let last = self.hearsay.last();
         let gone = if heard {
@@ -170,7 +297,7 @@ impl Membership {
         };
         ranks.insert(rank);
         self.members.insert(
-            self.place(news.node),
+            self.keys.place(news.node),
             Member {
                 news: News {
                     life: Life::Dead,
@@ -191,7 +318,9 @@ impl Membership {
 
     /// Has a member that is dead and not pinned out of the table; says whether it is.
     pub fn forget(&mut self, node: NodeId) -> bool {
-        let forgotten = (self.members.get(&self.place(node)))
+        let forgotten = self
+            .members
+            .get(node)
             .is_some_and(|member| member.news.life == Life::Dead && !member.pinned);
         if forgotten {
             self.remove(node);
@@ -200,7 +329,8 @@ impl Membership {
     }
 
     fn remove(&mut self, node: NodeId) {
-        if let Some(member) = self.members.remove(&self.place(node)) {
+        if let Some(member) = self.members.remove(self.keys.place(node)) {
+            self.dead.remove(&member.rank);
             self.alive -= usize::from(member.news.life == Life::Alive);
             self.pinned -= usize::from(member.pinned);
             self.hearsay.remove(&member.rank);

@@ -1,8 +1,9 @@
 //! Membership: small networks in virtual time. Large and hostile ones are the simulation's.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use super::*;
+use std::collections::BTreeMap;
 
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -332,11 +333,11 @@ fn a_place_in_the_table_is_told_by_nothing_that_peers_see() {
         bytes[31] = last;
         NodeId::from_bytes(bytes)
     };
-    assert_ne!(node.place(twin(1)).0, node.place(twin(2)).0);
+    assert_ne!(node.keys.place(twin(1)).0, node.keys.place(twin(2)).0);
     // Pages go by places, and who stays goes by something else.
     let mut by_place: Vec<NodeId> = (0..=255).map(id).collect();
     let mut by_rank = by_place.clone();
-    by_place.sort_by_key(|one| node.place(*one));
+    by_place.sort_by_key(|one| node.keys.place(*one));
     by_rank.sort_by_key(|one| node.keys.rank(*one));
     let alike = by_place
         .iter()
@@ -451,6 +452,10 @@ fn an_answer_through_a_helper_that_was_not_asked_is_none() {
             match output {
                 Output::Send(target, packet) => {
                     if let Body::Ping { number, .. } = packet.body {
+                        // A ping that is sent again has the number that it had, and helpers are asked by then.
+                        if numbers.contains(&number) {
+                            continue;
+                        }
                         numbers.push(number);
                         // Somebody who was not asked says that it answered.
                         let body = Body::AckFor { number, target };
@@ -478,30 +483,40 @@ fn an_answer_through_a_helper_that_was_not_asked_is_none() {
 fn a_page_that_was_not_asked_for_is_neither_taken_nor_answered() {
     let mut node = alone(Config::default());
     node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
-    let stranger = News {
-        node: id(77),
+    let stranger = |of| News {
+        node: id(of),
         incarnation: 1,
         life: Life::Alive,
     };
-    let page = |number| {
+    let page_of = |number, of| {
         let next = Some(5);
-        packet(Body::Page { number, next }, vec![stranger])
+        packet(Body::Page { number, next }, vec![stranger(of)])
     };
+    let page = |number| page_of(number, 77);
     let later = 30 * SECOND;
     assert!(node.handle(later, id(2), page(0)).is_empty());
     assert_eq!(node.life(id(77)), None);
-    // One that was asked for is taken once, and is followed by so many more.
+    // One that was asked for is taken once, and is followed by so many more while they say something new.
     let mut outputs = node.join(id(2));
     let mut asked = 0;
     while let Some(Output::Send(_, sent)) = outputs.pop() {
         if let Body::Pull { number, .. } = sent.body {
             asked += 1;
-            outputs = node.handle(later, id(2), page(number));
+            outputs = node.handle(later, id(2), page_of(number, 76 + asked));
             assert!(node.handle(later, id(2), page(number)).is_empty());
         }
     }
     assert_eq!(asked, 64);
     assert_eq!(node.life(id(77)), Some(Life::Alive));
+    // Where a page says nothing new, the next one is not asked for.
+    let outputs = node.join(id(2));
+    let Some(Output::Send(_, sent)) = outputs.last() else {
+        panic!("nothing was asked");
+    };
+    let Body::Pull { number, .. } = sent.body else {
+        panic!("no page was asked for");
+    };
+    assert!(node.handle(later, id(2), page(number)).is_empty());
 }
 
 #[test]
@@ -619,7 +634,7 @@ fn news_go_on_in_the_order_in_which_they_came_whatever_the_ids_are() {
     for number in 0..100 {
         node.handle(SECOND, id(2), rumour(invented(number), 1, Life::Dead));
     }
-    let sent = node.packet(Body::Gossip, Some(id(2)), None);
+    let sent = node.packet(Body::Gossip, id(2), None);
     assert!(sent.news.iter().any(|news| news.node == id(0xee)));
 }
 
@@ -654,4 +669,105 @@ fn who_was_only_heard_of_gets_every_other_ping_at_most() {
     }
     // Beside those, one that is dead is tried now and then.
     assert!(pinged[1] >= 18 && pinged[0] >= 10, "{pinged:?}");
+}
+
+#[test]
+fn a_ping_that_is_lost_is_sent_again_before_anybody_is_suspected() {
+    let mut node = alone(Config::default());
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    let mut now = SECOND;
+    let mut tries: Vec<(u64, u32)> = Vec::new();
+    while now < 60 * SECOND {
+        now += 10 * MS;
+        for output in node.poll(now) {
+            match output {
+                Output::Send(
+                    to,
+                    Packet {
+                        body: Body::Ping { number, .. },
+                        ..
+                    },
+                ) => {
+                    match tries.iter_mut().find(|(one, _)| *one == number) {
+                        Some((_, count)) => *count += 1,
+                        None => tries.push((number, 1)),
+                    }
+                    // Only the third try of each is answered; nobody else is there to help.
+                    if tries.contains(&(number, 3)) {
+                        node.handle(now, to, packet(Body::Ack { number }, Vec::new()));
+                    }
+                }
+                Output::Changed(_, life) => assert_eq!(life, Life::Alive),
+                Output::Send(..) | Output::Evicted(_) | Output::Facts(_) => {}
+            }
+        }
+    }
+    assert!(tries.len() > 100 && tries.iter().all(|(_, count)| *count <= 3));
+}
+
+#[test]
+fn answers_carry_news_at_a_bounded_rate_and_say_what_they_have_to_beyond_it() {
+    let mut node = alone(Config::default());
+    node.state(7, Arc::from(&[7; 300][..]));
+    for number in 0..200 {
+        node.handle(SECOND, id(3), rumour(invented(number), 1, Life::Dead));
+    }
+    let (mut bytes, mut answers) = (0, 0);
+    for step in 0..1000u32 {
+        let (number, version) = (u64::from(step), 7);
+        let body = Body::Ping { number, version };
+        let now = SECOND + 10 * MS * step;
+        // Something new each time, so that there is always something to tell.
+        node.handle(now, id(3), rumour(invented(number), 2 + number, Life::Dead));
+        for output in node.handle(now, id(2), packet(body, Vec::new())) {
+            if let Output::Send(_, packet) = output {
+                assert_eq!(packet.body, Body::Ack { number });
+                bytes += packet.bytes();
+                answers += 1;
+            }
+        }
+    }
+    // Ten seconds: 16 large ones at once and 40 after that, of at most 1,100 bytes; the others say who speaks.
+    assert_eq!(answers, 1000);
+    assert!(
+        bytes <= 57 * 1100 + 943 * (HEAD_BYTES + NEWS_BYTES),
+        "{bytes}"
+    );
+    // Who has old facts gets the new ones all the same.
+    let body = Body::Ping {
+        number: 1,
+        version: 6,
+    };
+    let outputs = node.handle(11 * SECOND, id(2), packet(body, Vec::new()));
+    let Some(Output::Send(_, answer)) = outputs.last() else {
+        panic!("no answer");
+    };
+    assert_eq!(answer.facts.first().map(|facts| facts.version), Some(7));
+}
+
+#[test]
+fn who_knows_a_part_of_a_network_tells_of_no_strangers_that_live_but_of_those_that_were_said_to_be_gone()
+ {
+    let mut node = alone(Config {
+        members_max: 4,
+        ..Config::default()
+    });
+    for number in 2..=5 {
+        node.handle(SECOND, id(number), packet(Body::Gossip, Vec::new()));
+    }
+    let before = node.rumours_held();
+    // Nobody of these gets a place: those that are there have spoken.
+    for number in 0..10 {
+        node.handle(SECOND, id(2), rumour(invented(number), 1, Life::Alive));
+    }
+    assert_eq!(node.rumours_held(), before);
+    node.handle(SECOND, id(2), rumour(invented(20), 1, Life::Suspect));
+    assert_eq!(node.life(invented(20)), None, "a suspect is not taken up");
+    node.handle(SECOND, id(2), rumour(invented(20), 2, Life::Alive));
+    let sent = node.packet(Body::Gossip, id(2), None);
+    let told: Vec<_> = (sent.news.iter())
+        .filter(|news| news.node == invented(20))
+        .collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!((told[0].incarnation, told[0].life), (2, Life::Alive));
 }
