@@ -22,13 +22,13 @@ fn of_host() -> Vec<u8> {
     text
 }
 
-/// Makes `dir`, with the host's name servers in it. Everybody may read both.
+/// Makes `dir`, if it is not there, with the host's name servers in it. Everybody may read both.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn make(dir: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    fs::create_dir(dir)?;
+    fs::create_dir_all(dir)?;
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
     let path = dir.join(NAME);
     fs::write(&path, of_host())?;

@@ -310,6 +310,7 @@ mod tests {
         let settings = settings(&plan(), Version::NEWEST_TRIED, None, None).unwrap();
         let text = format!("{settings:?}");
         assert!(!text.contains("secret"), "{text}");
+        assert!(!text.contains("mmds"), "no metadata service: {text}");
         let at = |path: &str| settings.iter().position(|one| one.path == path).unwrap();
         assert!(at("/drives/disk0") < at("/drives/disk1"), "in their order");
         let words = find(&settings, "/boot-source").unwrap()["boot_args"].clone();
