@@ -49,15 +49,11 @@ pub const KEEPERS: usize = 5;
 pub const REPLICAS_MAX: u32 = 1024;
 
 /// A service's or a task's number: 128 random bits. For a task it is what makes a second run known as one.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ServiceId(pub u128);
 
 /// One copy of a service, whoever runs it.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Slot {
     /// Of which service.
     pub service: ServiceId,

@@ -207,7 +207,11 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
 }
 
 fn checked(holds: bool) -> Result<(), WireError> {
-    if holds { Ok(()) } else { Err(WireError::Malformed) }
+    if holds {
+        Ok(())
+    } else {
+        Err(WireError::Malformed)
+    }
 }
 
 /// As many nodes as may keep, none of them twice.
@@ -315,7 +319,11 @@ impl Answer {
                 let most = REPLICAS_MAX as usize;
                 status.copies.len() <= most
                     && (status.copies.iter()).all(|copy| {
-                        short(&copy.state) && [&copy.machine, &copy.trouble].into_iter().flatten().all(short)
+                        short(&copy.state)
+                            && [&copy.machine, &copy.trouble]
+                                .into_iter()
+                                .flatten()
+                                .all(short)
                     })
                     && (status.keeping.as_ref()).is_none_or(|keeping| {
                         are_keepers(&keeping.keepers)
@@ -369,7 +377,9 @@ mod tests {
                     replicas: REPLICAS_MAX,
                     semantics: Semantics::Service,
                 },
-                records: (0..slots).map(|number| (number, record)).collect::<BTreeMap<_, _>>(),
+                records: (0..slots)
+                    .map(|number| (number, record))
+                    .collect::<BTreeMap<_, _>>(),
             }),
         }
     }
