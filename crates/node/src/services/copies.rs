@@ -22,13 +22,16 @@ use vistara_api::RunRequest;
 use vistara_control::placement::RequestId;
 use vistara_control::services::wire::{self, FromNode, ToNode};
 use vistara_control::services::{
-    FromKeeper, Holder, HolderOutput, Keepers, ServiceId, Slot, ToKeeper,
+    FromKeeper, Holder, HolderOutput, Keepers, ServiceId, Slot, Terms, ToKeeper,
 };
 use vistara_mesh::service::ServiceDocument;
 use vistara_model::{Generation, MachineId, MachineState, NodeId};
 
 /// How long before the lease's end the guard acts: half of what the node itself has for it.
 const GUARD_BEFORE: Duration = Duration::from_millis(500);
+/// How long a node that has started again tries to get back the lease of a copy that it finds: others may have to dial it first,
+/// which take a while to see that it was gone.
+const RESUMED_ACQUIRE: Duration = Duration::from_secs(8);
 /// First pause after a copy's program has ended; doubled up to the longest.
 const REST_MIN: Duration = Duration::from_secs(1);
 const REST_MAX: Duration = Duration::from_secs(60);
@@ -219,7 +222,12 @@ impl Task {
                 service: known.id(),
                 number: copy.number,
             };
-            let holder = Holder::new(self.terms, slot, copy.generation, keepers, now);
+            // Until the keepers are reached again what is left of the earlier lease counts, which the guard sees to.
+            let terms = Terms {
+                acquire: RESUMED_ACQUIRE,
+                ..self.terms
+            };
+            let holder = Holder::new(terms, slot, copy.generation, keepers, now);
             let mut job = Job::new(holder, None, None);
             job.up_since = now;
             job.body = Body::Up(Arc::clone(&handle));
