@@ -35,6 +35,7 @@ impl Peer {
             identity: identity.clone(),
             listen: "127.0.0.1:0".parse().unwrap(),
             knows: Arc::new(|_| false),
+            relays: Vec::new(),
         })
         .await
         .unwrap();
