@@ -10,6 +10,7 @@ use crate::node_arguments::NodeArguments;
 use crate::receipt_commands::ReceiptOptions;
 use crate::relay_command::RelayCommand;
 use crate::run_options::RunOptions;
+use crate::service_commands::ServiceOptions;
 use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
 use crate::template_commands::TemplateOptions;
 use crate::volume_commands::VolumeOptions;
@@ -114,6 +115,9 @@ pub(crate) enum Command {
     /// Manage named volumes
     #[command(visible_alias = "volumes")]
     Volume(VolumeOptions),
+    /// Manage services: copies of a program that run among several nodes, whichever of them die
+    #[command(visible_alias = "services")]
+    Service(ServiceOptions),
     /// Say what this host has and lacks for running machines
     Doctor(DoctorOptions),
     /// Say which hypervisor a program would get, and why, without running it

@@ -56,6 +56,8 @@ pub(crate) async fn ps(client: &Client, options: &PsOptions) -> Result<u8, Failu
         return Ok(0);
     }
     let now = Timestamp::now();
+    // Which copy of which service: where there is one.
+    let serve = machines.iter().any(|machine| machine.service.is_some());
     let rows: Vec<Vec<String>> = machines
         .iter()
         .map(|machine| {
@@ -77,22 +79,32 @@ pub(crate) async fn ps(client: &Client, options: &PsOptions) -> Result<u8, Failu
                     .map_or_else(|| "-".to_owned(), |choice| choice.hypervisor.clone()),
                 machine.ports.join(", "),
             ]
+            .into_iter()
+            .chain(serve.then(|| copy_of(machine)))
+            .collect()
         })
         .collect();
-    print(&table(
-        &[
-            "ID",
-            "NAME",
-            "IMAGE",
-            "COMMAND",
-            "CREATED",
-            "STATUS",
-            "HYPERVISOR",
-            "PORTS",
-        ],
-        &rows,
-    ))?;
+    let mut head = vec![
+        "ID",
+        "NAME",
+        "IMAGE",
+        "COMMAND",
+        "CREATED",
+        "STATUS",
+        "HYPERVISOR",
+        "PORTS",
+    ];
+    head.extend(serve.then_some("SERVICE"));
+    print(&table(&head, &rows))?;
     Ok(0)
+}
+
+/// Which copy of a service it is: the service, the slot, and the slot's generation.
+fn copy_of(machine: &Machine) -> String {
+    let service = machine.service.as_ref();
+    service.map_or_else(String::new, |copy| {
+        format!("{}/{} generation {}", copy.name, copy.slot, copy.generation)
+    })
 }
 
 /// The state in words, with how long or how it ended.

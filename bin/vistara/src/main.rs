@@ -42,6 +42,7 @@ mod relay_command;
 mod replicas;
 mod run_command;
 mod run_options;
+mod service_commands;
 mod session;
 mod snapshot_commands;
 mod stats_command;
@@ -56,7 +57,18 @@ use places::{Facts, Places};
 use std::process::ExitCode;
 use vistara_api::Client;
 
+/// The word for a guard of copies' leases, which nodes start and nobody types.
+pub(crate) const GUARD: &str = "guard-of-a-lease";
+
 fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|word| word == GUARD) {
+        // Nothing of the rest: it must be small, and there at once.
+        if let Some(dir) = words.next() {
+            vistara_node::stand_guard(std::path::Path::new(&dir));
+        }
+        return ExitCode::SUCCESS;
+    }
     let line = match CommandLine::try_parse() {
         Ok(line) => line,
         Err(error) => {
@@ -234,6 +246,7 @@ fn is_local(command: &Command) -> bool {
             | Command::Nodes(_)
             | Command::Id(_)
             | Command::Grant(_)
+            | Command::Service(_)
             | Command::Bench(_)
             | Command::Completion(_)
     )
@@ -271,6 +284,7 @@ async fn with_node(
         Command::Kernel(options) => kernel_commands::kernel(client, &options.command).await,
         Command::Template(options) => template_commands::template(client, &options.command).await,
         Command::Volume(options) => volume_commands::volume(client, &options.command).await,
+        Command::Service(options) => service_commands::service(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
         Command::Nodes(options) => mesh_commands::nodes(client, &options).await,
         Command::Id(options) => mesh_commands::id(client, &options).await,

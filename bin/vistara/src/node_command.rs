@@ -68,6 +68,11 @@ fn run_node(options: NodeOptions) -> Result<(), Failure> {
         cpu_template,
         boot_bound: vistara_node::NodeOptions::BOOT_BOUND,
         template_limits: None,
+        guard: Some(vistara_node::GuardProgram {
+            // As it is now, though another version may take its place in the file system.
+            program: "/proc/self/exe".into(),
+            args: vec![crate::GUARD.into()],
+        }),
         warm_memory,
     };
     match runtime.block_on(vistara_node::run(options)) {

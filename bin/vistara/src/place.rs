@@ -44,7 +44,7 @@ impl PlaceOptions {
 }
 
 /// The policy's name, or what stands in the file of this name.
-fn policy(text: Option<&String>) -> Result<(Option<String>, Option<String>), Failure> {
+pub(crate) fn policy(text: Option<&String>) -> Result<(Option<String>, Option<String>), Failure> {
     match text {
         Some(path) if path.contains(['/', '.']) => {
             let rules = std::fs::read_to_string(path).map_err(|error| {

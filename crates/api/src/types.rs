@@ -4,6 +4,7 @@ mod forwards;
 mod parts;
 mod placing;
 mod receipts;
+mod services;
 mod snapshots;
 mod volumes;
 
@@ -13,6 +14,9 @@ pub use placing::{
     NodeStatement, NodeTerms, OfferAnswer, OfferRequest, PlaceRequest, Placed, StatedFacts,
 };
 pub use receipts::{VerifiedReceipt, VerifyReceiptRequest};
+pub use services::{
+    CopyOfService, CreateServiceRequest, ScaleServiceRequest, Service, ServiceCopy, ServiceNode,
+};
 pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
 pub use volumes::{CreateVolumeRequest, Volume};
 
@@ -227,6 +231,9 @@ pub struct Machine {
     /// The node whose user it belongs to, by its id; absent for those of the node's owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
+    /// Which copy of a service it is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<CopyOfService>,
 }
 
 /// `GET /v1/machines/{machine}`: everything known of one machine.

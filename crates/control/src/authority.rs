@@ -9,6 +9,8 @@ use vistara_model::{Bytes, GrantTerms, MachineSpec, Network, NodeId, PortMapping
 /// What a request needs of a caller who is not the owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Requirement {
+    /// No grant: the handler looks at what its owner has signed, and at this node's own grant in that.
+    Partner,
     /// Any live grant.
     Any,
     /// A grant with this right.
@@ -24,6 +26,8 @@ pub enum Requirement {
 /// A table with no default but refusal: a path that is added to the interface is closed to others until it is added here.
 pub fn requirement(method: &str, path: &[&str]) -> Requirement {
     match (method, path) {
+        // Between nodes that look after a service or run copies of it, which need not have granted each other anything.
+        ("POST", ["services", "message"]) => Requirement::Partner,
         ("GET", ["version" | "facts"]) => Requirement::Any,
         ("GET" | "POST", ["machines"])
         | ("POST", ["explain" | "offers"] | ["offers", _, "take"])
@@ -190,7 +194,7 @@ pub fn right(requirement: Requirement) -> Option<Right> {
     match requirement {
         Requirement::Right(right) => Some(right),
         Requirement::OwnMachine => Some(Right::Run),
-        Requirement::Any | Requirement::OwnerOnly => None,
+        Requirement::Partner | Requirement::Any | Requirement::OwnerOnly => None,
     }
 }
 

@@ -19,6 +19,7 @@ mod nonces;
 mod peers;
 pub mod receipt;
 mod relay;
+pub mod service;
 mod ticket;
 mod token;
 mod whereabouts;

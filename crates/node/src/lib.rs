@@ -9,6 +9,7 @@
 mod baseline;
 mod doctor;
 mod fault;
+mod fence;
 mod images;
 mod logbook;
 mod machine;
@@ -19,6 +20,7 @@ mod receipts;
 mod relay;
 mod request;
 mod service;
+mod services;
 mod snapshots;
 mod stock;
 mod templates;
@@ -28,6 +30,8 @@ mod volumes;
 /// What `vistara bench` measures, and measures against.
 pub use baseline::{PLACEMENT_POLICIES, QuietNodes, placement_times, raw_agent_ready};
 pub use fault::NodeError;
+/// For the program that guards copies of services.
+pub use fence::{GuardProgram, stand as stand_guard};
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use relay::{RelayFault, RelayPlan, run_relay};
 pub use service::{openapi, run};

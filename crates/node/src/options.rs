@@ -1,5 +1,6 @@
 //! What a node is told when it starts. Validated by the caller; nothing here re-reads flags or the environment.
 
+use crate::fence::GuardProgram;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,9 @@ pub struct NodeOptions {
     pub boot_bound: Duration,
     /// What templates may take together; absent for what suits this host.
     pub template_limits: Option<TemplateLimits>,
+    /// What ends copies of services whose lease is over while no node looks after them; absent where machines are threads of
+    /// this process, as in tests.
+    pub guard: Option<GuardProgram>,
     /// Most of the host's memory for machines that are kept ready for requests to come; zero for none, absent for what suits
     /// this host.
     pub warm_memory: Option<Bytes>,

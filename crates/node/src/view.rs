@@ -4,7 +4,8 @@ use crate::machine::{Record, Snapshot, Step};
 use crate::templates::Listed;
 use jiff::Timestamp;
 use vistara_api::{
-    Balloon, Choice, Image, Kernel, Machine, MachineDetail, Need, ProgramFacts, Template, Timing,
+    Balloon, Choice, CopyOfService, Image, Kernel, Machine, MachineDetail, Need, ProgramFacts,
+    Template, Timing,
 };
 use vistara_machine::BalloonReport;
 use vistara_machine::boot::NanosKernel;
@@ -74,6 +75,12 @@ pub(crate) fn machine(snapshot: &Snapshot) -> Machine {
         choice: Some(recorded_choice(record)),
         labels: record.spec.labels.clone(),
         owner: record.owner.as_ref().map(|owner| owner.node.to_string()),
+        service: record.copy_of.as_ref().map(|copy| CopyOfService {
+            id: copy.service.clone(),
+            name: copy.name.clone(),
+            slot: copy.number,
+            generation: copy.generation.0,
+        }),
     }
 }
 

@@ -699,6 +699,7 @@ async fn an_image_in_use_stays_and_a_second_node_leaves_the_first_alone() {
         cpu_template: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
+        guard: None,
         warm_memory: None,
     })
     .await;
@@ -790,6 +791,7 @@ async fn a_node_without_work_leaves_and_takes_its_socket_with_it() {
         cpu_template: None,
         boot_bound: Duration::from_secs(1),
         template_limits: None,
+        guard: None,
         warm_memory: None,
     };
     let socket = options.socket.clone();

@@ -6,6 +6,7 @@ mod mesh;
 mod parts;
 mod placing;
 mod receipts;
+mod services;
 mod snapshots;
 mod streams;
 mod templates;

@@ -4,12 +4,13 @@
 //! sealed grants and changes nothing; what is done or lost is never granted again.
 
 use super::{Ballot, Denied, FromKeeper, Keepers, REPLICAS_MAX, Semantics, Spec, Terms, ToKeeper};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vistara_model::{Generation, NodeId};
 
 /// What a keeper knows of a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Record {
     /// The largest generation that was granted.
     pub largest: Generation,
@@ -17,7 +18,8 @@ pub struct Record {
     pub held: Option<(Generation, NodeId)>,
     /// Handed over with more than one holder: which of them had a majority is not known, so nobody renews.
     pub contested: bool,
-    /// Until when, by the keeper's clock. Means nothing to others.
+    /// Until when, by the keeper's clock. Means nothing to others, nor to a later start.
+    #[serde(skip)]
     pub until: Duration,
     /// The task has ended.
     pub done: bool,
@@ -73,7 +75,59 @@ pub struct Keeper {
     moved: Option<Keepers>,
 }
 
+/// What a keeper keeps over a restart. Renewals change nothing of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperState {
+    /// Whose it is.
+    pub node: NodeId,
+    /// What it looks after.
+    pub spec: Spec,
+    /// With whom.
+    pub keepers: Keepers,
+    /// What it knows of each slot.
+    pub records: BTreeMap<u32, Record>,
+    /// The largest ballot that it has promised.
+    pub promised: Option<Ballot>,
+    /// What it has sealed itself for.
+    pub accepted: Option<(Ballot, Keepers)>,
+    /// Who looks after it now.
+    pub moved: Option<Keepers>,
+}
+
 impl Keeper {
+    /// What is to be on disk before an answer goes out.
+    pub fn state(&self) -> KeeperState {
+        let mut records = self.records.clone();
+        for record in records.values_mut() {
+            record.until = Duration::ZERO;
+        }
+        KeeperState {
+            node: self.node,
+            spec: self.spec,
+            keepers: self.keepers.clone(),
+            records,
+            promised: self.promised,
+            accepted: self.accepted.clone(),
+            moved: self.moved.clone(),
+        }
+    }
+
+    /// The keeper that an earlier start has stored.
+    pub fn restored(state: KeeperState, terms: Terms, now: Duration) -> Keeper {
+        let mut keeper = Keeper {
+            node: state.node,
+            terms,
+            spec: state.spec,
+            keepers: state.keepers,
+            records: state.records,
+            promised: state.promised,
+            accepted: state.accepted,
+            moved: state.moved,
+        };
+        keeper.restarted(now);
+        keeper
+    }
+
     /// A keeper of a service that begins, or of one that is taken over with what was known of it. Each grant in the records
     /// counts as given just now.
     pub fn new(

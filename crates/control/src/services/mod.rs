@@ -20,7 +20,8 @@
 //! **Keepers change** by [`Change`]: more than half of the present ones seal themselves and hand their records over before
 //! the next ones grant anything; which ones are next is agreed by one instance of Paxos.
 //!
-//! **What survives.** A keeper's record is on its disk before it answers. A keeper that restarts takes each grant for fresh.
+//! **What survives.** A keeper's record ([`KeeperState`]) is on its disk before it answers. A keeper that restarts takes each
+//! grant for fresh.
 //!
 //! Everybody here belongs to the nodes that the service's owner trusts with it: a keeper that lies can break its promises.
 
@@ -30,12 +31,14 @@ mod keeper;
 mod overseer;
 #[cfg(test)]
 mod tests;
+pub mod wire;
 
 pub use change::{Change, ChangeOutput};
 pub use holder::{Holder, HolderOutput};
-pub use keeper::{Keeper, Record, merge_records};
+pub use keeper::{Keeper, KeeperState, Record, merge_records};
 pub use overseer::{Action, Overseer};
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vistara_model::{Generation, NodeId};
@@ -46,11 +49,11 @@ pub const KEEPERS: usize = 5;
 pub const REPLICAS_MAX: u32 = 1024;
 
 /// A service's or a task's number: 128 random bits. For a task it is what makes a second run known as one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ServiceId(pub u128);
 
 /// One copy of a service, whoever runs it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Slot {
     /// Of which service.
     pub service: ServiceId,
@@ -59,7 +62,7 @@ pub struct Slot {
 }
 
 /// What becomes of a copy whose node is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Semantics {
     /// It runs elsewhere, under a new generation; it never ends by itself.
     Service,
@@ -70,7 +73,7 @@ pub enum Semantics {
 }
 
 /// What is looked after. Its owner signs it; the newest version counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// What.
     pub service: ServiceId,
@@ -122,7 +125,7 @@ impl Terms {
 }
 
 /// Who looks after a service now.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keepers {
     /// Grows with each change.
     pub epoch: u64,
@@ -157,11 +160,11 @@ pub fn keepers_of(service: ServiceId, granted: impl IntoIterator<Item = NodeId>)
 }
 
 /// A proposal's number: larger ones win, and no two proposers use the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Ballot(pub u64, pub NodeId);
 
 /// What is asked of a keeper, by a holder or another keeper. The slot's service says which keeper.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToKeeper {
     /// Grant, or renew, this slot for me.
     Ask {
@@ -247,7 +250,7 @@ impl ToKeeper {
 }
 
 /// Why a keeper does not grant.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Denied {
     /// Somebody else has it.
     Held,
@@ -262,7 +265,7 @@ pub enum Denied {
 }
 
 /// What a keeper answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromKeeper {
     /// Granted.
     Granted {

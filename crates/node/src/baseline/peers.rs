@@ -44,6 +44,7 @@ impl QuietNodes {
                 cpu_template: None,
                 boot_bound: NodeOptions::BOOT_BOUND,
                 template_limits: None,
+                guard: None,
                 warm_memory: Some(Bytes(0)),
             };
             // One that does not start does not answer.

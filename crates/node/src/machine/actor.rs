@@ -2,6 +2,7 @@
 
 mod again;
 mod earlier;
+mod guarded;
 mod hold;
 
 use super::handle::{COMMANDS_MAX, Shared};
@@ -11,6 +12,7 @@ use super::session::{News, Session};
 use super::unikernel::{Undone, UnikernelSession, clear_held};
 use super::{Command, Handle, Record, Snapshot, Step};
 use crate::fault::chain;
+use crate::fence::Guard;
 use crate::logbook::LogBook;
 use crate::node::Node;
 use crate::receipts::{self, LastUsage, Ran};
@@ -61,6 +63,8 @@ pub(crate) enum Origin {
         moment: Option<Arc<Moment>>,
         /// The machine of the stock that it is.
         warm: Option<Box<Warm>>,
+        /// When it must be gone, unless that is put off.
+        lease: Option<Duration>,
     },
     /// An earlier node, when it had not ended yet.
     Earlier,
@@ -97,6 +101,8 @@ pub(crate) struct Actor {
     greeted: Option<(Agent, Welcome)>,
     /// Why a provisional run never was.
     undone: Option<Undone>,
+    /// Who ends it when its lease is over, if it is a copy of a service.
+    guard: Option<Guard>,
     /// What its monitor used when it was taken down.
     usage: Option<LastUsage>,
     trouble: Option<String>,
@@ -120,6 +126,13 @@ async fn joined<T>(handle: &mut Option<JoinHandle<T>>) -> Result<T, String> {
 async fn at(moment: Option<tokio::time::Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn gone(guard: &mut Option<Guard>) {
+    match guard {
+        Some(guard) => guard.gone().await,
         None => std::future::pending().await,
     }
 }
@@ -189,6 +202,7 @@ impl Actor {
             warm: None,
             greeted: None,
             undone: None,
+            guard: None,
             usage: None,
             trouble: None,
             unsaved: false,
@@ -204,12 +218,16 @@ impl Actor {
                 attach,
                 moment,
                 warm,
+                lease,
             } => {
                 self.zero = Some(zero);
                 self.attach = attach;
                 self.moment = moment;
                 self.warm = warm.map(|warm| *warm);
-                self.prepare(zero);
+                match self.set_guard(lease).await {
+                    Ok(()) => self.prepare(zero),
+                    Err(message) => self.on(Event::PrepareFailed(message)).await,
+                }
             }
             Origin::Earlier => self.find_out().await,
             Origin::Ended => {}
@@ -239,6 +257,10 @@ impl Actor {
                 Err(message) => self.on(Event::PrepareFailed(message)).await,
             },
             end = joined(&mut self.waiter) => self.gone(end).await,
+            () = gone(&mut self.guard) => {
+                self.guard = None;
+                self.replace_guard().await;
+            }
             () = at(self.grace) => {
                 self.grace = None;
                 self.on(Event::GraceOver).await;
@@ -444,6 +466,7 @@ impl Actor {
         if ends {
             self.record.ended_ns = Some(now_ns());
             self.record.vm = None;
+            self.lift_guard().await;
             self.log.finish();
             let (node, tallies) = (Arc::clone(&self.node), self.log.tallies());
             let made = receipts::make(node.mesh(), &self.record, tallies, self.usage).await;

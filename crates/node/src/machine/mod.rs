@@ -17,10 +17,12 @@ mod session;
 mod unikernel;
 
 pub(crate) use actor::{Actor, Origin, STOP_GRACE};
-pub(crate) use handle::{Command, Handle, HeldInput, Snapshot};
+pub(crate) use handle::{Command, Handle, HeldInput, Shared, Snapshot};
 pub(crate) use names::made_up_name;
 pub(crate) use prepare::{MACHINE_UIDS, MONITOR_PIDS, OVERHEAD, UID_BASE};
 pub(crate) use prepare::{OVERLAY, disks, fork, guest_config, likely_config, plan};
-pub(crate) use record::{Continues, Loaded, Record, Step, load, machine_dirs, make_dir, now_ns};
+pub(crate) use record::{
+    Continues, CopyOf, Loaded, Record, Step, load, machine_dirs, make_dir, now_ns,
+};
 pub(crate) use session::exit_status;
 pub(crate) use unikernel::KERNEL_LOG;

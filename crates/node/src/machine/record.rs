@@ -89,6 +89,9 @@ pub(crate) struct Record {
     /// What it goes on from, if it is a fork of a machine that ran, or was restored.
     #[serde(default)]
     pub(crate) continues: Option<Continues>,
+    /// Which copy of which service it is, if it is one.
+    #[serde(default)]
+    pub(crate) copy_of: Option<CopyOf>,
     /// Whether its guest's processes may be held still for a snapshot: a node that finds it so has them go on.
     #[serde(default)]
     pub(crate) held: bool,
@@ -96,6 +99,19 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) proof: crate::receipts::Proof,
     pub(crate) timings: Vec<Step>,
+}
+
+/// A machine that is a copy of a service. It runs only while its node has a lease for the slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CopyOf {
+    /// The service's number, as 32 hexadecimal digits.
+    pub(crate) service: String,
+    /// What its owner calls it.
+    pub(crate) name: String,
+    /// Which slot.
+    pub(crate) number: u32,
+    /// Under which generation of it.
+    pub(crate) generation: Generation,
 }
 
 /// A machine that goes on from another one's moment.

@@ -65,7 +65,7 @@ pub(crate) struct Foreign {
 }
 
 impl Foreign {
-    pub(super) fn new(node: NodeId, verified: Option<Verified>) -> Foreign {
+    pub(crate) fn new(node: NodeId, verified: Option<Verified>) -> Foreign {
         Foreign { node, verified }
     }
 

@@ -32,7 +32,7 @@ pub(crate) use reach::relays_of;
 
 use crate::fault::{Answer, Fault, blocking};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,8 @@ pub(crate) struct Open {
     pub(crate) authority: Authority,
     pub(crate) peers: Mutex<Peers>,
     pub(crate) ledger: Mutex<Ledger>,
+    /// Those with whom this node looks after services, or runs copies of them.
+    pub(crate) partners: Mutex<HashSet<NodeId>>,
 }
 
 /// This node among others.
@@ -128,11 +130,14 @@ impl Open {
             identity,
             peers: Mutex::new(peers),
             ledger: Mutex::new(ledger),
+            partners: Mutex::default(),
         })
     }
 
     fn knows(&self, node: &NodeId) -> bool {
-        lock(&self.ledger).has_live_grant(node, now_s()) || lock(&self.peers).get(node).is_some()
+        lock(&self.ledger).has_live_grant(node, now_s())
+            || lock(&self.peers).get(node).is_some()
+            || lock(&self.partners).contains(node)
     }
 }
 

@@ -3,18 +3,26 @@
 use super::{Decision, Look, MACHINES_MAX, Node, huge_pages, volume_in_use};
 use crate::fault::{Answer, Fault};
 use crate::logbook::{Limits, LogBook};
-use crate::machine::{Actor, Handle, Origin, Record, made_up_name, make_dir, now_ns};
+use crate::machine::{Actor, CopyOf, Handle, Origin, Record, made_up_name, make_dir, now_ns};
 use crate::mesh::Asker;
 use crate::receipts::{Asked, Proof};
 use crate::stock::Warm;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vistara_api::{ErrorKind, RunRequest};
 use vistara_control::{Capacity, Demand, MEMORY_MIN, admit};
 use vistara_model::{
     Bytes, Digest, Generation, HostFacts, MachineId, MachineName, MachineSpec, MachineState,
     VmmKind,
 };
+
+/// A copy of a service that is to be made.
+pub(crate) struct LeasedCopy {
+    /// Which.
+    pub(crate) of: CopyOf,
+    /// When it must be gone, by `CLOCK_BOOTTIME`, unless that is put off.
+    pub(crate) until: Duration,
+}
 
 impl Node {
     /// Whether a machine of this size has room here.
@@ -57,6 +65,18 @@ impl Node {
         digest: Option<Digest>,
         asker: &Asker,
         zero: Instant,
+    ) -> Answer<Arc<Handle>> {
+        self.create_as(request, digest, asker, zero, None).await
+    }
+
+    /// The same, as a copy of a service that may run for so long.
+    pub(crate) async fn create_as(
+        self: &Arc<Self>,
+        request: &RunRequest,
+        digest: Option<Digest>,
+        asker: &Asker,
+        zero: Instant,
+        copy: Option<LeasedCopy>,
     ) -> Answer<Arc<Handle>> {
         let decision = self.decide(request, Look::IfItMatters).await?;
         let host = self.facts();
@@ -124,6 +144,7 @@ impl Node {
             template: None,
             warm: false,
             continues: None,
+            copy_of: copy.as_ref().map(|copy| copy.of.clone()),
             held: false,
             proof: Proof::of(asked),
             timings: Vec::new(),
@@ -143,6 +164,7 @@ impl Node {
             attach: request.attach,
             moment: None,
             warm: warm.map(Box::new),
+            lease: copy.map(|copy| copy.until),
         };
         self.begin(record, origin).await
     }

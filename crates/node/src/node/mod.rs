@@ -11,6 +11,7 @@ mod templates;
 
 pub(crate) use adopt::Fate;
 pub(crate) use choice::{Decision, Look};
+pub(crate) use create::LeasedCopy;
 
 use crate::fault::{Answer, Fault, NodeError};
 use crate::machine::{Command, Handle, Record, now_ns};

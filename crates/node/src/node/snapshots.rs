@@ -408,6 +408,8 @@ impl Node {
                 renewed: false,
                 printed_before: crate::logbook::Offsets::default(),
             }),
+            // Whoever goes on from a copy of a service is none: nobody has a lease for it.
+            copy_of: None,
             held: false,
             proof: from.proof.of_copy(),
             timings: Vec::new(),
@@ -436,6 +438,7 @@ impl Node {
             attach: false,
             moment: Some(moment),
             warm: None,
+            lease: None,
         };
         self.begin(record(name, slot), origin).await
     }

@@ -56,6 +56,7 @@ fn record() -> Record {
         template: None,
         warm: false,
         continues: None,
+        copy_of: None,
         held: false,
         proof: Proof {
             exit_heard: true,

@@ -10,6 +10,7 @@ mod parts;
 mod placing;
 mod ports;
 mod receipts;
+mod services;
 mod snapshots;
 mod streams;
 mod system;
@@ -21,10 +22,12 @@ use crate::machine::now_ns;
 use crate::mesh::{Asker, Caller, Forwards, Mesh, Placing};
 use crate::node::Node;
 use crate::options::NodeOptions;
+use crate::services::Services;
 use axum::extract::Request;
 use axum::http::HeaderValue;
 use axum::middleware::Next;
 use axum::response::Response;
+pub(crate) use foreign::tame;
 use listener::{Connections, CountingListener};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
@@ -50,6 +53,7 @@ pub(crate) struct App {
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) forwards: Arc<Forwards>,
     pub(crate) placing: Arc<Placing>,
+    pub(crate) services: Services,
     pub(crate) leave: CancellationToken,
 }
 
@@ -146,6 +150,10 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(placing::place))
         .routes(routes!(ports::list, ports::add))
         .routes(routes!(ports::remove))
+        .routes(routes!(services::list, services::create))
+        .routes(routes!(services::inspect, services::remove))
+        .routes(routes!(services::scale))
+        .routes(routes!(services::message))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::remove))
 }
@@ -195,6 +203,7 @@ pub async fn run(options: NodeOptions) -> Result<(), NodeError> {
         node: Arc::clone(&node),
         mesh: Arc::clone(&mesh),
         forwards: Arc::clone(&forwards),
+        services: Services::begin(&state_dir, &mesh, &node, &placing),
         placing,
         leave: leave.clone(),
     };

@@ -326,6 +326,7 @@ mod tests {
             template: None,
             warm: false,
             continues: None,
+            copy_of: None,
             held: false,
             proof: Default::default(),
             timings: Vec::new(),

@@ -79,6 +79,8 @@ impl TestNode {
             cpu_template: None,
             boot_bound: Duration::from_secs(30),
             template_limits: None,
+            // Fake machines are threads of this process, and so are their guards.
+            guard: None,
             // No stock where a test does not ask for it: machines are counted.
             warm_memory: Some(vistara_model::Bytes(0)),
         };

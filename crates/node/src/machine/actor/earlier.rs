@@ -34,6 +34,8 @@ impl Actor {
                 .asked_to_end
                 .store(self.record.provisional, Ordering::Relaxed);
         }
+        // Whether or not it can be reached, it ends with its lease.
+        let guarded = self.set_guard(None).await;
         loop {
             match self.node.origin(&self.record, &self.dir).await {
                 // What was left of the earlier node's work is swept away.
@@ -46,6 +48,9 @@ impl Actor {
                     self.trouble = None;
                     self.hold_as_recorded(vm.as_ref()).await;
                     self.take_up(vm);
+                    if let Err(message) = guarded {
+                        self.end_unguarded(&message);
+                    }
                     let adopted = Event::Adopted {
                         signal: self.record.stop_signal,
                         grace: STOP_GRACE,

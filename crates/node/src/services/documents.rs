@@ -1,0 +1,569 @@
+//! Documents: what the owner of this node orders, what others have signed, who is told, and what is forgotten.
+
+use super::keeping::spec;
+use super::store::{self, Stored, text};
+use super::{About, Event, Known, SERVICES_MAX, Shown, Task, befriend};
+use crate::fault::{Answer, Fault, blocking, chain};
+use crate::fence::boottime;
+use crate::mesh::{Asker, Foreign, Mesh, Open, lock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use vistara_api::ErrorKind;
+use vistara_control::services::wire::ToNode;
+use vistara_control::services::{Keeper, Keepers, Overseer, ServiceId, ToKeeper, keepers_of};
+use vistara_control::{LookupError, Requirement, lookup};
+use vistara_mesh::Token;
+use vistara_mesh::service::{Eligible, Placement, SealedDocument, ServiceDocument};
+use vistara_model::{Bytes, Cpus, Digest, Hypervisor, NodeId, Right};
+
+/// How often nodes are given a document that they do not have.
+const TELL_EVERY: Duration = Duration::from_secs(2);
+/// How long the last word of a service that is removed is kept for nodes that have not heard it.
+const REMOVED_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A service that is to be.
+pub(crate) struct Draft {
+    pub(crate) name: String,
+    pub(crate) replicas: u32,
+    pub(crate) image: Digest,
+    pub(crate) memory: Bytes,
+    pub(crate) cpus: Cpus,
+    pub(crate) hypervisor: Hypervisor,
+    pub(crate) request: Vec<u8>,
+    pub(crate) placement: Placement,
+    /// Where copies may run; this node may be among them.
+    pub(crate) nodes: Vec<NodeId>,
+}
+
+/// What the owner of this node wants.
+pub(super) enum Order {
+    Create(Box<Draft>, oneshot::Sender<Answer<Shown>>),
+    Scale(
+        String,
+        u32,
+        Option<Vec<NodeId>>,
+        oneshot::Sender<Answer<Shown>>,
+    ),
+    Remove(String, oneshot::Sender<Answer<Shown>>),
+    /// Who has not said that it has forgotten a service, by its number.
+    Late(String, oneshot::Sender<Answer<BTreeSet<NodeId>>>),
+    Show(Option<String>, oneshot::Sender<Answer<Vec<Shown>>>),
+}
+
+/// For whom a node acts on a document: for itself, or for the owner under the grant that stands in it. Whether that grant
+/// counts now is asked each time ([`Task::stands`]).
+fn role(mesh: &Arc<Mesh>, open: &Open, document: &ServiceDocument) -> Answer<Asker> {
+    let own = open.identity.id();
+    if document.owner == own {
+        return Ok(Asker::Owner);
+    }
+    let denied = |message: &str| Fault::new(ErrorKind::Denied, message);
+    let named = document.nodes.iter().find(|one| one.node == own);
+    let token = named
+        .ok_or_else(|| denied("this node is not named in the service's document"))?
+        .token
+        .clone()
+        .ok_or_else(|| denied("the service's document holds no grant of this node"))?;
+    let verified = open.authority.verify(&Token::from_bytes(token)?)?;
+    let foreign = Foreign::new(document.owner, Some(verified));
+    Ok(Asker::Foreign(Arc::new(foreign), Arc::clone(mesh)))
+}
+
+impl Task {
+    pub(super) async fn ordered(&mut self, order: Order) {
+        // Whoever ordered may have gone.
+        match order {
+            Order::Create(draft, reply) => drop(reply.send(self.create(*draft).await)),
+            Order::Scale(typed, replicas, nodes, reply) => {
+                drop(reply.send(self.scale(&typed, replicas, nodes).await));
+            }
+            Order::Remove(typed, reply) => drop(reply.send(self.remove(&typed).await)),
+            Order::Late(id, reply) => drop(reply.send(Ok(self.late(&id)))),
+            Order::Show(typed, reply) => drop(reply.send(self.show(typed.as_deref()))),
+        }
+    }
+
+    /// With each node's grant to this one.
+    fn eligible(&self, open: &Open, nodes: Vec<NodeId>) -> Answer<Vec<Eligible>> {
+        let own = open.identity.id();
+        let mut all: Vec<Eligible> = Vec::new();
+        for node in nodes {
+            if all.iter().any(|one| one.node == node) {
+                continue;
+            }
+            let token = if node == own {
+                None
+            } else {
+                let peers = lock(&open.peers);
+                let token = peers.get(&node).and_then(|peer| peer.grant.clone());
+                let token = token.ok_or_else(|| {
+                    Fault::user(format!("the node {} has given no grant", node.short())).hint(
+                        "ask its owner for `vistara grant --to KEY --for run …`, and keep it: vistara grant keep TOKEN",
+                    )
+                })?;
+                Some(token.parse::<Token>()?.as_bytes().to_vec())
+            };
+            all.push(Eligible { node, token });
+        }
+        match all.is_empty() {
+            true => Err(Fault::user("no node is there for the service")
+                .hint("`vistara nodes` lists those that have given a grant")),
+            false => Ok(all),
+        }
+    }
+
+    fn seal(&self, open: &Open, document: ServiceDocument) -> Answer<SealedDocument> {
+        (document.seal(&open.identity)).map_err(|error| Fault::user(chain(&error)))
+    }
+
+    async fn create(&mut self, draft: Draft) -> Answer<Shown> {
+        let open = self.opened().await?;
+        let own = open.identity.id();
+        let wanted = self
+            .known
+            .values()
+            .filter(|known| !known.document().removed);
+        if wanted.count() >= SERVICES_MAX {
+            return Err(Fault::conflict(format!(
+                "this node knows {SERVICES_MAX} services and takes no more"
+            )));
+        }
+        let same = |known: &Known| {
+            let document = known.document();
+            document.owner == own && document.name == draft.name && !document.removed
+        };
+        if self.known.values().any(same) {
+            return Err(Fault::conflict(format!(
+                "there is a service named {} already",
+                draft.name
+            ))
+            .hint(format!("vistara service rm {}", draft.name)));
+        }
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
+        let document = ServiceDocument {
+            service: u128::from_le_bytes(random),
+            version: 1,
+            owner: own,
+            name: draft.name,
+            replicas: draft.replicas,
+            removed: false,
+            image: draft.image,
+            memory: draft.memory,
+            cpus: draft.cpus,
+            hypervisor: draft.hypervisor,
+            request: draft.request,
+            placement: draft.placement,
+            nodes: self.eligible(&open, draft.nodes)?,
+        };
+        let named: Vec<NodeId> = document.nodes.iter().map(|one| one.node).collect();
+        let sealed = self.seal(&open, document)?;
+        let service = store::id(&sealed);
+        // Those that are there now: one that is away would be missed from the beginning.
+        let keepers = Keepers {
+            epoch: 1,
+            nodes: keepers_of(service, named.into_iter().filter(|node| self.lives(*node))),
+        };
+        if keepers.nodes.is_empty() {
+            return Err(
+                Fault::new(ErrorKind::Peer, "none of the service's nodes is alive")
+                    .hint("see `vistara nodes`"),
+            );
+        }
+        // The first keepers are chosen once, whatever becomes of this node.
+        let (store, kept, written) = (self.store.clone(), sealed.clone(), keepers.clone());
+        blocking(move || {
+            store.put_document(&kept)?;
+            store.put_keepers(service, &written)
+        })
+        .await?
+        .map_err(|error| cannot_keep(&error))?;
+        self.take_in(Stored {
+            document: sealed,
+            keepers: Some(keepers),
+            keeper: None,
+            late: Vec::new(),
+        });
+        self.begin_keepers(service);
+        self.shown_one(service)
+    }
+
+    /// Tells the first keepers what they are.
+    fn begin_keepers(&mut self, service: ServiceId) {
+        let Some(known) = self.known.get(&service) else {
+            return;
+        };
+        let Some(keepers) = known.keepers.clone().filter(|keepers| keepers.epoch == 1) else {
+            return;
+        };
+        let begin = ToKeeper::Begin {
+            keepers,
+            spec: spec(known.document()),
+            records: BTreeMap::new(),
+        };
+        for node in known.to_begin.clone() {
+            self.send(service, node, About::Begin, ToNode::Keeper(begin.clone()));
+        }
+    }
+
+    /// The service of this owner that was typed: by its name, its number, or a beginning of that.
+    fn find(&self, typed: &str) -> Answer<ServiceId> {
+        let known: Vec<(String, String, ServiceId)> = (self.known.values())
+            .filter(|known| !known.document().removed)
+            .map(|known| (text(known.id()), known.document().name.clone(), known.id()))
+            .collect();
+        let pairs = known
+            .iter()
+            .map(|(id, name, _)| (id.as_str(), name.as_str()));
+        let found = lookup(typed, pairs).map_err(|error| match error {
+            LookupError::NotFound(typed) => Fault::new(
+                ErrorKind::NotFound,
+                format!("there is no service {typed:?}"),
+            )
+            .hint("`vistara service ls` lists them"),
+            error @ LookupError::Ambiguous { .. } => Fault::lookup(error, "service", "its name"),
+        })?;
+        let same = known.iter().find(|(id, ..)| id == found);
+        same.map(|(_, _, service)| *service)
+            .ok_or_else(|| Fault::internal(&std::fmt::Error))
+    }
+
+    /// One that this node's owner may change.
+    fn find_own(&self, open: &Open, typed: &str) -> Answer<ServiceId> {
+        let service = self.find(typed)?;
+        let document = self.known.get(&service).map(Known::document);
+        match document {
+            Some(document) if document.owner == open.identity.id() => Ok(service),
+            Some(document) => Err(Fault::new(
+                ErrorKind::Denied,
+                format!(
+                    "the service {} belongs to the node {}: only there it can be changed",
+                    document.name,
+                    document.owner.short()
+                ),
+            )
+            .hint("to have it run here no more, take the grant back: vistara grant revoke GRANT")),
+            None => Err(Fault::internal(&std::fmt::Error)),
+        }
+    }
+
+    async fn scale(
+        &mut self,
+        typed: &str,
+        replicas: u32,
+        nodes: Option<Vec<NodeId>>,
+    ) -> Answer<Shown> {
+        let open = self.opened().await?;
+        let service = self.find_own(&open, typed)?;
+        let mut document = self.document_of(service)?;
+        document.version += 1;
+        document.replicas = replicas;
+        if let Some(nodes) = nodes {
+            document.nodes = self.eligible(&open, nodes)?;
+        }
+        let sealed = self.seal(&open, document)?;
+        self.replace(sealed).await?;
+        self.shown_one(service)
+    }
+
+    async fn remove(&mut self, typed: &str) -> Answer<Shown> {
+        let open = self.opened().await?;
+        let service = self.find_own(&open, typed)?;
+        let mut document = self.document_of(service)?;
+        let before = self.shown_one(service)?;
+        let nodes: Vec<NodeId> = document.nodes.iter().map(|one| one.node).collect();
+        document.version += 1;
+        document.replicas = 0;
+        document.removed = true;
+        document.nodes = Vec::new();
+        document.request = Vec::new();
+        let sealed = self.seal(&open, document)?;
+        let (store, late) = (self.store.clone(), nodes.clone());
+        blocking(move || store.put_late(service, &late))
+            .await?
+            .map_err(|error| cannot_keep(&error))?;
+        self.replace(sealed).await?;
+        // Who is to be told, and has not been: the last document names nobody.
+        if let Some(known) = self.known.get_mut(&service) {
+            known.told.retain(|node, _| nodes.contains(node));
+            for node in nodes {
+                known.told.entry(node).or_insert(0);
+            }
+        }
+        let sealed = self
+            .known
+            .get(&service)
+            .map(|known| Arc::clone(&known.sealed));
+        Ok(Shown {
+            sealed: sealed.unwrap_or_else(|| Arc::clone(&before.sealed)),
+            ..before
+        })
+    }
+
+    fn late(&self, id: &str) -> BTreeSet<NodeId> {
+        let known = self.known.values().find(|known| text(known.id()) == id);
+        let Some(known) = known else {
+            return BTreeSet::new();
+        };
+        let version = known.document().version;
+        let own = self.own();
+        (known.told.iter())
+            .filter(|(node, told)| **told < version && Some(**node) != own)
+            .map(|(node, _)| *node)
+            .collect()
+    }
+
+    fn document_of(&self, service: ServiceId) -> Answer<ServiceDocument> {
+        let known = self.known.get(&service);
+        known
+            .map(|known| known.document().clone())
+            .ok_or_else(|| Fault::internal(&std::fmt::Error))
+    }
+
+    fn show(&self, typed: Option<&str>) -> Answer<Vec<Shown>> {
+        match typed {
+            Some(typed) => Ok(vec![self.shown_one(self.find(typed)?)?]),
+            None => (self.known.values())
+                .filter(|known| !known.document().removed)
+                .map(|known| self.shown_one(known.id()))
+                .collect(),
+        }
+    }
+
+    fn shown_one(&self, service: ServiceId) -> Answer<Shown> {
+        let known = self.known.get(&service);
+        let known = known.ok_or_else(|| Fault::internal(&std::fmt::Error))?;
+        let named = known.document().nodes.iter().map(|one| one.node);
+        let named: BTreeSet<NodeId> = named.chain([known.document().owner]).collect();
+        let own = self.own();
+        Ok(Shown {
+            sealed: Arc::clone(&known.sealed),
+            keepers: known.keepers.clone(),
+            status: self.status(service),
+            others: (named.into_iter())
+                .filter(|node| Some(*node) != own && self.lives(*node))
+                .collect(),
+        })
+    }
+
+    /// Enters what is kept on disk. Copies that still run are taken over later.
+    pub(super) fn take_in(&mut self, stored: Stored) {
+        let Some(open) = self.open.clone() else {
+            return;
+        };
+        let service = store::id(&stored.document);
+        let document = stored.document.document();
+        let now = boottime();
+        let own = open.identity.id();
+        let named = document.nodes.iter().map(|one| one.node);
+        befriend(&self.mesh, &open, named.chain([document.owner]));
+        let mut keeper = (stored.keeper)
+            .filter(|state| state.node == own && state.spec.service == service)
+            .map(|state| Keeper::restored(state, self.terms, now));
+        if let Some(keeper) = &mut keeper {
+            keeper.update(spec(document));
+        }
+        let first = stored.keepers.as_ref().filter(|keepers| keepers.epoch == 1);
+        let to_begin = first.filter(|_| document.owner == own && !document.removed);
+        let known = Known {
+            bytes: stored.document.bytes().into(),
+            role: role(&self.mesh, &open, document),
+            to_begin: to_begin.map_or_else(BTreeSet::new, |keepers| {
+                keepers.nodes.iter().copied().collect()
+            }),
+            told: stored.late.into_iter().map(|node| (node, 0)).collect(),
+            next_telling: now,
+            refusing: BTreeSet::new(),
+            next_asking: now,
+            keepers: stored.keepers,
+            overseer: keeper.as_ref().map(|_| Overseer::new(own, now)),
+            keeper,
+            change: None,
+            care: Default::default(),
+            jobs: BTreeMap::new(),
+            sealed: Arc::new(stored.document),
+        };
+        self.known.insert(service, known);
+    }
+
+    /// Somebody has a document. What is older than what is known, or not this node's affair, is left alone.
+    pub(super) async fn hear_document(&mut self, open: &Open, bytes: &[u8]) -> Answer<()> {
+        let denied = |error: &dyn std::error::Error| Fault::new(ErrorKind::Denied, chain(error));
+        let sealed = SealedDocument::read(bytes).map_err(|error| denied(&error))?;
+        let document = sealed.document();
+        match self.known.get(&store::id(&sealed)) {
+            Some(known) if known.document().owner != document.owner => {
+                return Err(Fault::new(
+                    ErrorKind::Denied,
+                    "the service's document is another owner's",
+                ));
+            }
+            Some(known) if known.document().version >= document.version => return Ok(()),
+            Some(_) => {}
+            // Nobody has this node remember anything but who holds its own, live grant.
+            None if document.removed => return Ok(()),
+            None => {
+                if self.known.len() >= SERVICES_MAX {
+                    return Err(Fault::conflict("this node knows enough services"));
+                }
+                let asker = role(&self.mesh, open, document)?;
+                counts(&self.mesh, open, &asker)?;
+            }
+        }
+        self.replace(sealed).await
+    }
+
+    /// A newer document, or a first one: it is on disk before anything is done about it.
+    async fn replace(&mut self, sealed: SealedDocument) -> Answer<()> {
+        let open = self.opened().await?;
+        let service = store::id(&sealed);
+        let (store, kept) = (self.store.clone(), sealed.clone());
+        let removed = sealed.document().removed;
+        blocking(move || {
+            store.put_document(&kept)?;
+            if removed {
+                store.strip(service)
+            } else {
+                Ok(())
+            }
+        })
+        .await?
+        .map_err(|error| cannot_keep(&error))?;
+        tracing::info!(
+            service = text(service),
+            name = sealed.document().name,
+            version = sealed.document().version,
+            removed,
+            "a service's document"
+        );
+        let Some(known) = self.known.get_mut(&service) else {
+            self.take_in(Stored {
+                document: sealed,
+                keepers: None,
+                keeper: None,
+                late: Vec::new(),
+            });
+            return Ok(());
+        };
+        let document = sealed.document().clone();
+        known.bytes = sealed.bytes().into();
+        known.sealed = Arc::new(sealed);
+        known.next_telling = Duration::ZERO;
+        if removed {
+            (known.keeper, known.overseer, known.change) = (None, None, None);
+            known.to_begin.clear();
+            known.care = Default::default();
+        } else {
+            known.role = role(&self.mesh, &open, &document);
+            if let Some(keeper) = &mut known.keeper {
+                keeper.update(spec(&document));
+            }
+            let named = document.nodes.iter().map(|one| one.node);
+            befriend(&self.mesh, &open, named.chain([document.owner]));
+        }
+        self.let_go_of(service, document.replicas);
+        if removed {
+            self.clear_copies(service);
+        }
+        Ok(())
+    }
+
+    /// Whether the owner's grant counts now.
+    pub(super) fn stands(&self, service: ServiceId) -> Answer<()> {
+        let (Some(open), Some(known)) = (&self.open, self.known.get(&service)) else {
+            return Err(Fault::conflict("the service is not known here"));
+        };
+        counts(&self.mesh, open, known.role.as_ref().map_err(Clone::clone)?)
+    }
+
+    /// Gives the document to those that may not have it: the owner to all, a keeper to all that were never heard of it.
+    pub(super) fn tell(&mut self, service: ServiceId, now: Duration) {
+        let Some(own) = self.own() else { return };
+        let Some(known) = self.known.get_mut(&service) else {
+            return;
+        };
+        let is_owner = known.document().owner == own;
+        if now < known.next_telling || !(is_owner || known.document().removed) {
+            return;
+        }
+        known.next_telling = now + TELL_EVERY;
+        let version = known.document().version;
+        let named: BTreeSet<NodeId> = (known.document().nodes.iter())
+            .map(|one| one.node)
+            .chain(known.told.keys().copied())
+            .collect();
+        let mut late: Vec<NodeId> = (named.into_iter())
+            .filter(|node| known.told.get(node).is_none_or(|told| *told < version))
+            .collect();
+        let removed = known.document().removed;
+        let open = self.open.clone();
+        late.retain(|node| self.lives(*node));
+        for node in late {
+            if let Some(open) = &open {
+                befriend(&self.mesh, open, [node]);
+            }
+            if node == own {
+                continue;
+            }
+            self.send(service, node, About::Document, ToNode::Describe);
+        }
+        if !removed {
+            self.begin_keepers(service);
+        }
+    }
+
+    /// Forgets services that were removed long ago, or of which everybody has heard.
+    pub(super) async fn forget_old(&mut self) {
+        let own = self.own();
+        let over: Vec<ServiceId> = (self.known.values())
+            .filter(|known| known.document().removed && known.jobs.is_empty())
+            .filter(|known| {
+                let version = known.document().version;
+                let all_told = Some(known.document().owner) == own
+                    && !known.told.is_empty()
+                    && (known.told.iter())
+                        .all(|(node, told)| *told >= version || Some(*node) == own);
+                let late = || {
+                    self.store
+                        .age(known.id())
+                        .is_none_or(|age| age > REMOVED_KEPT)
+                };
+                all_told || late()
+            })
+            .map(Known::id)
+            .collect();
+        for service in over {
+            self.known.remove(&service);
+            let store = self.store.clone();
+            let removed = blocking(move || store.remove(service)).await;
+            if let Ok(Err(error)) = removed {
+                tracing::warn!(%error, "a removed service's directory stays");
+            }
+        }
+    }
+
+    /// Has the events' sender, for tasks of its own.
+    pub(super) fn sender(&self) -> tokio::sync::mpsc::Sender<Event> {
+        self.events.clone()
+    }
+}
+
+/// Whether whoever acts here may do so now.
+fn counts(mesh: &Mesh, open: &Open, asker: &Asker) -> Answer<()> {
+    match asker {
+        Asker::Owner => Ok(()),
+        Asker::Foreign(foreign, _) => {
+            foreign.authorize(mesh, open.identity.id(), Requirement::Right(Right::Run))
+        }
+    }
+}
+
+pub(super) fn cannot_keep(error: &std::io::Error) -> Fault {
+    Fault::new(
+        ErrorKind::Host,
+        format!("what is known of the service cannot be written down: {error}"),
+    )
+    .hint("free some disk space, or see `vistara doctor`")
+}

@@ -1,0 +1,600 @@
+//! Services: copies that run somewhere among nodes that trust one owner, whoever dies. What is decided is
+//! `vistara_control::services`'; here one task carries it between nodes, disks and machines.
+//!
+//! ```text
+//! the interface, other nodes, timers, machines' ends ─► Event ─► Task ─► keepers, overseers, holders (control)
+//!                                                                  │
+//!              files (before an answer), messages, searches, machines, guards of leases
+//! ```
+//! - **Authority.** Nobody acts on anything but a document that its owner has signed and that holds this node's own, live
+//!   grant to that owner. Machines are the owner's, within that grant. Who asks must be named in the document.
+//! - **Order.** One task owns all of it; what it promises is on disk before it answers. Leases are counted by
+//!   `CLOCK_BOOTTIME`.
+//! - **Nobody is missed.** Each document is at all nodes that it names; where the owner's node is away, the keepers go on.
+
+mod copies;
+mod documents;
+mod keeping;
+mod placing;
+mod post;
+mod store;
+
+pub(crate) use documents::Draft;
+pub(crate) use store::text as id_text;
+
+use crate::fault::{Answer, Fault, blocking};
+use crate::fence::boottime;
+use crate::machine::Handle;
+use crate::mesh::{Asker, Mesh, Open, Placing, lock};
+use crate::node::Node;
+use copies::Job;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use store::Store;
+use tokio::sync::{mpsc, oneshot};
+use vistara_api::ErrorKind;
+use vistara_control::membership::Life;
+use vistara_control::services::wire::{self, FromNode, Status, ToNode};
+use vistara_control::services::{Change, Keeper, Keepers, Overseer, ServiceId, Slot, Terms};
+use vistara_mesh::service::{SealedDocument, ServiceDocument};
+use vistara_model::{Generation, MachineId, NodeId};
+
+/// Events that wait for the task.
+const EVENTS_MAX: usize = 1024;
+/// How often it looks for what is due and was not foreseen.
+const TICK: Duration = Duration::from_millis(500);
+/// Services that one node keeps, copies or owns.
+const SERVICES_MAX: usize = 256;
+
+/// What the task hears.
+enum Event {
+    /// Another node asks something.
+    Asked {
+        from: NodeId,
+        request: wire::Request,
+        reply: oneshot::Sender<Answer<wire::Answer>>,
+    },
+    /// Another node has answered.
+    Answered {
+        from: NodeId,
+        service: ServiceId,
+        about: About,
+        answer: Result<wire::Answer, String>,
+    },
+    /// The owner of this node wants something.
+    Ordered(documents::Order),
+    /// A copy's machine is there, or cannot be.
+    Made {
+        slot: Slot,
+        generation: Generation,
+        made: Answer<Arc<Handle>>,
+    },
+    /// A copy's machine has ended.
+    Ended {
+        slot: Slot,
+        generation: Generation,
+        machine: MachineId,
+    },
+    /// A copy that was told to stop is gone.
+    Gone { slot: Slot, generation: Generation },
+    /// A search is over.
+    Placed {
+        slot: Slot,
+        generation: Generation,
+        outcome: Result<NodeId, placing::Unplaced>,
+    },
+}
+
+/// What a message was about, where its answer is not a keeper's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum About {
+    /// Anything.
+    Other,
+    /// It was told to begin to keep.
+    Begin,
+    /// It was given the document.
+    Document,
+    /// It was asked whether it still keeps.
+    Keeper,
+}
+
+/// A service, as it is known here.
+struct Known {
+    sealed: Arc<SealedDocument>,
+    bytes: Arc<[u8]>,
+    /// For whom copies are made here; or why they are not, and why this node does not keep.
+    role: Answer<Asker>,
+    keepers: Option<Keepers>,
+    keeper: Option<Keeper>,
+    overseer: Option<Overseer>,
+    change: Option<Change>,
+    /// Keepers of the first epoch that have not said that they began. The owner's.
+    to_begin: BTreeSet<NodeId>,
+    /// Which version each node is known to have.
+    told: BTreeMap<NodeId, u64>,
+    next_telling: Duration,
+    /// Keepers that live and have said that they do not keep: their grant counts no more.
+    refusing: BTreeSet<NodeId>,
+    next_asking: Duration,
+    care: placing::Care,
+    jobs: BTreeMap<u32, Job>,
+}
+
+impl Known {
+    fn document(&self) -> &ServiceDocument {
+        self.sealed.document()
+    }
+
+    fn id(&self) -> ServiceId {
+        store::id(&self.sealed)
+    }
+}
+
+/// How the rest of the node reaches the task.
+#[derive(Clone)]
+pub(crate) struct Services {
+    events: mpsc::Sender<Event>,
+    mesh: Arc<Mesh>,
+}
+
+/// A service, for whoever shows it.
+pub(crate) struct Shown {
+    pub(crate) sealed: Arc<SealedDocument>,
+    pub(crate) keepers: Option<Keepers>,
+    /// What this node itself knows.
+    pub(crate) status: Status,
+    /// The other nodes that are named in it, and live.
+    pub(crate) others: Vec<NodeId>,
+}
+
+struct Task {
+    events: mpsc::Sender<Event>,
+    mesh: Arc<Mesh>,
+    node: Arc<Node>,
+    placing: Arc<Placing>,
+    store: Store,
+    /// The key, once it is needed.
+    open: Option<Arc<Open>>,
+    terms: Terms,
+    known: BTreeMap<ServiceId, Known>,
+    /// What this node says to itself.
+    inner: VecDeque<(ServiceId, About, ToNode)>,
+    rounds: u64,
+}
+
+impl Services {
+    /// Begins where an earlier start has left off.
+    pub(crate) fn begin(
+        state_dir: &Path,
+        mesh: &Arc<Mesh>,
+        node: &Arc<Node>,
+        placing: &Arc<Placing>,
+    ) -> Services {
+        let (events, heard) = mpsc::channel(EVENTS_MAX);
+        let task = Task {
+            events: events.clone(),
+            mesh: Arc::clone(mesh),
+            node: Arc::clone(node),
+            placing: Arc::clone(placing),
+            store: Store::new(state_dir),
+            open: None,
+            terms: Terms::default(),
+            known: BTreeMap::new(),
+            inner: VecDeque::new(),
+            rounds: 0,
+        };
+        // It ends with the runtime: copies outlive it as long as their leases.
+        tokio::spawn(task.run(heard));
+        let mesh = Arc::clone(mesh);
+        Services { events, mesh }
+    }
+
+    async fn order<T>(
+        &self,
+        order: impl FnOnce(oneshot::Sender<Answer<T>>) -> documents::Order,
+    ) -> Answer<T> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Fault::new(ErrorKind::Internal, "the task of the services is gone");
+        let sent = self.events.send(Event::Ordered(order(reply))).await;
+        sent.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// What another node asks.
+    pub(crate) async fn hear(&self, from: NodeId, request: wire::Request) -> Answer<wire::Answer> {
+        let (reply, answer) = oneshot::channel();
+        let busy = || Fault::conflict("this node is too busy with its services; ask again");
+        // Whoever is not answered asks again: nobody waits in a queue.
+        let asked = Event::Asked {
+            from,
+            request,
+            reply,
+        };
+        self.events.try_send(asked).map_err(|_| busy())?;
+        answer.await.map_err(|_| busy())?
+    }
+
+    /// Makes a service known to itself and its first keepers; gives what it is.
+    pub(crate) async fn create(&self, draft: Draft) -> Answer<Shown> {
+        self.order(|reply| documents::Order::Create(Box::new(draft), reply))
+            .await
+    }
+
+    /// Wants another number of copies, on these nodes from now on where any are given.
+    pub(crate) async fn scale(
+        &self,
+        typed: &str,
+        replicas: u32,
+        nodes: Option<Vec<NodeId>>,
+    ) -> Answer<Shown> {
+        let typed = typed.to_owned();
+        self.order(|reply| documents::Order::Scale(typed, replicas, nodes, reply))
+            .await
+    }
+
+    /// Wants it no more.
+    pub(crate) async fn remove(&self, typed: &str) -> Answer<Shown> {
+        let typed = typed.to_owned();
+        self.order(|reply| documents::Order::Remove(typed, reply))
+            .await
+    }
+
+    /// All services that are known here, or the one that was typed.
+    pub(crate) async fn show(&self, typed: Option<&str>) -> Answer<Vec<Shown>> {
+        let typed = typed.map(str::to_owned);
+        self.order(|reply| documents::Order::Show(typed, reply))
+            .await
+    }
+
+    /// Who has not said that it has forgotten a removed service.
+    pub(crate) async fn late(&self, id: &str) -> Answer<BTreeSet<NodeId>> {
+        let id = id.to_owned();
+        self.order(|reply| documents::Order::Late(id, reply)).await
+    }
+
+    /// Asks a node how it stands with a service; nothing where it does not say.
+    pub(crate) async fn status_of(
+        &self,
+        node: NodeId,
+        sealed: &SealedDocument,
+    ) -> Option<wire::Answer> {
+        let request = wire::Request {
+            service: store::id(sealed),
+            version: sealed.document().version,
+            document: None,
+            body: ToNode::Status,
+        };
+        let bytes: Arc<[u8]> = sealed.bytes().into();
+        post::ask(&self.mesh, node, request, &bytes).await.ok()
+    }
+}
+
+impl Task {
+    async fn run(mut self, mut heard: mpsc::Receiver<Event>) {
+        if let Err(fault) = self.resume().await {
+            tracing::error!(error = fault.0.message, "services cannot be looked after");
+        }
+        loop {
+            let due = self.wake_at().saturating_sub(boottime()).min(TICK);
+            match tokio::time::timeout(due, heard.recv()).await {
+                Ok(Some(event)) => self.happen(event).await,
+                // Its own sender keeps it open.
+                Ok(None) => return,
+                Err(_) => {}
+            }
+            self.act().await;
+            self.say_to_itself().await;
+        }
+    }
+
+    /// The key, and all that is kept.
+    async fn resume(&mut self) -> Answer<()> {
+        let store = self.store.clone();
+        let stored = blocking(move || (!store.is_empty()).then(|| store.all())).await?;
+        let Some(stored) = stored else {
+            return Ok(());
+        };
+        self.opened().await?;
+        for one in stored {
+            self.take_in(one);
+        }
+        self.take_over_copies();
+        Ok(())
+    }
+
+    async fn opened(&mut self) -> Answer<Arc<Open>> {
+        if let Some(open) = &self.open {
+            return Ok(Arc::clone(open));
+        }
+        let open = self.mesh.open().await?;
+        self.open = Some(Arc::clone(&open));
+        Ok(open)
+    }
+
+    /// This node's own id; there is none before anything is known.
+    fn own(&self) -> Option<NodeId> {
+        self.open.as_ref().map(|open| open.identity.id())
+    }
+
+    fn lives(&self, node: NodeId) -> bool {
+        let alive = |member: crate::mesh::Member| member.life == Life::Alive;
+        self.own() == Some(node) || self.mesh.member(&node).is_some_and(alive)
+    }
+
+    fn wake_at(&self) -> Duration {
+        let mut at = Duration::MAX;
+        for known in self.known.values() {
+            let jobs = known.jobs.values();
+            at = jobs.fold(at, |at, job| at.min(job.wake_at()));
+            at = (known.overseer.as_ref()).map_or(at, |one| at.min(one.wake_at()));
+            at = (known.change.as_ref()).map_or(at, |one| at.min(one.wake_at()));
+        }
+        at
+    }
+
+    async fn happen(&mut self, event: Event) {
+        match event {
+            Event::Asked {
+                from,
+                request,
+                reply,
+            } => {
+                let answer = self.asked(from, request).await;
+                // Who asked may have gone.
+                let _ = reply.send(answer);
+            }
+            Event::Answered {
+                from,
+                service,
+                about,
+                answer,
+            } => self.answered(from, service, about, answer).await,
+            Event::Ordered(order) => self.ordered(order).await,
+            Event::Made {
+                slot,
+                generation,
+                made,
+            } => self.made(slot, generation, made),
+            Event::Ended {
+                slot,
+                generation,
+                machine,
+            } => self.ended(slot, generation, &machine),
+            Event::Gone { slot, generation } => self.gone(slot, generation),
+            Event::Placed {
+                slot,
+                generation,
+                outcome,
+            } => self.placed(slot, generation, outcome),
+        }
+    }
+
+    /// Does what is due.
+    async fn act(&mut self) {
+        let now = boottime();
+        let services: Vec<ServiceId> = self.known.keys().copied().collect();
+        for service in services {
+            self.tell(service, now);
+            self.keep_on(service, now);
+            self.hold_on(service, now);
+        }
+        self.forget_old().await;
+    }
+
+    /// Carries what this node has said to itself, until it has nothing more to say.
+    async fn say_to_itself(&mut self) {
+        let Some(own) = self.own() else { return };
+        // What it says makes it say more, a few times; the rest comes next.
+        for _ in 0..EVENTS_MAX {
+            let Some((service, about, body)) = self.inner.pop_front() else {
+                return;
+            };
+            let Some(known) = self.known.get(&service) else {
+                continue;
+            };
+            let request = wire::Request {
+                service,
+                version: known.document().version,
+                document: None,
+                body,
+            };
+            let answer = self.asked(own, request).await;
+            let answer = answer.map_err(|fault| fault.0.message);
+            self.answered(own, service, about, answer).await;
+        }
+    }
+
+    /// Sends something to a node, this one included, that is named in the service's document.
+    fn send(&mut self, service: ServiceId, to: NodeId, about: About, body: ToNode) {
+        if self.own() == Some(to) {
+            self.inner.push_back((service, about, body));
+            return;
+        }
+        let Some(known) = self.known.get(&service) else {
+            return;
+        };
+        let request = wire::Request {
+            service,
+            version: known.document().version,
+            document: None,
+            body,
+        };
+        let (mesh, bytes) = (Arc::clone(&self.mesh), Arc::clone(&known.bytes));
+        let events = self.events.clone();
+        // Bounded by its own time limit; who asks asks again.
+        tokio::spawn(async move {
+            let answer = post::ask(&mesh, to, request, &bytes).await;
+            let answered = Event::Answered {
+                from: to,
+                service,
+                about,
+                answer,
+            };
+            // The node may be leaving.
+            let _ = events.send(answered).await;
+        });
+    }
+
+    async fn asked(&mut self, from: NodeId, request: wire::Request) -> Answer<wire::Answer> {
+        let open = self.opened().await?;
+        let service = request.service;
+        if let Some(bytes) = &request.document {
+            self.hear_document(&open, bytes).await?;
+        }
+        let Some(known) = self.known.get(&service) else {
+            return Ok(wire::Answer {
+                version: 0,
+                document: None,
+                body: FromNode::Unknown,
+            });
+        };
+        let version = known.document().version;
+        let mut answer = wire::Answer {
+            version,
+            document: (version > request.version).then(|| known.bytes.to_vec()),
+            body: FromNode::Nothing,
+        };
+        if version < request.version {
+            // Nothing is done on the strength of what is not the newest.
+            answer.body = FromNode::Unknown;
+            return Ok(answer);
+        }
+        if known.document().removed {
+            // Its last document says so; as long as something of it is here, it has not quite been heard.
+            if self.has_copies(service) {
+                answer.version = version - 1;
+            }
+            return Ok(answer);
+        }
+        if !known.document().names(&from) {
+            return Err(Fault::new(
+                ErrorKind::Denied,
+                "the service's owner does not name this node as one that may ask",
+            ));
+        }
+        answer.body = match request.body {
+            ToNode::Status => FromNode::Status(self.status(service)),
+            ToNode::Release { request } => {
+                self.release(service, request);
+                FromNode::Nothing
+            }
+            ToNode::NotRun {
+                slot,
+                generation,
+                largest,
+                why,
+            } => {
+                self.not_run(from, slot, generation, largest, why);
+                FromNode::Nothing
+            }
+            body => match self.stands(service) {
+                Err(fault) => FromNode::Refused(wire::words(&fault.0.message)),
+                Ok(()) => match body {
+                    ToNode::Describe => FromNode::Nothing,
+                    ToNode::Keeper(question) => match self.kept(service, from, question).await? {
+                        Some(answer) => FromNode::Keeper(answer),
+                        None => FromNode::Nothing,
+                    },
+                    ToNode::Offer { request } => self.offer(service, request).await,
+                    ToNode::Take { request } => self.take(service, request),
+                    ToNode::Run {
+                        request,
+                        slot,
+                        generation,
+                        keepers,
+                    } => {
+                        self.run_slot(from, request, slot, generation, keepers)
+                            .await?
+                    }
+                    ToNode::Status | ToNode::Release { .. } | ToNode::NotRun { .. } => {
+                        FromNode::Nothing
+                    }
+                },
+            },
+        };
+        Ok(answer)
+    }
+
+    async fn answered(
+        &mut self,
+        from: NodeId,
+        service: ServiceId,
+        about: About,
+        answer: Result<wire::Answer, String>,
+    ) {
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(why) => {
+                tracing::debug!(
+                    node = from.short(),
+                    service = store::text(service),
+                    why,
+                    "a node does not answer about a service"
+                );
+                return;
+            }
+        };
+        if let (Some(bytes), Ok(open)) = (&answer.document, self.opened().await)
+            && let Err(fault) = self.hear_document(&open, bytes).await
+        {
+            tracing::debug!(
+                node = from.short(),
+                error = fault.0.message,
+                "a document is thrown away"
+            );
+        }
+        let Some(known) = self.known.get_mut(&service) else {
+            return;
+        };
+        known.told.insert(from, answer.version);
+        match &answer.body {
+            FromNode::Refused(_) if about == About::Keeper => {
+                known.refusing.insert(from);
+            }
+            FromNode::Nothing if about == About::Keeper => {
+                known.refusing.remove(&from);
+            }
+            _ => {}
+        }
+        match (about, &answer.body) {
+            (About::Begin, FromNode::Nothing) => {
+                known.to_begin.remove(&from);
+            }
+            (About::Begin, FromNode::Refused(why)) => {
+                tracing::warn!(node = from.short(), why, "a node does not keep a service");
+            }
+            _ => {}
+        }
+        if let FromNode::Keeper(answer) = answer.body {
+            self.heard_keeper(from, service, answer).await;
+        }
+    }
+
+    /// How it stands here.
+    fn status(&self, service: ServiceId) -> Status {
+        let Some(known) = self.known.get(&service) else {
+            return Status::default();
+        };
+        Status {
+            keeping: self.keeping(known),
+            copies: known.jobs.values().map(Job::shown).collect(),
+        }
+    }
+}
+
+/// Has these nodes let in as partners, and kept connected, as far as they are not for another reason.
+fn befriend(mesh: &Mesh, open: &Open, nodes: impl IntoIterator<Item = NodeId>) {
+    let own = open.identity.id();
+    for node in nodes.into_iter().filter(|node| *node != own) {
+        lock(&open.partners).insert(node);
+        if let Some(link) = mesh.link()
+            && link.state(&node).is_none()
+            // It is dialled where it states to be.
+            && let Err(error) = link.keep(node, Vec::new())
+        {
+            tracing::debug!(%error, node = node.short(), "a partner cannot be dialled");
+        }
+    }
+}
