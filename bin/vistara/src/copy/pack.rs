@@ -69,8 +69,13 @@ pub(crate) fn start(source: Source) -> io::Result<(Packed, Packing)> {
         source.counter.finish_and_clear();
         match result {
             Ok(()) => true,
-            // The reader has gone and says why itself.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => false,
+            // The reader has gone and says why itself; the second, where it left something unread.
+            Err(error)
+                if [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset]
+                    .contains(&error.kind()) =>
+            {
+                false
+            }
             Err(error) => {
                 *kept.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                 false

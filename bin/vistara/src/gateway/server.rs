@@ -19,7 +19,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Most connections at a time: each may hold a body, an answer and a machine's start.
 const CONNECTIONS_MAX: usize = 64;
@@ -63,11 +63,18 @@ pub(crate) async fn serve(listener: TcpListener, calls: Arc<Calls>, tokens: Toke
             continue;
         };
         let (calls, tokens) = (calls.clone(), tokens.clone());
-        tokio::spawn(async move {
-            connection(stream, peer.ip(), calls, tokens).await;
-            drop((permit, place));
+        let place = Arc::new(Place {
+            _room: permit,
+            _in_crowd: place,
         });
+        tokio::spawn(connection(stream, peer.ip(), calls, tokens, place));
     }
+}
+
+/// One of the bounded connections: taken until it has ended, and so has what it asked for.
+struct Place {
+    _room: OwnedSemaphorePermit,
+    _in_crowd: InCrowd,
 }
 
 /// How many connections each address has.
@@ -106,16 +113,22 @@ impl Drop for InCrowd {
     }
 }
 
-async fn connection(stream: TcpStream, peer: IpAddr, calls: Arc<Calls>, tokens: Tokens) {
+async fn connection(
+    stream: TcpStream,
+    peer: IpAddr,
+    calls: Arc<Calls>,
+    tokens: Tokens,
+    place: Arc<Place>,
+) {
     let reached_at = stream.local_addr().ok().map(|address| address.ip());
     // Taken by the one request that the connection has.
     let (answered, answer) = oneshot::channel::<()>();
     let answered = Mutex::new(Some(answered));
     let service = service_fn(|request: Request<Incoming>| {
         let answered = answered.lock().ok().and_then(|mut sender| sender.take());
-        let (calls, tokens) = (calls.clone(), tokens.clone());
+        let (calls, tokens, place) = (calls.clone(), tokens.clone(), place.clone());
         async move {
-            let response = handle(request, peer, reached_at, calls, tokens).await;
+            let response = handle(request, peer, reached_at, calls, tokens, place).await;
             drop(answered);
             Ok::<_, Infallible>(response)
         }
@@ -144,11 +157,12 @@ async fn handle(
     reached_at: Option<IpAddr>,
     calls: Arc<Calls>,
     tokens: Tokens,
+    place: Arc<Place>,
 ) -> Response<Full<Bytes>> {
     let begin = Instant::now();
     let method = request.method().to_string();
     let path = request.uri().path().to_owned();
-    let (name, status, body) = answer(request, reached_at, calls, tokens).await;
+    let (name, status, body) = answer(request, reached_at, calls, tokens, place).await;
     eprint_line(&format!(
         "{peer} {} {} {} {} {} ms",
         name.map_or_else(|| "-".to_owned(), |name| visible(&name, false)),
@@ -179,6 +193,7 @@ async fn answer(
     reached_at: Option<IpAddr>,
     calls: Arc<Calls>,
     tokens: Tokens,
+    place: Arc<Place>,
 ) -> (Option<String>, StatusCode, Value) {
     let no = |status, message: &str| (status, wire::error(message));
     // First of all: a stranger is told nothing, not even what there is.
@@ -229,10 +244,12 @@ async fn answer(
         },
         Call::Stop(_) | Call::List | Call::Logs(_) => Bytes::new(),
     };
-    // A task of its own: a client that goes away leaves nothing half done.
+    // A task of its own: a client that goes away leaves nothing half done, and makes no room for more.
     let done = tokio::spawn(async move {
         let work = calls.answer(&call, &body, &token, reached_at);
-        tokio::time::timeout(CALL_TIME_MAX, work).await
+        let done = tokio::time::timeout(CALL_TIME_MAX, work).await;
+        drop(place);
+        done
     });
     let (status, body) = match done.await {
         Ok(Ok(Ok(body))) => (StatusCode::OK, body),

@@ -147,6 +147,10 @@ impl FirecrackerVm {
                 .await
                 .is_ok()
         {
+            // Whoever asked for something else hears why it is not done only here.
+            if let Ok(end) = tokio::time::timeout(GONE_LIMIT, self.told()).await {
+                tracing::warn!(operation, ?end, dir = %self.inner.parts.dir.display(), "Firecracker has ended over a request");
+            }
             return VmmError::Ended;
         }
         if locked(&self.inner.decided).is_some() {

@@ -162,10 +162,12 @@ impl Near {
         }
     }
 
-    /// The time of the last announcement of a node that was heard.
+    /// The time of the last announcement of a node that was heard and still counts: a clock that was set back hides nobody for longer.
     fn stamp(&self, node: &NodeId) -> Option<u64> {
-        lock(&self.heard)
-            .get(node)
+        let heard = lock(&self.heard);
+        let fresh = heard.get(node);
+        fresh
+            .filter(|sighting| sighting.at.elapsed() < BELIEVED)
             .map(|sighting| sighting.stamp_ms)
     }
 

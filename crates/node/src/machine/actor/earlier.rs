@@ -79,7 +79,8 @@ impl Actor {
                     self.publish().await;
                 }
             }
-            if self.wait_to_look_again(&mut wanted).await && self.end_unreachable().await {
+            if self.wait_to_look_again(&mut wanted).await && self.end_unreachable(&mut wanted).await
+            {
                 return;
             }
         }
@@ -101,7 +102,9 @@ impl Actor {
                         }
                         Command::Stop { signal, grace } => {
                             let signal = signal.unwrap_or(self.record.stop_signal);
-                            wanted.asked = Some(Event::StopAsked { signal, grace });
+                            let stop = Event::StopAsked { signal, grace };
+                            // Who wanted it killed is not asked to be patient.
+                            wanted.asked.get_or_insert(stop);
                             grace
                         }
                         other @ (Command::Signal(_)
@@ -124,7 +127,7 @@ impl Actor {
     }
 
     /// Ends it by what is recorded of it; whether that is done. Where it is not, `trouble` says why and it is tried again.
-    async fn end_unreachable(&mut self) -> bool {
+    async fn end_unreachable(&mut self, wanted: &mut Unreachable) -> bool {
         match self.node.end_unreachable(&self.record, &self.dir).await {
             Ok(()) => {
                 self.trouble = None;
@@ -137,8 +140,8 @@ impl Actor {
                 tracing::error!(machine = %self.record.id, message, "a machine that cannot be reached cannot be ended");
                 self.trouble = Some(format!("it cannot be ended: {message}"));
                 self.publish().await;
-                // Not at once again: what keeps it may need a moment.
-                tokio::time::sleep(ADOPT_PAUSE).await;
+                // Not at once again: what keeps it may need a moment, and others want to be heard meanwhile.
+                wanted.end_at = Some(Instant::now() + ADOPT_PAUSE);
                 false
             }
         }
