@@ -305,7 +305,9 @@ impl LogTail {
 
     /// Whether it ended by a triple fault of the guest's: how Nanos, and a Linux that was told so, restarts.
     fn triple_fault(&self) -> bool {
+        // Before 1.16 in other words.
         self.0.contains("exit reason on vcpu run: Shutdown")
+            || self.0.contains("Received KVM_EXIT_SHUTDOWN signal")
     }
 
     /// Its last lines, without their times and without what is said of every request.
@@ -586,5 +588,42 @@ impl Vm for FirecrackerVm {
         network
             .then(|| lost.to_owned())
             .or_else(|| locked(&self.inner.trouble).clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_unikernels_end_is_read_from_the_log_in_the_words_of_each_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let backend = BackendRecord {
+            root: dir.path().to_owned(),
+            unikernel: true,
+            ..BackendRecord::default()
+        };
+        let console = Console::open(dir.path());
+        let end = |log: &str, code: i32| {
+            std::fs::write(dir.path().join(LOG), log).unwrap();
+            read_end(Ok(ProcessEnd::Exited(code)), &backend, &console, "")
+        };
+        let good = "Firecracker exiting successfully. exit_code=0";
+        for (fault, code) in [
+            (
+                "[i:fc_vcpu 0] Unexpected exit reason on vcpu run: Shutdown",
+                1,
+            ),
+            ("[i:fc_vcpu 0] Received KVM_EXIT_SHUTDOWN signal", 0),
+        ] {
+            assert_eq!(end(&format!("{fault}\n{good}\n"), code), VmEnd::GuestOff);
+        }
+        let reset = end(&format!("[i:main] Vmm is stopping.\n{good}\n"), 0);
+        assert!(matches!(reset, VmEnd::GuestPanic { .. }), "{reset:?}");
+        let crash = end(
+            "[i:main] Shutting down VM after intercepting signal 31",
+            148,
+        );
+        assert!(matches!(crash, VmEnd::Crashed { .. }), "{crash:?}");
     }
 }
