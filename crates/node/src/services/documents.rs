@@ -377,6 +377,7 @@ impl Task {
             next_telling: now,
             refusing: BTreeSet::new(),
             next_asking: now,
+            next_who: now,
             keepers: stored.keepers,
             overseer: keeper.as_ref().map(|_| Overseer::new(own, now)),
             keeper,

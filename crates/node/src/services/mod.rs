@@ -79,6 +79,12 @@ enum Event {
     },
     /// A copy that was told to stop is gone.
     Gone { slot: Slot, generation: Generation },
+    /// A node is about to be given a slot.
+    Giving {
+        slot: Slot,
+        generation: Generation,
+        to: NodeId,
+    },
     /// A search is over.
     Placed {
         slot: Slot,
@@ -98,6 +104,8 @@ enum About {
     Document,
     /// It was asked whether it still keeps.
     Keeper,
+    /// It was asked who keeps now.
+    Who,
 }
 
 /// A service, as it is known here.
@@ -118,6 +126,8 @@ struct Known {
     /// Keepers that live and have said that they do not keep: their grant counts no more.
     refusing: BTreeSet<NodeId>,
     next_asking: Duration,
+    /// When the keepers that are known may be asked again who looks after the service now.
+    next_who: Duration,
     care: placing::Care,
     jobs: BTreeMap<u32, Job>,
 }
@@ -363,6 +373,11 @@ impl Task {
                 machine,
             } => self.ended(slot, generation, &machine),
             Event::Gone { slot, generation } => self.gone(slot, generation),
+            Event::Giving {
+                slot,
+                generation,
+                to,
+            } => self.giving(slot, generation, to),
             Event::Placed {
                 slot,
                 generation,
@@ -567,8 +582,16 @@ impl Task {
             }
             _ => {}
         }
-        if let FromNode::Keeper(answer) = answer.body {
-            self.heard_keeper(from, service, answer).await;
+        match answer.body {
+            FromNode::Keeper(answer) => self.heard_keeper(from, service, answer).await,
+            FromNode::Status(status) if about == About::Who => {
+                self.heard_who(from, service, status).await;
+            }
+            FromNode::Status(_)
+            | FromNode::Nothing
+            | FromNode::Unknown
+            | FromNode::Refused(_)
+            | FromNode::Offered { .. } => {}
         }
     }
 
