@@ -238,10 +238,14 @@ impl Task {
 
     /// Does what is due for the copies of a service.
     pub(super) fn hold_on(&mut self, service: ServiceId, now: Duration) {
-        let stands = self.stands(service).is_ok();
         let Some(known) = self.known.get(&service) else {
             return;
         };
+        if known.jobs.is_empty() {
+            return;
+        }
+        // Of a removed one everything is let go already.
+        let stands = known.document().removed || self.stands(service).is_ok();
         let numbers: Vec<u32> = known.jobs.keys().copied().collect();
         for number in numbers {
             let slot = Slot { service, number };

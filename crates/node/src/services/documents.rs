@@ -2,12 +2,12 @@
 
 use super::keeping::spec;
 use super::store::{self, Stored, text};
-use super::{About, Event, Known, SERVICES_MAX, Shown, Task, befriend};
+use super::{About, Event, Known, SERVICES_MAX, Shown, Task, VERDICT_KEPT, VERDICT_SHARE, Verdict};
 use crate::fault::{Answer, Fault, blocking, chain};
 use crate::fence::boottime;
 use crate::mesh::{Asker, Foreign, Mesh, Open, lock};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use vistara_api::ErrorKind;
@@ -186,6 +186,8 @@ impl Task {
             keeper: None,
             late: Vec::new(),
         });
+        // Before they are told anything.
+        self.settle_partners(boottime());
         self.begin_keepers(service);
         self.shown_one(service)
     }
@@ -284,7 +286,6 @@ impl Task {
         blocking(move || store.put_late(service, &late))
             .await?
             .map_err(|error| cannot_keep(&error))?;
-        self.replace(sealed).await?;
         // Who is to be told, and has not been: the last document names nobody.
         if let Some(known) = self.known.get_mut(&service) {
             known.told.retain(|node, _| nodes.contains(node));
@@ -292,6 +293,7 @@ impl Task {
                 known.told.entry(node).or_insert(0);
             }
         }
+        self.replace(sealed).await?;
         let sealed = self
             .known
             .get(&service)
@@ -357,8 +359,7 @@ impl Task {
         let document = stored.document.document();
         let now = boottime();
         let own = open.identity.id();
-        let named = document.nodes.iter().map(|one| one.node);
-        befriend(&self.mesh, &open, named.chain([document.owner]));
+        self.partners_due = Duration::ZERO;
         let mut keeper = (stored.keeper)
             .filter(|state| state.node == own && state.spec.service == service)
             .map(|state| Keeper::restored(state, self.terms, now));
@@ -384,6 +385,7 @@ impl Task {
             change: None,
             care: Default::default(),
             jobs: BTreeMap::new(),
+            verdict: Mutex::default(),
             sealed: Arc::new(stored.document),
         };
         self.known.insert(service, known);
@@ -446,12 +448,14 @@ impl Task {
                 keeper: None,
                 late: Vec::new(),
             });
+            self.settle_partners(boottime());
             return Ok(());
         };
         let document = sealed.document().clone();
         known.bytes = sealed.bytes().into();
         known.sealed = Arc::new(sealed);
         known.next_telling = Duration::ZERO;
+        known.verdict = Mutex::default();
         if removed {
             (known.keeper, known.overseer, known.change) = (None, None, None);
             known.to_begin.clear();
@@ -461,13 +465,12 @@ impl Task {
             if let Some(keeper) = &mut known.keeper {
                 keeper.update(spec(&document));
             }
-            let named = document.nodes.iter().map(|one| one.node);
-            befriend(&self.mesh, &open, named.chain([document.owner]));
         }
         self.let_go_of(service, document.replicas);
         if removed {
             self.clear_copies(service);
         }
+        self.settle_partners(boottime());
         Ok(())
     }
 
@@ -476,7 +479,23 @@ impl Task {
         let (Some(open), Some(known)) = (&self.open, self.known.get(&service)) else {
             return Err(Fault::conflict("the service is not known here"));
         };
-        counts(&self.mesh, open, known.role.as_ref().map_err(Clone::clone)?)
+        let asker = known.role.as_ref().map_err(Clone::clone)?;
+        let (begin, revocations) = (boottime(), self.mesh.revocations());
+        let mut verdict = lock(&known.verdict);
+        if let Some(found) = verdict.as_ref()
+            && (begin < found.until && revocations == found.revocations)
+        {
+            return found.stands.clone();
+        }
+        let stands = counts(&self.mesh, open, asker);
+        let now = boottime();
+        let dear = now.saturating_sub(begin) * VERDICT_SHARE;
+        *verdict = Some(Verdict {
+            until: now + VERDICT_KEPT.max(dear),
+            revocations,
+            stands: stands.clone(),
+        });
+        stands
     }
 
     /// Gives the document to those that may not have it: the owner to all, a keeper to all that were never heard of it.
@@ -499,12 +518,8 @@ impl Task {
             .filter(|node| known.told.get(node).is_none_or(|told| *told < version))
             .collect();
         let removed = known.document().removed;
-        let open = self.open.clone();
         late.retain(|node| self.lives(*node));
         for node in late {
-            if let Some(open) = &open {
-                befriend(&self.mesh, open, [node]);
-            }
             if node == own {
                 continue;
             }
@@ -537,6 +552,7 @@ impl Task {
             .collect();
         for service in over {
             self.known.remove(&service);
+            self.partners_due = Duration::ZERO;
             let store = self.store.clone();
             let removed = blocking(move || store.remove(service)).await;
             if let Ok(Err(error)) = removed {

@@ -252,7 +252,8 @@ impl Task {
 
     /// Does what a keeper does by itself.
     pub(super) fn keep_on(&mut self, service: ServiceId, now: Duration) {
-        if self.stands(service).is_err() {
+        let keeps = |known: &Known| known.keeper.is_some() && !known.document().removed;
+        if !self.known.get(&service).is_some_and(keeps) || self.stands(service).is_err() {
             return;
         }
         let mut overseer = match self.known.get_mut(&service) {
