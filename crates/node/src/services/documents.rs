@@ -2,7 +2,10 @@
 
 use super::keeping::spec;
 use super::store::{self, Stored, text};
-use super::{About, Event, Known, SERVICES_MAX, Shown, Task, VERDICT_KEPT, VERDICT_SHARE, Verdict};
+use super::{
+    About, Event, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
+    VERDICT_SHARE, Verdict,
+};
 use crate::fault::{Answer, Fault, blocking, chain};
 use crate::fence::boottime;
 use crate::mesh::{Asker, Foreign, Mesh, Open, lock};
@@ -124,10 +127,10 @@ impl Task {
         let wanted = self
             .known
             .values()
-            .filter(|known| !known.document().removed);
+            .filter(|known| !known.document().removed && known.document().owner == own);
         if wanted.count() >= SERVICES_MAX {
             return Err(Fault::conflict(format!(
-                "this node knows {SERVICES_MAX} services and takes no more"
+                "this node has {SERVICES_MAX} services and takes no more"
             )));
         }
         let same = |known: &Known| {
@@ -408,7 +411,12 @@ impl Task {
             // Nobody has this node remember anything but who holds its own, live grant.
             None if document.removed => return Ok(()),
             None => {
-                if self.known.len() >= SERVICES_MAX {
+                let own = open.identity.id();
+                let owners = (self.known.values().map(Known::document))
+                    .filter(|known| !known.removed && known.owner != own)
+                    .map(|known| known.owner);
+                let of_it = owners.clone().filter(|owner| *owner == document.owner);
+                if owners.count() >= SERVICES_MAX || of_it.count() >= SERVICES_OF_ONE_MAX {
                     return Err(Fault::conflict("this node knows enough services"));
                 }
                 let asker = role(&self.mesh, open, document)?;

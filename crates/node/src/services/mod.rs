@@ -48,6 +48,8 @@ const EVENTS_MAX: usize = 1024;
 const TICK: Duration = Duration::from_millis(500);
 /// Services that one node keeps, copies or owns.
 const SERVICES_MAX: usize = 256;
+/// Of these, services of one owner who is not this node's: one grantee does not keep others from having any.
+const SERVICES_OF_ONE_MAX: usize = 64;
 /// Nodes that are let in and kept connected on account of services: each costs a connection, and more than so many look
 /// after services of one node only where a grantee makes them up. Services of this node's owner come first.
 const PARTNERS_MAX: usize = 512;
@@ -330,6 +332,8 @@ impl Task {
         let store = self.store.clone();
         let stored = blocking(move || (!store.is_empty()).then(|| store.all())).await?;
         let Some(stored) = stored else {
+            // Copies of services of which nothing is left are ended all the same.
+            self.take_over_copies();
             return Ok(());
         };
         self.opened().await?;
@@ -592,7 +596,15 @@ impl Task {
         let Some(known) = self.known.get_mut(&service) else {
             return;
         };
-        known.told.insert(from, answer.version);
+        // Who never took it, or has forgotten it altogether, keeps nothing of what is removed.
+        let nothing_there = known.document().removed
+            && matches!(answer.body, FromNode::Unknown)
+            && answer.version == 0;
+        let told = match nothing_there {
+            true => known.document().version,
+            false => answer.version,
+        };
+        known.told.insert(from, told);
         match &answer.body {
             FromNode::Refused(_) if about == About::Keeper => {
                 known.refusing.insert(from);
