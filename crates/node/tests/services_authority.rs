@@ -334,6 +334,28 @@ async fn only_who_is_named_asks_and_only_keepers_give_slots() {
         "does not name",
     );
 
+    // Nobody but a keeper says who keeps next, and nobody is heard about a slot that was not given to him.
+    let said = helper
+        .ask(&target, Some(&good), begin(2, &[helper.id()], 1))
+        .await;
+    is_refused(said, "only a keeper says");
+    let not_run = ToNode::NotRun {
+        slot: Slot {
+            service: ServiceId(SERVICE),
+            number: 0,
+        },
+        generation: Generation(1),
+        largest: Generation(1 << 40),
+        why: "made up".to_owned(),
+    };
+    helper.ask(&target, Some(&good), not_run).await.unwrap();
+    let said = helper.ask(&target, Some(&good), ToNode::Status).await;
+    let FromNode::Status(status) = said.unwrap().body else {
+        panic!("no status");
+    };
+    let slot = &status.keeping.unwrap().slots[0];
+    assert!(!slot.trouble.iter().any(|why| why.contains("made up")));
+
     // Meanwhile the target, a keeper, has given itself the slot. The machine is the owner's.
     let begun = std::time::Instant::now();
     while target

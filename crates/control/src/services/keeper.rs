@@ -189,6 +189,11 @@ impl Keeper {
         self.accepted.is_some()
     }
 
+    /// Those that this keeper has sealed itself for.
+    pub fn next(&self) -> Option<&Keepers> {
+        self.accepted.as_ref().map(|(_, next)| next)
+    }
+
     /// What a keeper that does not know of the present epoch is to be told.
     pub fn announcement(&self) -> ToKeeper {
         ToKeeper::Begin {
@@ -236,6 +241,12 @@ impl Keeper {
                     },
                 },
             ),
+            // A service's copy never ends by itself and is never lost: whoever says so would close the slot for good.
+            ToKeeper::Done { .. } | ToKeeper::Lose { .. }
+                if self.spec.semantics == Semantics::Service =>
+            {
+                None
+            }
             // What was handed over is not changed here any more.
             ToKeeper::Withdraw { .. }
             | ToKeeper::Released { .. }

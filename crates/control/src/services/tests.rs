@@ -77,6 +77,25 @@ fn a_slot_is_granted_to_one_node_until_its_grant_is_over() {
 }
 
 #[test]
+fn nobody_says_that_a_services_copy_is_done_or_lost() {
+    let mut keeper = keeper(1, Semantics::Service);
+    let generation = Generation(5);
+    for question in [
+        ToKeeper::Done {
+            slot: SLOT,
+            generation,
+        },
+        ToKeeper::Lose {
+            slot: SLOT,
+            generation,
+        },
+    ] {
+        assert_eq!(keeper.handle(NOW, id(11), question), None);
+    }
+    assert_eq!(ask(&mut keeper, NOW, 11, 1), Ok(()));
+}
+
+#[test]
 fn a_keeper_that_restarts_holds_every_grant_for_fresh() {
     let mut keeper = keeper(1, Semantics::Service);
     ask(&mut keeper, NOW, 11, 1).unwrap();

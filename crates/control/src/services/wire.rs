@@ -4,15 +4,19 @@
 //! sender has; who lacks that says so, or gets it along. What stands here is nobody's signed word: the connection proves who
 //! sent it, and the document, which its owner has signed, says what that one may.
 
-use super::{FromKeeper, KEEPERS, Keepers, REPLICAS_MAX, ServiceId, Slot, ToKeeper};
+use super::{FromKeeper, KEEPERS, Keepers, REPLICAS_MAX, Record, ServiceId, Slot, ToKeeper};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use vistara_model::{Generation, NodeId};
 
 /// Version of the form.
 pub const FORMAT: u8 = 1;
 /// Longest message: a document, and the records of as many slots as a service may have.
 pub const MESSAGE_BYTES_MAX: usize = 512 << 10;
+/// Epochs and generations are below this: far more than are ever counted, and whoever says one cannot have another node's
+/// count overflow.
+pub const NUMBER_END: u64 = 1 << 48;
 /// Longest reason in words, in bytes.
 pub const WORDS_MAX: usize = 1000;
 
@@ -214,31 +218,48 @@ fn checked(holds: bool) -> Result<(), WireError> {
     }
 }
 
+fn is_generation(generation: &Generation) -> bool {
+    generation.0 < NUMBER_END
+}
+
+fn are_records(records: &BTreeMap<u32, Record>) -> bool {
+    records.iter().all(|(number, record)| {
+        let held = record.held.as_ref();
+        *number < REPLICAS_MAX
+            && is_generation(&record.largest)
+            && held.is_none_or(|(generation, _)| is_generation(generation))
+    })
+}
+
 /// As many nodes as may keep, none of them twice.
 fn are_keepers(keepers: &Keepers) -> bool {
     let nodes = &keepers.nodes;
-    (1..=KEEPERS).contains(&nodes.len())
+    keepers.epoch < NUMBER_END
+        && (1..=KEEPERS).contains(&nodes.len())
         && (nodes.iter().enumerate()).all(|(place, node)| !nodes[..place].contains(node))
 }
 
 fn is_question(question: &ToKeeper) -> bool {
     match question {
-        ToKeeper::Ask { slot, .. }
-        | ToKeeper::Withdraw { slot, .. }
-        | ToKeeper::Released { slot, .. }
-        | ToKeeper::Done { slot, .. }
-        | ToKeeper::Lose { slot, .. } => slot.number < REPLICAS_MAX,
-        ToKeeper::Prepare { .. } => true,
+        ToKeeper::Ask {
+            epoch,
+            slot,
+            generation,
+            ..
+        } => slot.number < REPLICAS_MAX && is_generation(generation) && *epoch < NUMBER_END,
+        ToKeeper::Withdraw { slot, generation }
+        | ToKeeper::Released { slot, generation }
+        | ToKeeper::Done { slot, generation }
+        | ToKeeper::Lose { slot, generation } => {
+            slot.number < REPLICAS_MAX && is_generation(generation)
+        }
+        ToKeeper::Prepare { epoch, .. } => *epoch < NUMBER_END,
         ToKeeper::Seal { next, .. } => are_keepers(next),
         ToKeeper::Begin {
             keepers,
             spec,
             records,
-        } => {
-            are_keepers(keepers)
-                && spec.replicas <= REPLICAS_MAX
-                && records.keys().all(|number| *number < REPLICAS_MAX)
-        }
+        } => are_keepers(keepers) && spec.replicas <= REPLICAS_MAX && are_records(records),
     }
 }
 
@@ -246,18 +267,23 @@ fn is_answer(answer: &FromKeeper) -> bool {
     use super::Denied;
     match answer {
         FromKeeper::Denied {
-            why: Denied::Moved(keepers),
-            ..
-        } => are_keepers(keepers),
-        FromKeeper::Granted { .. }
-        | FromKeeper::Denied { .. }
-        | FromKeeper::DoneNoted(..)
-        | FromKeeper::LostNoted(..) => true,
+            generation, why, ..
+        } => {
+            is_generation(generation)
+                && match why {
+                    Denied::Moved(keepers) => are_keepers(keepers),
+                    Denied::Old(largest) => is_generation(largest),
+                    Denied::Held | Denied::Closed | Denied::Sealed => true,
+                }
+        }
+        FromKeeper::Granted { generation, .. }
+        | FromKeeper::DoneNoted(_, generation)
+        | FromKeeper::LostNoted(_, generation) => is_generation(generation),
         FromKeeper::Promised { before, .. } => {
             (before.as_ref()).is_none_or(|(_, keepers)| are_keepers(keepers))
         }
         FromKeeper::Sealed { spec, records, .. } => {
-            spec.replicas <= REPLICAS_MAX && records.keys().all(|number| *number < REPLICAS_MAX)
+            spec.replicas <= REPLICAS_MAX && are_records(records)
         }
     }
 }
@@ -282,8 +308,24 @@ impl Request {
                 checked(question.service() == request.service)?;
                 (None, is_question(question))
             }
-            ToNode::Run { slot, keepers, .. } => (Some(slot), are_keepers(keepers)),
-            ToNode::NotRun { slot, why, .. } => (Some(slot), why.len() <= WORDS_MAX),
+            ToNode::Run {
+                slot,
+                generation,
+                keepers,
+                ..
+            } => (
+                Some(slot),
+                are_keepers(keepers) && is_generation(generation),
+            ),
+            ToNode::NotRun {
+                slot,
+                generation,
+                largest,
+                why,
+            } => {
+                let numbers = is_generation(generation) && is_generation(largest);
+                (Some(slot), numbers && why.len() <= WORDS_MAX)
+            }
             ToNode::Offer { .. }
             | ToNode::Take { .. }
             | ToNode::Release { .. }
@@ -341,10 +383,9 @@ impl Answer {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Ballot, Denied, Record, Semantics, Spec};
+    use super::super::{Ballot, Denied, Semantics, Spec};
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
     const SERVICE: ServiceId = ServiceId(u128::MAX);
 
@@ -354,15 +395,15 @@ mod tests {
 
     fn keepers() -> Keepers {
         Keepers {
-            epoch: u64::MAX,
+            epoch: NUMBER_END - 1,
             nodes: (0..KEEPERS as u8).map(id).collect(),
         }
     }
 
     fn begin(slots: u32) -> Request {
         let record = Record {
-            largest: Generation(u64::MAX),
-            held: Some((Generation(u64::MAX), id(9))),
+            largest: Generation(NUMBER_END - 1),
+            held: Some((Generation(NUMBER_END - 1), id(9))),
             ..Record::default()
         };
         Request {
@@ -443,6 +484,80 @@ mod tests {
             };
             assert!(Request::decode(&seal.encode().unwrap()).is_err());
         }
+    }
+
+    #[test]
+    fn numbers_that_could_overflow_are_no_message() {
+        let slot = Slot {
+            service: SERVICE,
+            number: 0,
+        };
+        let end = Generation(NUMBER_END);
+        let mut later = keepers();
+        later.epoch = NUMBER_END;
+        let ask = |epoch, generation| {
+            ToNode::Keeper(ToKeeper::Ask {
+                number: u64::MAX,
+                epoch,
+                slot,
+                generation,
+            })
+        };
+        let not_run = |generation, largest| ToNode::NotRun {
+            slot,
+            generation,
+            largest,
+            why: String::new(),
+        };
+        let run = |generation, keepers| ToNode::Run {
+            request: 1,
+            slot,
+            generation,
+            keepers,
+        };
+        let said = |body| {
+            let request = Request {
+                service: SERVICE,
+                version: 1,
+                document: None,
+                body,
+            };
+            Request::decode(&request.encode().unwrap()).is_ok()
+        };
+        let good = Generation(NUMBER_END - 1);
+        assert!(said(ask(good.0, good)) && said(not_run(good, good)) && said(run(good, keepers())));
+        for bad in [
+            ask(end.0, good),
+            ask(good.0, end),
+            not_run(end, good),
+            not_run(good, end),
+            run(end, keepers()),
+            run(good, later.clone()),
+            ToNode::Keeper(ToKeeper::Prepare {
+                service: SERVICE,
+                epoch: end.0,
+                ballot: Ballot(1, id(1)),
+            }),
+        ] {
+            assert!(!said(bad.clone()), "{bad:?}");
+        }
+        for why in [Denied::Old(end), Denied::Moved(later)] {
+            let denied = Answer {
+                version: 1,
+                document: None,
+                body: FromNode::Keeper(FromKeeper::Denied {
+                    slot,
+                    generation: good,
+                    why,
+                }),
+            };
+            assert!(Answer::decode(&denied.encode().unwrap()).is_err());
+        }
+        let mut begun = begin(1);
+        if let ToNode::Keeper(ToKeeper::Begin { records, .. }) = &mut begun.body {
+            records.get_mut(&0).unwrap().largest = end;
+        }
+        assert!(Request::decode(&begun.encode().unwrap()).is_err());
     }
 
     #[test]

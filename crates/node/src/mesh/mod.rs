@@ -525,6 +525,11 @@ impl Mesh {
     }
 
     /// How it stands with a grant in the books.
+    /// How many grants were taken back since this start: what was found out before is asked again where it has grown.
+    pub(crate) fn revocations(&self) -> u64 {
+        *self.revocations.borrow()
+    }
+
     pub(crate) fn standing(&self, id: &GrantId) -> Standing {
         match lock(&self.open).as_ref() {
             Some(open) => lock(&open.ledger).standing(id),

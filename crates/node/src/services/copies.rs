@@ -238,15 +238,25 @@ impl Task {
 
     /// Does what is due for the copies of a service.
     pub(super) fn hold_on(&mut self, service: ServiceId, now: Duration) {
-        let stands = self.stands(service).is_ok();
         let Some(known) = self.known.get(&service) else {
             return;
         };
+        if known.jobs.is_empty() {
+            return;
+        }
+        // Of a removed one everything is let go already.
+        let stands = known.document().removed || self.stands(service).is_ok();
+        let own = self.own();
+        let nodes = &known.document().nodes;
+        let named = nodes.iter().any(|one| Some(one.node) == own);
         let numbers: Vec<u32> = known.jobs.keys().copied().collect();
         for number in numbers {
             let slot = Slot { service, number };
             if !stands {
                 self.let_go(slot, "the owner's grant counts no more");
+            } else if !named {
+                // The owner's own node acts for itself, whether it is named or not.
+                self.let_go(slot, "the service's owner does not name this node any more");
             }
             self.poll(slot, now);
             let Some(job) = self.job(slot) else {

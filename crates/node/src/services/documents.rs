@@ -2,12 +2,15 @@
 
 use super::keeping::spec;
 use super::store::{self, Stored, text};
-use super::{About, Event, Known, SERVICES_MAX, Shown, Task, befriend};
+use super::{
+    About, Event, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
+    VERDICT_SHARE, Verdict,
+};
 use crate::fault::{Answer, Fault, blocking, chain};
 use crate::fence::boottime;
 use crate::mesh::{Asker, Foreign, Mesh, Open, lock};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use vistara_api::ErrorKind;
@@ -124,10 +127,10 @@ impl Task {
         let wanted = self
             .known
             .values()
-            .filter(|known| !known.document().removed);
+            .filter(|known| !known.document().removed && known.document().owner == own);
         if wanted.count() >= SERVICES_MAX {
             return Err(Fault::conflict(format!(
-                "this node knows {SERVICES_MAX} services and takes no more"
+                "this node has {SERVICES_MAX} services and takes no more"
             )));
         }
         let same = |known: &Known| {
@@ -186,6 +189,8 @@ impl Task {
             keeper: None,
             late: Vec::new(),
         });
+        // Before they are told anything.
+        self.settle_partners(boottime());
         self.begin_keepers(service);
         self.shown_one(service)
     }
@@ -284,7 +289,6 @@ impl Task {
         blocking(move || store.put_late(service, &late))
             .await?
             .map_err(|error| cannot_keep(&error))?;
-        self.replace(sealed).await?;
         // Who is to be told, and has not been: the last document names nobody.
         if let Some(known) = self.known.get_mut(&service) {
             known.told.retain(|node, _| nodes.contains(node));
@@ -292,6 +296,7 @@ impl Task {
                 known.told.entry(node).or_insert(0);
             }
         }
+        self.replace(sealed).await?;
         let sealed = self
             .known
             .get(&service)
@@ -357,8 +362,7 @@ impl Task {
         let document = stored.document.document();
         let now = boottime();
         let own = open.identity.id();
-        let named = document.nodes.iter().map(|one| one.node);
-        befriend(&self.mesh, &open, named.chain([document.owner]));
+        self.partners_due = Duration::ZERO;
         let mut keeper = (stored.keeper)
             .filter(|state| state.node == own && state.spec.service == service)
             .map(|state| Keeper::restored(state, self.terms, now));
@@ -377,12 +381,14 @@ impl Task {
             next_telling: now,
             refusing: BTreeSet::new(),
             next_asking: now,
+            next_who: now,
             keepers: stored.keepers,
             overseer: keeper.as_ref().map(|_| Overseer::new(own, now)),
             keeper,
             change: None,
             care: Default::default(),
             jobs: BTreeMap::new(),
+            verdict: Mutex::default(),
             sealed: Arc::new(stored.document),
         };
         self.known.insert(service, known);
@@ -405,7 +411,12 @@ impl Task {
             // Nobody has this node remember anything but who holds its own, live grant.
             None if document.removed => return Ok(()),
             None => {
-                if self.known.len() >= SERVICES_MAX {
+                let own = open.identity.id();
+                let owners = (self.known.values().map(Known::document))
+                    .filter(|known| !known.removed && known.owner != own)
+                    .map(|known| known.owner);
+                let of_it = owners.clone().filter(|owner| *owner == document.owner);
+                if owners.count() >= SERVICES_MAX || of_it.count() >= SERVICES_OF_ONE_MAX {
                     return Err(Fault::conflict("this node knows enough services"));
                 }
                 let asker = role(&self.mesh, open, document)?;
@@ -445,12 +456,14 @@ impl Task {
                 keeper: None,
                 late: Vec::new(),
             });
+            self.settle_partners(boottime());
             return Ok(());
         };
         let document = sealed.document().clone();
         known.bytes = sealed.bytes().into();
         known.sealed = Arc::new(sealed);
         known.next_telling = Duration::ZERO;
+        known.verdict = Mutex::default();
         if removed {
             (known.keeper, known.overseer, known.change) = (None, None, None);
             known.to_begin.clear();
@@ -460,13 +473,12 @@ impl Task {
             if let Some(keeper) = &mut known.keeper {
                 keeper.update(spec(&document));
             }
-            let named = document.nodes.iter().map(|one| one.node);
-            befriend(&self.mesh, &open, named.chain([document.owner]));
         }
         self.let_go_of(service, document.replicas);
         if removed {
             self.clear_copies(service);
         }
+        self.settle_partners(boottime());
         Ok(())
     }
 
@@ -475,7 +487,23 @@ impl Task {
         let (Some(open), Some(known)) = (&self.open, self.known.get(&service)) else {
             return Err(Fault::conflict("the service is not known here"));
         };
-        counts(&self.mesh, open, known.role.as_ref().map_err(Clone::clone)?)
+        let asker = known.role.as_ref().map_err(Clone::clone)?;
+        let (begin, revocations) = (boottime(), self.mesh.revocations());
+        let mut verdict = lock(&known.verdict);
+        if let Some(found) = verdict.as_ref()
+            && (begin < found.until && revocations == found.revocations)
+        {
+            return found.stands.clone();
+        }
+        let stands = counts(&self.mesh, open, asker);
+        let now = boottime();
+        let dear = now.saturating_sub(begin) * VERDICT_SHARE;
+        *verdict = Some(Verdict {
+            until: now + VERDICT_KEPT.max(dear),
+            revocations,
+            stands: stands.clone(),
+        });
+        stands
     }
 
     /// Gives the document to those that may not have it: the owner to all, a keeper to all that were never heard of it.
@@ -498,12 +526,8 @@ impl Task {
             .filter(|node| known.told.get(node).is_none_or(|told| *told < version))
             .collect();
         let removed = known.document().removed;
-        let open = self.open.clone();
         late.retain(|node| self.lives(*node));
         for node in late {
-            if let Some(open) = &open {
-                befriend(&self.mesh, open, [node]);
-            }
             if node == own {
                 continue;
             }
@@ -536,6 +560,7 @@ impl Task {
             .collect();
         for service in over {
             self.known.remove(&service);
+            self.partners_due = Duration::ZERO;
             let store = self.store.clone();
             let removed = blocking(move || store.remove(service)).await;
             if let Ok(Err(error)) = removed {

@@ -8,7 +8,7 @@ use crate::fence::boottime;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use vistara_api::ErrorKind;
-use vistara_control::services::wire::{self, Keeping, SlotState, ToNode};
+use vistara_control::services::wire::{self, Keeping, SlotState, Status, ToNode};
 use vistara_control::services::{
     Action, Change, ChangeOutput, FromKeeper, KEEPERS, Keeper, Keepers, Overseer, Semantics,
     ServiceId, Spec, ToKeeper, keepers_of,
@@ -38,7 +38,47 @@ pub(super) fn may_keep(document: &ServiceDocument, keepers: &Keepers) -> bool {
     keepers.nodes.iter().all(|node| document.names(node))
 }
 
+/// Whether a node may say who keeps next, as far as it is known here who does: anybody who is named may where nobody is known.
+fn may_name(known: &Known, from: NodeId) -> bool {
+    let keeper = known.keeper.as_ref();
+    let sets = [
+        known.keepers.as_ref(),
+        keeper.map(Keeper::keepers),
+        keeper.and_then(Keeper::next),
+    ];
+    let mut sets = sets.into_iter().flatten().peekable();
+    sets.peek().is_none() || sets.any(|keepers| keepers.nodes.contains(&from))
+}
+
 impl Task {
+    /// Somebody whose word does not count says that others keep now: those whose word does are asked. One that was away for
+    /// more than one change hears of its part again that way.
+    fn ask_who(&mut self, service: ServiceId, epoch: u64, now: Duration) {
+        let Some(known) = self.known.get_mut(&service) else {
+            return;
+        };
+        let Some(keepers) = known.keepers.clone() else {
+            return;
+        };
+        if now < known.next_who || epoch <= keepers.epoch {
+            return;
+        }
+        known.next_who = now + ASK_KEEPERS_EVERY;
+        for node in keepers.nodes {
+            if self.own() != Some(node) && self.lives(node) {
+                self.send(service, node, About::Who, ToNode::Status);
+            }
+        }
+    }
+
+    /// A keeper has said who keeps now.
+    pub(super) async fn heard_who(&mut self, from: NodeId, service: ServiceId, status: Status) {
+        let trusted = (self.known.get(&service)).is_some_and(|known| may_name(known, from));
+        if let (true, Some(keeping)) = (trusted, status.keeping) {
+            self.moved_to(service, keeping.keepers).await;
+        }
+    }
+
     /// Answers what a keeper is asked. It is named in the document, or this node itself.
     pub(super) async fn kept(
         &mut self,
@@ -62,6 +102,12 @@ impl Task {
                 // The first keepers are the owner's choice.
                 if keepers.epoch <= 1 && from != known.document().owner {
                     return Err(denied("only the service's owner chooses its first keepers"));
+                }
+                // Later ones are named by those before them, or by one of those that this node has sealed itself for.
+                if keepers.epoch > 1 && !may_name(known, from) {
+                    let epoch = keepers.epoch;
+                    self.ask_who(service, epoch, now);
+                    return Err(denied("only a keeper says who looks after a service next"));
                 }
                 // What is wanted is what the owner has signed, whatever was said.
                 *told = spec(known.sealed.document());
@@ -206,7 +252,8 @@ impl Task {
 
     /// Does what a keeper does by itself.
     pub(super) fn keep_on(&mut self, service: ServiceId, now: Duration) {
-        if self.stands(service).is_err() {
+        let keeps = |known: &Known| known.keeper.is_some() && !known.document().removed;
+        if !self.known.get(&service).is_some_and(keeps) || self.stands(service).is_err() {
             return;
         }
         let mut overseer = match self.known.get_mut(&service) {

@@ -15,6 +15,7 @@
 mod copies;
 mod documents;
 mod keeping;
+mod partners;
 mod placing;
 mod post;
 mod store;
@@ -25,12 +26,12 @@ pub(crate) use store::text as id_text;
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::boottime;
 use crate::machine::Handle;
-use crate::mesh::{Asker, Mesh, Open, Placing, lock};
+use crate::mesh::{Asker, Mesh, Open, Placing};
 use crate::node::Node;
 use copies::Job;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use store::Store;
 use tokio::sync::{mpsc, oneshot};
@@ -47,6 +48,20 @@ const EVENTS_MAX: usize = 1024;
 const TICK: Duration = Duration::from_millis(500);
 /// Services that one node keeps, copies or owns.
 const SERVICES_MAX: usize = 256;
+/// Of these, services of one owner who is not this node's: one grantee does not keep others from having any.
+const SERVICES_OF_ONE_MAX: usize = 64;
+/// Nodes that are let in and kept connected on account of services: each costs a connection, and more than so many look
+/// after services of one node only where a grantee makes them up. Services of this node's owner come first.
+const PARTNERS_MAX: usize = 512;
+/// How often it is looked who is one, besides at each change of a document.
+const PARTNERS_EVERY: Duration = Duration::from_secs(5);
+/// How long one that is named no more stays connected: last words are said, and answers are on their way.
+const PARTNER_KEPT: Duration = Duration::from_secs(30);
+/// How long it is taken for granted that an owner's grant counts, or not, where none is taken back.
+const VERDICT_KEPT: Duration = Duration::from_secs(1);
+/// And at least so many times as long as it took to find out: tokens that are dear to read never take up the task, however
+/// many services show them.
+const VERDICT_SHARE: u32 = 256;
 
 /// What the task hears.
 enum Event {
@@ -79,6 +94,12 @@ enum Event {
     },
     /// A copy that was told to stop is gone.
     Gone { slot: Slot, generation: Generation },
+    /// A node is about to be given a slot.
+    Giving {
+        slot: Slot,
+        generation: Generation,
+        to: NodeId,
+    },
     /// A search is over.
     Placed {
         slot: Slot,
@@ -98,6 +119,8 @@ enum About {
     Document,
     /// It was asked whether it still keeps.
     Keeper,
+    /// It was asked who keeps now.
+    Who,
 }
 
 /// A service, as it is known here.
@@ -118,8 +141,18 @@ struct Known {
     /// Keepers that live and have said that they do not keep: their grant counts no more.
     refusing: BTreeSet<NodeId>,
     next_asking: Duration,
+    /// When the keepers that are known may be asked again who looks after the service now.
+    next_who: Duration,
     care: placing::Care,
     jobs: BTreeMap<u32, Job>,
+    verdict: Mutex<Option<Verdict>>,
+}
+
+/// Whether the owner's grant counts, as it was found.
+struct Verdict {
+    until: Duration,
+    revocations: u64,
+    stands: Answer<()>,
 }
 
 impl Known {
@@ -161,6 +194,9 @@ struct Task {
     known: BTreeMap<ServiceId, Known>,
     /// What this node says to itself.
     inner: VecDeque<(ServiceId, About, ToNode)>,
+    /// With whom this node looks after services, and when each was last named.
+    partners: BTreeMap<NodeId, Duration>,
+    partners_due: Duration,
     rounds: u64,
 }
 
@@ -183,6 +219,8 @@ impl Services {
             terms: Terms::default(),
             known: BTreeMap::new(),
             inner: VecDeque::new(),
+            partners: BTreeMap::new(),
+            partners_due: Duration::ZERO,
             rounds: 0,
         };
         // It ends with the runtime: copies outlive it as long as their leases.
@@ -294,6 +332,8 @@ impl Task {
         let store = self.store.clone();
         let stored = blocking(move || (!store.is_empty()).then(|| store.all())).await?;
         let Some(stored) = stored else {
+            // Copies of services of which nothing is left are ended all the same.
+            self.take_over_copies();
             return Ok(());
         };
         self.opened().await?;
@@ -363,6 +403,11 @@ impl Task {
                 machine,
             } => self.ended(slot, generation, &machine),
             Event::Gone { slot, generation } => self.gone(slot, generation),
+            Event::Giving {
+                slot,
+                generation,
+                to,
+            } => self.giving(slot, generation, to),
             Event::Placed {
                 slot,
                 generation,
@@ -374,6 +419,9 @@ impl Task {
     /// Does what is due.
     async fn act(&mut self) {
         let now = boottime();
+        if now >= self.partners_due {
+            self.settle_partners(now);
+        }
         let services: Vec<ServiceId> = self.known.keys().copied().collect();
         for service in services {
             self.tell(service, now);
@@ -548,7 +596,15 @@ impl Task {
         let Some(known) = self.known.get_mut(&service) else {
             return;
         };
-        known.told.insert(from, answer.version);
+        // Who never took it, or has forgotten it altogether, keeps nothing of what is removed.
+        let nothing_there = known.document().removed
+            && matches!(answer.body, FromNode::Unknown)
+            && answer.version == 0;
+        let told = match nothing_there {
+            true => known.document().version,
+            false => answer.version,
+        };
+        known.told.insert(from, told);
         match &answer.body {
             FromNode::Refused(_) if about == About::Keeper => {
                 known.refusing.insert(from);
@@ -567,8 +623,16 @@ impl Task {
             }
             _ => {}
         }
-        if let FromNode::Keeper(answer) = answer.body {
-            self.heard_keeper(from, service, answer).await;
+        match answer.body {
+            FromNode::Keeper(answer) => self.heard_keeper(from, service, answer).await,
+            FromNode::Status(status) if about == About::Who => {
+                self.heard_who(from, service, status).await;
+            }
+            FromNode::Status(_)
+            | FromNode::Nothing
+            | FromNode::Unknown
+            | FromNode::Refused(_)
+            | FromNode::Offered { .. } => {}
         }
     }
 
@@ -580,21 +644,6 @@ impl Task {
         Status {
             keeping: self.keeping(known),
             copies: known.jobs.values().map(Job::shown).collect(),
-        }
-    }
-}
-
-/// Has these nodes let in as partners, and kept connected, as far as they are not for another reason.
-fn befriend(mesh: &Mesh, open: &Open, nodes: impl IntoIterator<Item = NodeId>) {
-    let own = open.identity.id();
-    for node in nodes.into_iter().filter(|node| *node != own) {
-        lock(&open.partners).insert(node);
-        if let Some(link) = mesh.link()
-            && link.state(&node).is_none()
-            // It is dialled where it states to be.
-            && let Err(error) = link.keep(node, Vec::new())
-        {
-            tracing::debug!(%error, node = node.short(), "a partner cannot be dialled");
         }
     }
 }

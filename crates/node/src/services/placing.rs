@@ -51,6 +51,8 @@ pub(super) struct Care {
     wishes: VecDeque<Wish>,
     searching: bool,
     placed: BTreeMap<u32, (NodeId, Duration)>,
+    /// Who was given each slot last: only that one is heard about it.
+    given: BTreeMap<u32, (NodeId, Generation)>,
     avoided: BTreeMap<NodeId, Duration>,
     troubles: BTreeMap<u32, String>,
 }
@@ -180,6 +182,13 @@ impl Looking {
             generation: self.wish.generation,
             keepers: self.keepers.clone(),
         };
+        let giving = Event::Giving {
+            slot: self.wish.slot,
+            generation: self.wish.generation,
+            to: node,
+        };
+        // Before it is asked: it may say at once that it does not run it. The node may be leaving.
+        let _ = self.events.send(giving).await;
         let why = match self.ask(node, run).await {
             Ok(wire::Answer {
                 body: FromNode::Nothing,
@@ -419,6 +428,12 @@ impl Task {
         self.place_next(slot.service, now);
     }
 
+    pub(super) fn giving(&mut self, slot: Slot, generation: Generation, to: NodeId) {
+        if let Some(known) = self.known.get_mut(&slot.service) {
+            known.care.given.insert(slot.number, (to, generation));
+        }
+    }
+
     /// A node that was given a slot does not hold it.
     pub(super) fn not_run(
         &mut self,
@@ -432,6 +447,10 @@ impl Task {
         let Some(known) = self.known.get_mut(&slot.service) else {
             return;
         };
+        if known.care.given.get(&slot.number) != Some(&(from, generation)) {
+            return;
+        }
+        known.care.given.remove(&slot.number);
         if let Some(overseer) = &mut known.overseer {
             overseer.failed(slot, largest);
         }
