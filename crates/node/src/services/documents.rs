@@ -408,6 +408,11 @@ impl Task {
             }
             Some(known) if known.document().version >= document.version => return Ok(()),
             Some(_) => {}
+            None if self.damaged.contains(&store::id(&sealed)) => {
+                return Err(Fault::conflict(
+                    "what this node kept of the service is damaged, and it may have promised something there",
+                ));
+            }
             // Nobody has this node remember anything but who holds its own, live grant.
             None if document.removed => return Ok(()),
             None => {

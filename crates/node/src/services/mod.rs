@@ -192,6 +192,8 @@ struct Task {
     open: Option<Arc<Open>>,
     terms: Terms,
     known: BTreeMap<ServiceId, Known>,
+    /// Of which this node has forgotten what it has promised, if anything: it takes no part in them.
+    damaged: BTreeSet<ServiceId>,
     /// What this node says to itself.
     inner: VecDeque<(ServiceId, About, ToNode)>,
     /// With whom this node looks after services, and when each was last named.
@@ -218,6 +220,7 @@ impl Services {
             open: None,
             terms: Terms::default(),
             known: BTreeMap::new(),
+            damaged: BTreeSet::new(),
             inner: VecDeque::new(),
             partners: BTreeMap::new(),
             partners_due: Duration::ZERO,
@@ -331,13 +334,14 @@ impl Task {
     async fn resume(&mut self) -> Answer<()> {
         let store = self.store.clone();
         let stored = blocking(move || (!store.is_empty()).then(|| store.all())).await?;
-        let Some(stored) = stored else {
+        let Some(kept) = stored else {
             // Copies of services of which nothing is left are ended all the same.
             self.take_over_copies();
             return Ok(());
         };
         self.opened().await?;
-        for one in stored {
+        self.damaged = kept.damaged;
+        for one in kept.services {
             self.take_in(one);
         }
         self.take_over_copies();

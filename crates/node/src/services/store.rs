@@ -6,6 +6,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -44,6 +45,15 @@ pub(super) struct Store(PathBuf);
 /// A service's number, as it is written.
 pub(crate) fn text(service: ServiceId) -> String {
     format!("{:032x}", service.0)
+}
+
+/// What a node finds at its start.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// What can be read.
+    pub(super) services: Vec<Stored>,
+    /// What cannot: this node may have promised something there, and promises nothing else.
+    pub(super) damaged: BTreeSet<ServiceId>,
 }
 
 fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
@@ -97,22 +107,25 @@ impl Store {
     }
 
     /// All that is kept. What cannot be read is reported and left: it may be a promise.
-    pub(super) fn all(&self) -> Vec<Stored> {
+    pub(super) fn all(&self) -> Kept {
+        let mut all = Kept::default();
         let Ok(entries) = std::fs::read_dir(&self.0) else {
-            return Vec::new();
+            return all;
         };
-        let mut all = Vec::new();
         for entry in entries.flatten() {
+            let name = entry.file_name();
+            let named = u128::from_str_radix(&name.to_string_lossy(), 16).map(ServiceId);
             match load(&entry.path()) {
                 Ok(Some(stored)) if entry.file_name() == *text(id(&stored.document)) => {
-                    all.push(stored);
+                    all.services.push(stored);
                 }
                 Ok(Some(_)) => {
                     tracing::error!(path = %entry.path().display(), "a service lies where another belongs");
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::error!(path = %entry.path().display(), %error, "what is kept of a service cannot be read");
+                    tracing::error!(path = %entry.path().display(), %error, "what is kept of a service cannot be read; this node looks after it no more until the directory is mended or, 20 s after the node's end, removed");
+                    all.damaged.extend(named);
                 }
             }
         }
@@ -247,11 +260,11 @@ mod tests {
             moved: Some(keepers.clone()),
         };
         let store = Store::new(dirs[1].path());
-        assert!(store.is_empty() && store.all().is_empty());
+        assert!(store.is_empty() && store.all().services.is_empty());
         store.put_document(&document).unwrap();
         store.put_keepers(service, &keepers).unwrap();
         store.put_keeper(service, &state).unwrap();
-        let all = store.all();
+        let all = store.all().services;
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].document, document);
         assert_eq!(all[0].keepers.as_ref(), Some(&keepers));
@@ -260,11 +273,12 @@ mod tests {
         let path = store.dir(service).join(KEEPER);
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-        assert!(store.all().is_empty(), "it is left alone");
+        assert!(store.all().services.is_empty(), "it is left alone");
+        assert_eq!(store.all().damaged, BTreeSet::from([service]));
         store.strip(service).unwrap();
         store.put_late(service, &[node]).unwrap();
-        assert!(store.all()[0].keeper.is_none());
-        assert_eq!(store.all()[0].late, [node]);
+        assert!(store.all().services[0].keeper.is_none());
+        assert_eq!(store.all().services[0].late, [node]);
         store.remove(service).unwrap();
         assert!(store.is_empty());
     }
