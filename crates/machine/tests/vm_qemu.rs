@@ -113,7 +113,11 @@ impl Monitor for Qemu {
     }
 
     fn too_little_memory(&self) -> Bytes {
-        Bytes::mib(128)
+        match accelerator() {
+            // Translated code is the greater part.
+            Accelerator::Tcg => Bytes::mib(128),
+            Accelerator::Kvm => Bytes::mib(88),
+        }
     }
 }
 
