@@ -7,6 +7,7 @@ use crate::environment;
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::places::Places;
+use futures_util::StreamExt as _;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -17,10 +18,8 @@ use vistara_node::RawFirecracker;
 const HYPERVISOR: &str = "firecracker";
 /// The step that begins when the agent has answered.
 const AFTER_READY: &str = "configure";
-/// How long a machine may take until its program runs, and how often that is looked at. That costs processor time of which
-/// the guest may have need, so it is not often.
+/// How long a machine may take until its program runs.
 const READY_LIMIT: Duration = Duration::from_secs(120);
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What `--json` prints. Times are milliseconds.
 #[derive(Debug, Serialize)]
@@ -35,8 +34,10 @@ struct Report {
     raw: Series,
     /// The median of `ours` by that of `raw`.
     ratio: f64,
-    /// Medians of what happens on our way, by name.
+    /// What happens on our way, by name.
     steps: BTreeMap<String, Series>,
+    /// The stages of the guest's boot in the bare one. What is left of `raw` is Firecracker's own.
+    raw_steps: BTreeMap<String, Series>,
 }
 
 pub(crate) async fn boot(
@@ -58,13 +59,14 @@ async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report,
     let scratch = tempdir(places)?;
     let (mut ours, mut raw) = (Vec::new(), Vec::new());
     let mut steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let mut raw_steps: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let mut baseline: Option<RawFirecracker> = None;
     let mut accelerator = String::new();
     for round in 0..WARM_UP + count {
         // Who comes second finds the host as the first has left it, so they take turns. What is to be like ours must have seen it.
-        let mut bare_ms = None;
+        let mut bare_run = None;
         if let Some(like) = baseline.as_ref().filter(|_| round % 2 == 1) {
-            bare_ms = Some(bare(like).await?);
+            bare_run = Some(bare(like).await?);
         }
         let begin = Instant::now();
         client.version().await?;
@@ -79,8 +81,8 @@ async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report,
         let removed = client.remove_machine(&name, true).await;
         let detail = ready?;
         removed?;
-        let bare_ms = match (bare_ms, &baseline) {
-            (Some(took), _) => took,
+        let (bare_ms, bare_stages) = match (bare_run, &baseline) {
+            (Some(run), _) => run,
             (None, Some(like)) => bare(like).await?,
             (None, None) => return Err(Failure::new("there is nothing to compare with")),
         };
@@ -99,6 +101,10 @@ async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report,
             let series = steps.entry(timing.step.clone()).or_default();
             series.push(timing.took_ms);
         }
+        for (name, took) in bare_stages {
+            let series = raw_steps.entry(name.to_owned()).or_default();
+            series.push(millis(took));
+        }
     }
     let (ours, raw) = (Series::of(ours), Series::of(raw));
     Ok(Report {
@@ -108,22 +114,27 @@ async fn measure(client: &Client, places: &Places, count: u32) -> Result<Report,
         ratio: ours.median / raw.median,
         ours,
         raw,
-        steps: steps
-            .into_iter()
-            .map(|(name, series)| (name, Series::of(series)))
-            .collect(),
+        steps: by_name(steps),
+        raw_steps: by_name(raw_steps),
     })
 }
 
-/// Milliseconds of a bare Firecracker from its start to the agent's answer.
-async fn bare(like: &RawFirecracker) -> Result<f64, Failure> {
+fn by_name(steps: BTreeMap<String, Vec<f64>>) -> BTreeMap<String, Series> {
+    let steps = steps.into_iter();
+    steps
+        .map(|(name, series)| (name, Series::of(series)))
+        .collect()
+}
+
+/// Milliseconds of a bare Firecracker from its start to the agent's answer, and the stages of its guest.
+async fn bare(like: &RawFirecracker) -> Result<(f64, Vec<(&'static str, Duration)>), Failure> {
     let failed = |error| did_not_come_up(&error);
     like.reset().map_err(failed)?;
     let begin = Instant::now();
     let run = like.start().map_err(failed)?;
     let ready = vistara_node::raw_agent_ready(&run).await;
-    ready.map_err(|error| did_not_come_up(&error))?;
-    Ok(millis(begin.elapsed()))
+    let stages = ready.map_err(|error| did_not_come_up(&error))?;
+    Ok((millis(begin.elapsed()), stages))
 }
 
 fn did_not_come_up(error: &dyn std::error::Error) -> Failure {
@@ -157,25 +168,19 @@ async fn one_run(client: &Client, name: &str) -> Result<MachineDetail, Failure> 
         ..RunRequest::default()
     };
     client.run(&request).await?;
-    let begin = Instant::now();
-    loop {
-        let detail = client.machine(name).await?;
-        if ready_at(&detail).is_some() {
-            return Ok(detail);
-        }
-        if let Some(message) = &detail.machine.message
-            && detail.machine.ended_at.is_some()
-        {
-            return Err(Failure::new(format!("a machine did not start: {message}")));
-        }
-        if begin.elapsed() > READY_LIMIT {
-            let limit = READY_LIMIT.as_secs();
-            return Err(Failure::new(format!(
-                "a machine's agent has not answered after {limit} s"
-            )));
-        }
-        tokio::time::sleep(LOOK).await;
+    // Its first word, or its end: asking the node meanwhile would take processor time of which the guest may have need.
+    let mut words = client.logs(name, true, None, None).await?;
+    let word = tokio::time::timeout(READY_LIMIT, words.next()).await;
+    let detail = client.machine(name).await?;
+    if ready_at(&detail).is_some() {
+        return Ok(detail);
     }
+    let why = match (word, &detail.machine.message) {
+        (Err(_), _) => format!("it has not said a word after {READY_LIMIT:?}"),
+        (Ok(_), Some(message)) => message.clone(),
+        (Ok(_), None) => "its agent has not answered".to_owned(),
+    };
+    Err(Failure::new(format!("a machine did not start: {why}")))
 }
 
 fn table(report: &Report) -> String {
@@ -193,6 +198,9 @@ fn table(report: &Report) -> String {
     row("bare Firecracker to agent ready", &report.raw);
     for (name, series) in &report.steps {
         row(&format!("  of ours: {name}"), series);
+    }
+    for (name, series) in &report.raw_steps {
+        row(&format!("  of the bare: {name}"), series);
     }
     text.push_str(&format!("\nratio of the medians: {:.3}\n", report.ratio));
     text

@@ -3,13 +3,16 @@
 //! A socket's own path may have 107 bytes only, which a data directory deep in a home exceeds soon. The directory is
 //! therefore opened first and named through `/proc/self/fd`.
 
+use rustix::fs::inotify;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 fn in_dir(dir: &Path, name: &str) -> io::Result<(File, PathBuf)> {
     let handle = File::open(dir)?;
@@ -63,6 +66,39 @@ pub fn connect_in_foreign(dir: &Path, name: &str) -> io::Result<UnixStream> {
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
+}
+
+/// Tells when a name has been made in a directory, without being asked all the time.
+#[derive(Debug)]
+pub struct NewNames(AsyncFd<OwnedFd>);
+
+impl NewNames {
+    /// Watches `dir` from now on. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The system's: each user has a limited number of such watches.
+    #[allow(
+        unsafe_code,
+        reason = "tokio asks for a promise about the descriptor that it is given"
+    )]
+    pub fn watch(dir: &Path) -> io::Result<NewNames> {
+        let events = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        inotify::add_watch(&events, dir, inotify::WatchFlags::CREATE)?;
+        // SAFETY: the registration owns the descriptor, which nothing else closes or replaces, and an `OwnedFd` always gives
+        // the same number.
+        let events = unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) }?;
+        Ok(NewNames(events))
+    }
+
+    /// Waits for a name that was made since the last answer.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub async fn next(&self) -> io::Result<()> {
+        // What they are called is not read: each further one is told of all the same.
+        self.0.readable().await?.clear_ready();
+        Ok(())
+    }
 }
 
 #[cfg(test)]

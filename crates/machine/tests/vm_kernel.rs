@@ -29,9 +29,7 @@ fn debians_own_kernel_is_fetched_and_complete() {
         assert!(names.contains(&name), "{name} in {names:?}");
     }
     assert!(record.vmlinux_bytes > 10 << 20, "{record:?}");
-    let payload = LinuxPayload::open(&dir.path().join("initramfs")).unwrap();
-    let boot = payload
-        .prepare(&kernel, b"agent", UpperLayer::Disk)
-        .unwrap();
+    let payload = LinuxPayload::open(&dir.path().join("initramfs"), b"agent").unwrap();
+    let boot = payload.prepare(&kernel, UpperLayer::Disk).unwrap();
     assert!(boot.initramfs.metadata().unwrap().len() > 100_000);
 }

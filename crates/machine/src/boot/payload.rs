@@ -10,9 +10,11 @@ use super::unpack::{MODULE_BYTES_MAX, read_bounded};
 use super::{BootError, Kernel};
 use crate::LinuxBoot;
 use sha2::{Digest as _, Sha256};
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 /// Version of the initramfs's layout; part of its name.
@@ -54,32 +56,33 @@ impl UpperLayer {
 #[derive(Debug, Clone)]
 pub struct LinuxPayload {
     cache: PathBuf,
+    agent: &'static [u8],
+    /// The agent's SHA-256. Reading some MiB for it at each start would take as long as all else that is prepared.
+    digest: Arc<OnceLock<[u8; 32]>>,
 }
 
 impl LinuxPayload {
-    /// A payload maker whose initramfs images are kept in `cache`, which is made if absent.
+    /// A payload maker for this agent (an ELF program, PID 1 in the guest), whose initramfs images are kept in `cache`, which
+    /// is made if absent.
     ///
     /// # Errors
     /// [`BootError::Io`].
-    pub fn open(cache: &Path) -> Result<LinuxPayload, BootError> {
+    pub fn open(cache: &Path, agent: &'static [u8]) -> Result<LinuxPayload, BootError> {
         fs::create_dir_all(cache).map_err(BootError::io("make directory", cache))?;
         Ok(LinuxPayload {
             cache: cache.to_owned(),
+            agent,
+            digest: Arc::default(),
         })
     }
 
-    /// The boot of a machine with this kernel, this agent (an ELF program, PID 1 in the guest) and this upper layer. The
-    /// first call for a kernel and agent writes an initramfs, later ones find it.
+    /// The boot of a machine with this kernel and this upper layer. The first call for a kernel writes an initramfs, later
+    /// ones find it.
     ///
     /// # Errors
     /// [`BootError::Io`], [`BootError::Malformed`].
-    pub fn prepare(
-        &self,
-        kernel: &Kernel,
-        agent: &[u8],
-        upper: UpperLayer,
-    ) -> Result<LinuxBoot, BootError> {
-        let boot = self.planned(kernel, agent, upper);
+    pub fn prepare(&self, kernel: &Kernel, upper: UpperLayer) -> Result<LinuxBoot, BootError> {
+        let boot = self.planned(kernel, upper);
         let initramfs = &boot.initramfs;
         // Marked as used now, so that it is not among the old ones; if that fails it is not there.
         let found = fs::File::options()
@@ -87,17 +90,20 @@ impl LinuxPayload {
             .open(initramfs)
             .and_then(|file| file.set_modified(SystemTime::now()));
         if found.is_err() {
-            self.write(initramfs, &initramfs_bytes(kernel, agent)?)?;
+            self.write(initramfs, &initramfs_bytes(kernel, self.agent)?)?;
             self.remove_old();
         }
         Ok(boot)
     }
 
     /// What [`LinuxPayload::prepare`] gives, whose initramfs need not be there: nothing is written, and none looked for.
-    pub fn planned(&self, kernel: &Kernel, agent: &[u8], upper: UpperLayer) -> LinuxBoot {
+    pub fn planned(&self, kernel: &Kernel, upper: UpperLayer) -> LinuxBoot {
+        let digest = self
+            .digest
+            .get_or_init(|| Sha256::digest(self.agent).into());
         LinuxBoot {
             kernel: kernel.vmlinux(),
-            initramfs: self.cache.join(format!("{}.cpio", key(kernel, agent))),
+            initramfs: self.cache.join(format!("{}.cpio", key(kernel, digest))),
             cmdline: format!(
                 "{CMDLINE} vistara.root=/dev/vda vistara.overlay={} vistara.channel=virtio-serial",
                 upper.word()
@@ -112,6 +118,9 @@ impl LinuxPayload {
             .tempfile_in(&self.cache)
             .map_err(error())?;
         file.write_all(bytes).map_err(error())?;
+        // There is no secret in it, and a monitor that runs as a user of its own need not have a copy.
+        let for_all = Permissions::from_mode(0o644);
+        file.as_file().set_permissions(for_all).map_err(error())?;
         // Synced, as after a power cut a name with nothing behind it would boot nothing.
         file.as_file().sync_all().map_err(error())?;
         file.persist(path).map_err(|e| error()(e.error))?;
@@ -136,8 +145,8 @@ impl LinuxPayload {
     }
 }
 
-/// A name made of everything that is in the initramfs.
-fn key(kernel: &Kernel, agent: &[u8]) -> String {
+/// A name made of everything that is in the initramfs; `agent` is the agent's digest.
+fn key(kernel: &Kernel, agent: &[u8; 32]) -> String {
     let record = &kernel.record;
     let mut hash = Sha256::new();
     hash.update(INITRAMFS_FORMAT.to_le_bytes());
@@ -145,7 +154,7 @@ fn key(kernel: &Kernel, agent: &[u8]) -> String {
     hash.update(record.vmlinux_sha256.as_bytes());
     hash.update(record.added_unix_s.to_le_bytes());
     hash.update(order_file(&record.modules).as_bytes());
-    hash.update(Sha256::digest(agent));
+    hash.update(agent);
     hex::encode(&hash.finalize()[..16])
 }
 

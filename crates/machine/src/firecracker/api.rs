@@ -1,7 +1,8 @@
 //! Requests to a running Firecracker, over the Unix socket in its directory.
 //!
-//! Each request has a connection of its own: there are some ten in a machine's life, and a connection that is kept would be
-//! one of the ten that Firecracker allows. What comes back is bounded in size and in time.
+//! The settings of a machine that starts go over one connection ([`Session`]); later requests, of which there are a few in its
+//! life, each have their own, as one that is kept would be one of the ten that Firecracker allows. What comes back is bounded
+//! in size and in time.
 
 use super::types::{Action, BalloonStatistics, Fault, VmState};
 use http_body_util::{BodyExt, Full, Limited};
@@ -10,9 +11,11 @@ use hyper::client::conn::http1;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use vistara_host::sockets;
+use tokio::task::JoinHandle;
+use vistara_host::sockets::{self, NewNames};
 
 /// Name of the socket in Firecracker's directory.
 pub(super) const API_SOCKET: &str = "api.sock";
@@ -21,6 +24,9 @@ pub(super) const API_SOCKET: &str = "api.sock";
 const ANSWER_MAX: usize = 64 << 10;
 /// Characters of a fault that are told.
 const FAULT_TOLD: usize = 1_000;
+/// How often the socket is looked for where nothing has told of it, and once it has its name.
+const LOOK_UNTOLD: Duration = Duration::from_millis(100);
+const LOOK_NAMED: Duration = Duration::from_millis(1);
 /// How long a request may take that changes or asks a setting.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long a look at the balloon may take: somebody waits for a line of statistics, and a held machine never answers.
@@ -61,9 +67,26 @@ impl Api {
         }
     }
 
-    /// Whether its socket is listened at.
-    pub(super) fn listens(&self) -> bool {
-        sockets::connect_in_foreign(&self.dir, API_SOCKET).is_ok()
+    /// Waits until its socket is listened at. Looking for it all the time would take the processor time that Firecracker has
+    /// need of to come so far.
+    pub(super) async fn listening(&self) {
+        // A host may refuse the watch: then it is looked for now and then.
+        let names = NewNames::watch(&self.dir).ok();
+        loop {
+            let refused = match sockets::connect_in_foreign(&self.dir, API_SOCKET) {
+                Ok(_) => return,
+                Err(error) => error.kind(),
+            };
+            match &names {
+                Some(names) if refused == io::ErrorKind::NotFound => {
+                    // Told or not, the next look says.
+                    let _ = tokio::time::timeout(LOOK_UNTOLD, names.next()).await;
+                }
+                // It has its name, and is listened at in a moment; or nothing tells of it.
+                Some(_) => tokio::time::sleep(LOOK_NAMED).await,
+                None => tokio::time::sleep(LOOK_UNTOLD).await,
+            }
+        }
     }
 
     /// Makes a setting.
@@ -78,22 +101,9 @@ impl Api {
             .map(drop)
     }
 
-    /// Starts the guest.
-    pub(super) async fn start_instance(&self) -> Result<(), ApiError> {
-        let action = Action {
-            action_type: "InstanceStart",
-        };
-        self.put("/actions", &action, START_LIMIT).await
-    }
-
     /// Holds the guest, for a snapshot.
     pub(super) async fn pause(&self) -> Result<(), ApiError> {
         self.patch("/vm", &VmState { state: "Paused" }).await
-    }
-
-    /// Lets a guest go on that was loaded and has not run yet.
-    pub(super) async fn resume(&self) -> Result<(), ApiError> {
-        self.patch("/vm", &VmState { state: "Resumed" }).await
     }
 
     /// Changes a setting.
@@ -128,25 +138,78 @@ impl Api {
         limit: Duration,
     ) -> Result<Bytes, ApiError> {
         let body = match body {
-            Some(body) => {
-                serde_json::to_vec(body).map_err(|error| ApiError::Odd(error.to_string()))?
-            }
+            Some(body) => encoded(body)?,
             None => Vec::new(),
         };
-        match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
-            Ok(answer) => answer,
-            Err(_) => Err(ApiError::Slow(limit)),
-        }
+        within(limit, self.exchange(method, path, body)).await
     }
 
     async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Bytes, ApiError> {
-        let gone = |error: std::io::Error| ApiError::Gone(error.to_string());
-        let odd = |error: &dyn std::fmt::Display| ApiError::Odd(error.to_string());
+        self.connect().await?.exchange(method, path, body).await
+    }
+
+    /// A connection for several requests.
+    pub(super) async fn connect(&self) -> Result<Session, ApiError> {
+        let gone = |error: io::Error| ApiError::Gone(error.to_string());
         let stream = sockets::connect_in_foreign(&self.dir, API_SOCKET).map_err(gone)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(gone)?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        let (sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| odd(&error))?;
+            .map_err(|error| ApiError::Odd(error.to_string()))?;
+        // Its fault is told to whoever waits for an answer.
+        let carrier = tokio::spawn(async move { drop(connection.await) });
+        Ok(Session { sender, carrier })
+    }
+}
+
+/// A connection to a Firecracker's API, closed with this.
+pub(super) struct Session {
+    sender: http1::SendRequest<Full<Bytes>>,
+    carrier: JoinHandle<()>,
+}
+
+impl Session {
+    /// Makes a setting.
+    pub(super) async fn put(
+        &mut self,
+        path: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<(), ApiError> {
+        let asked = self.exchange(Method::PUT, path, encoded(body)?);
+        within(limit, asked).await.map(drop)
+    }
+
+    /// Changes a setting.
+    pub(super) async fn patch(
+        &mut self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<(), ApiError> {
+        let asked = self.exchange(Method::PATCH, path, encoded(body)?);
+        within(ANSWER_LIMIT, asked).await.map(drop)
+    }
+
+    /// Lets a guest go on that was loaded and has not run yet.
+    pub(super) async fn resume(&mut self) -> Result<(), ApiError> {
+        self.patch("/vm", &VmState { state: "Resumed" }).await
+    }
+
+    /// Starts the guest.
+    pub(super) async fn start_instance(&mut self) -> Result<(), ApiError> {
+        let action = Action {
+            action_type: "InstanceStart",
+        };
+        self.put("/actions", &action, START_LIMIT).await
+    }
+
+    async fn exchange(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Bytes, ApiError> {
+        let odd = |error: &dyn std::fmt::Display| ApiError::Odd(error.to_string());
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -155,27 +218,39 @@ impl Api {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| odd(&error))?;
-        // The connection ends once its sender is dropped, which is when the answer is complete.
-        let answer = async move {
-            let response = sender
-                .send_request(request)
-                .await
-                .map_err(|error| ApiError::Gone(error.to_string()))?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER_MAX)
-                .collect()
-                .await
-                .map_err(|error| odd(&error))?;
-            Ok::<_, ApiError>((status, body.to_bytes()))
-        };
-        let (answer, _) = tokio::join!(answer, connection);
-        let (status, bytes) = answer?;
+        let gone = |error: hyper::Error| ApiError::Gone(error.to_string());
+        self.sender.ready().await.map_err(gone)?;
+        let response = self.sender.send_request(request).await.map_err(gone)?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_MAX)
+            .collect()
+            .await
+            .map_err(|error| odd(&error))?;
+        let bytes = body.to_bytes();
         if status.is_success() {
             Ok(bytes)
         } else {
             Err(refusal(status, &bytes))
         }
     }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.carrier.abort();
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    asked: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
+    let answer = tokio::time::timeout(limit, asked).await;
+    answer.unwrap_or(Err(ApiError::Slow(limit)))
+}
+
+fn encoded(body: &impl Serialize) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(body).map_err(|error| ApiError::Odd(error.to_string()))
 }
 
 fn refusal(status: StatusCode, body: &[u8]) -> ApiError {

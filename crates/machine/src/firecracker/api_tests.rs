@@ -52,7 +52,8 @@ async fn a_refusal_is_told_in_firecrackers_words() {
         body.len()
     );
     let (_dir, api, server) = serve(answer.into_bytes());
-    match api.start_instance().await.unwrap_err() {
+    let mut session = api.connect().await.unwrap();
+    match session.start_instance().await.unwrap_err() {
         ApiError::Refused(message) => assert!(message.starts_with("The kernel file")),
         other => panic!("{other}"),
     }
@@ -86,4 +87,20 @@ async fn a_server_that_is_silent_or_gone_is_told_so() {
     let limit = Duration::from_millis(50);
     let asked = api.put("/vsock", &(), limit).await;
     assert!(matches!(asked.unwrap_err(), ApiError::Slow(_)));
+}
+
+#[tokio::test]
+async fn its_socket_is_waited_for_and_found_whatever_else_gets_a_name_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let api = Api::new(dir.path());
+    let waiting = tokio::spawn(async move { api.listening().await });
+    for name in ["dev", "firecracker.pid"] {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        std::fs::write(dir.path().join(name), "").unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert!(!waiting.is_finished());
+    let _listener = sockets::listen_in(dir.path(), API_SOCKET).unwrap();
+    let limit = Duration::from_secs(10);
+    tokio::time::timeout(limit, waiting).await.unwrap().unwrap();
 }

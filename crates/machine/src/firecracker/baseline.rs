@@ -1,9 +1,11 @@
 //! The least that Firecracker needs to bring a guest's agent up: the baseline that our own start is measured against.
 //!
 //! It is the very machine that a Vistara machine is: its settings are asked of a running one, and its kernel, initramfs and
-//! read-only disks are copies of what that one sees. They are given to a Firecracker without API, jail, cgroup or notes, by its
-//! configuration file; so whatever else a start of ours costs, it is ours.
+//! read-only disks are copies of what that one sees. They are given to a Firecracker without jail, cgroup or notes, by its
+//! configuration file; so whatever else a start of ours costs, it is ours. It has an API that nobody asks: without one, the
+//! same guest's kernel takes half as long again (`docs/performance.md`), and that would be held in our favour.
 
+use super::api::API_SOCKET;
 use super::configure::disk_name;
 use super::{Api, channel, find_program, io_error, state};
 use crate::boot::overlay::OverlayTemplates;
@@ -146,7 +148,7 @@ impl RawFirecracker {
     /// [`VmmError::Io`].
     pub fn start(&self) -> Result<RawRun, VmmError> {
         let child = Command::new(&self.program)
-            .args(["--no-api", "--config-file", CONFIG])
+            .args(["--api-sock", API_SOCKET, "--config-file", CONFIG])
             .current_dir(&self.dir)
             .stdin(Stdio::null())
             // What it logs, and what the guest says, goes where ours goes: to a file.
@@ -188,6 +190,8 @@ impl Drop for RawRun {
         // All can only fail where it has ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = fs::remove_file(self.dir.join(super::configure::CHANNEL_SOCKET));
+        for socket in [API_SOCKET, super::configure::CHANNEL_SOCKET] {
+            let _ = fs::remove_file(self.dir.join(socket));
+        }
     }
 }

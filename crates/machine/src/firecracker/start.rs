@@ -3,7 +3,7 @@
 //! The call returns once the guest's processors run: by then every setting has been accepted, or Firecracker has said why not
 //! and is gone.
 
-use super::api::{self, Api, ApiError};
+use super::api::{self, Api, ApiError, Session};
 use super::configure::{self, INITRAMFS, KERNEL, SNAPSHOT_STATE, disk_name};
 use super::console::{BOX_MAX, Console};
 use super::network::{FENCES, Helper, NetworkFailure, TAP};
@@ -39,8 +39,6 @@ const ADDRESS_SPACE_BEYOND: u64 = 4 << 30;
 const OOM_SCORE: i16 = 500;
 /// How long Firecracker may take until its API answers. With its jailer that is some 20 ms on a quiet host.
 const API_LIMIT: Duration = Duration::from_secs(20);
-/// How often that is looked at: nothing tells of it.
-const API_LOOK: Duration = Duration::from_millis(1);
 /// Characters of complaints that are told.
 const TOLD: usize = 2_000;
 
@@ -138,11 +136,11 @@ async fn set_up(
         })
     };
     // At once: each takes some milliseconds in which it mostly waits.
-    tokio::try_join!(set(api, tools, plan), published)?;
+    let (mut session, ()) = tokio::try_join!(set(api, tools, plan), published)?;
     let step = |step: &'static str| move |error: ApiError| Failure::At(step, error.to_string());
     match &plan.start {
-        Start::Fork(_) => go_on(api, plan).await.map_err(step(GOING_ON)),
-        Start::Linux(_) | Start::Nanos(_) => api
+        Start::Fork(_) => go_on(&mut session, plan).await.map_err(step(GOING_ON)),
+        Start::Linux(_) | Start::Nanos(_) => session
             .start_instance()
             .await
             .map_err(step("starting the guest")),
@@ -150,29 +148,25 @@ async fn set_up(
 }
 
 /// Loads what a fork goes on from. Its bounds are not the captured machine's, and hold before it runs.
-async fn go_on(api: &Api, plan: &LaunchPlan) -> Result<(), ApiError> {
+async fn go_on(session: &mut Session, plan: &LaunchPlan) -> Result<(), ApiError> {
     let bounds = configure::bounds(plan);
     let load = configure::load(bounds.is_empty());
-    api.put("/snapshot/load", &load, api::SNAPSHOT_LIMIT)
+    session
+        .put("/snapshot/load", &load, api::SNAPSHOT_LIMIT)
         .await?;
     if bounds.is_empty() {
         // It has no device that could have any, and goes on already.
         return Ok(());
     }
     for bound in bounds {
-        api.patch(&bound.path, &bound.body).await?;
+        session.patch(&bound.path, &bound.body).await?;
     }
-    api.resume().await
+    session.resume().await
 }
 
-/// Waits for the API, and makes the settings of a machine that boots.
-async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure> {
-    let listening = async {
-        while !api.listens() {
-            tokio::time::sleep(API_LOOK).await;
-        }
-    };
-    tokio::time::timeout(API_LIMIT, listening)
+/// Waits for the API, and makes the settings of a machine that boots. The connection is for what remains to be said.
+async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<Session, Failure> {
+    tokio::time::timeout(API_LIMIT, api.listening())
         .await
         .map_err(|_| {
             Failure::At(
@@ -180,8 +174,10 @@ async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure>
                 format!("it does not listen after {API_LIMIT:?}"),
             )
         })?;
+    let failed = |error: ApiError| Failure::At(BUILDING, error.to_string());
+    let mut session = api.connect().await.map_err(failed)?;
     if let Start::Fork(_) = &plan.start {
-        return Ok(());
+        return Ok(session);
     }
     let settings = configure::settings(
         plan,
@@ -191,7 +187,8 @@ async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure>
     )
     .map_err(|error| Failure::At(BUILDING, error.to_string()))?;
     for setting in settings {
-        api.put(&setting.path, &setting.body, api::ANSWER_LIMIT)
+        session
+            .put(&setting.path, &setting.body, api::ANSWER_LIMIT)
             .await
             .map_err(|error| {
                 Failure::At(
@@ -200,7 +197,7 @@ async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<(), Failure>
                 )
             })?;
     }
-    Ok(())
+    Ok(session)
 }
 
 /// Firecracker makes its standard output one that never waits, and drops what does not fit. The description is ours as well:

@@ -24,5 +24,5 @@ pub(crate) use prepare::{OVERLAY, disks, fork, guest_config, likely_config, plan
 pub(crate) use record::{
     Continues, CopyOf, Loaded, Record, Step, load, machine_dirs, make_dir, now_ns,
 };
-pub(crate) use session::exit_status;
+pub(crate) use session::{exit_status, guest_stages};
 pub(crate) use unikernel::KERNEL_LOG;

@@ -465,26 +465,34 @@ impl Session {
             return Vec::new();
         };
         let guest_zero = now_us.saturating_sub(last.at_us);
-        let mut steps = Vec::new();
-        let mut before = 0;
-        for mark in marks {
-            let name = match mark.stage {
-                Stage::AgentStart => "guest kernel",
-                Stage::ModulesLoaded => "guest drivers",
-                Stage::RootMounted => "guest root",
-                Stage::ChannelOpen => "guest channel",
-                Stage::Greeted => "greeting",
-                Stage::Configured | Stage::Spawned => continue,
-            };
-            steps.push(Step {
+        let stages = guest_stages(marks).into_iter();
+        stages
+            .map(|(name, begin, took)| Step {
                 step: name.to_owned(),
-                begin_us: guest_zero.saturating_add(before),
-                took_us: mark.at_us.saturating_sub(before),
-            });
-            before = mark.at_us.max(before);
-        }
-        steps
+                begin_us: guest_zero.saturating_add(begin),
+                took_us: took,
+            })
+            .collect()
     }
+}
+
+/// The stages of a guest's boot by name, with their begin and length in microseconds of the guest's clock.
+pub(crate) fn guest_stages(marks: &[Mark]) -> Vec<(&'static str, u64, u64)> {
+    let mut stages = Vec::new();
+    let mut before = 0;
+    for mark in marks {
+        let name = match mark.stage {
+            Stage::AgentStart => "guest kernel",
+            Stage::ModulesLoaded => "guest drivers",
+            Stage::RootMounted => "guest root",
+            Stage::ChannelOpen => "guest channel",
+            Stage::Greeted => "greeting",
+            Stage::Configured | Stage::Spawned => continue,
+        };
+        stages.push((name, before, mark.at_us.saturating_sub(before)));
+        before = mark.at_us.max(before);
+    }
+    stages
 }
 
 /// How a program ended, from a guest's word for it: whatever that says, eight bits of it count.

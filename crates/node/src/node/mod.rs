@@ -31,7 +31,7 @@ use vistara_api::ErrorKind;
 use vistara_control::lookup;
 use vistara_image::ImageStore;
 use vistara_machine::boot::overlay::OverlayTemplates;
-use vistara_machine::boot::{Kernel, KernelStore, LinuxPayload, NanosKernels, UpperLayer};
+use vistara_machine::boot::{KernelStore, LinuxPayload, NanosKernels, UpperLayer};
 use vistara_machine::{LinuxBoot, Vmm};
 use vistara_model::{
     Backend, Bytes, Digest, HostFacts, KvmVerdict, MachineId, MachineName, MachineSpec,
@@ -53,8 +53,6 @@ pub(crate) struct Mechanisms {
     pub(crate) nanos: NanosKernels,
     pub(crate) overlays: OverlayTemplates,
     payload: LinuxPayload,
-    /// What was planned last, and for which kernel.
-    planned: Arc<Mutex<Option<(Kernel, LinuxBoot)>>>,
     vmms: Arc<Mutex<HashMap<VmmKind, Arc<dyn Vmm>>>>,
     pub(crate) is_root: bool,
 }
@@ -90,9 +88,7 @@ impl Mechanisms {
                 .default_kernel()?
                 .ok_or(vistara_machine::boot::BootError::NoKernel)?,
         };
-        Ok(self
-            .payload
-            .prepare(&kernel, vistara_guest_embed::AGENT, upper)?)
+        Ok(self.payload.prepare(&kernel, upper)?)
     }
 }
 
@@ -214,8 +210,8 @@ impl Node {
             nanos: NanosKernels::open(&state.join("nanos")).map_err(NodeError::Kernels)?,
             overlays: OverlayTemplates::open(&state.join("overlays"))
                 .map_err(NodeError::Kernels)?,
-            payload: LinuxPayload::open(&state.join("initramfs")).map_err(NodeError::Kernels)?,
-            planned: Arc::default(),
+            payload: LinuxPayload::open(&state.join("initramfs"), vistara_guest_embed::AGENT)
+                .map_err(NodeError::Kernels)?,
             vmms: Arc::default(),
             is_root: rustix::process::geteuid().is_root(),
         };

@@ -5,7 +5,7 @@ use crate::fault::{Answer, Fault};
 use crate::machine::MACHINE_UIDS;
 use crate::templates::{Blueprint, Parts, Shape, Template};
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use vistara_api::{CreateTemplateRequest, ErrorKind, RunRequest};
 use vistara_control::Choice;
 use vistara_image::ProgressSink;
@@ -37,19 +37,7 @@ impl Mechanisms {
             Some(name) => Some(self.kernels.get(name)?),
             None => self.kernels.default_kernel()?,
         };
-        let Some(kernel) = kernel else {
-            return Ok(None);
-        };
-        // The agent is read for it, which takes a millisecond: as long as the rest of a request that is met from the stock.
-        let mut last = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, boot)) = last.as_ref()
-            && *of == kernel
-        {
-            return Ok(Some(boot.clone()));
-        }
-        let boot = (self.payload).planned(&kernel, vistara_guest_embed::AGENT, UPPER);
-        *last = Some((kernel, boot.clone()));
-        Ok(Some(boot))
+        Ok(kernel.map(|kernel| self.payload.planned(&kernel, UPPER)))
     }
 }
 
