@@ -27,6 +27,10 @@ const CPU_PERIOD_US: u64 = 100_000;
 /// What of it the limits above need.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
+/// The cgroup of all that is ours, and the one into which a delegated node moves itself.
+const OURS: &str = "vistara";
+const NODE: &str = "vistara-node";
+
 /// How often a cgroup's end is looked for while it is being emptied; the kernel gives no event under version 1.
 const EMPTY_POLL: Duration = Duration::from_millis(2);
 
@@ -208,7 +212,8 @@ fn version_one(root: &Path, lines: &[(&str, &str)]) -> Result<Cgroups, String> {
             .iter()
             .find(|(list, _)| list.split(',').any(|name| name == controller))
             .map_or("", |(_, path)| path.trim_start_matches('/'));
-        let candidates = [top.join("vistara"), top.join(own).join("vistara")];
+        let candidates = [Path::new(""), delegated(own), Path::new(own)];
+        let candidates = candidates.map(|base| top.join(base).join(OURS));
         match candidates.iter().find_map(|path| made(path).ok()) {
             Some(parent) => {
                 // `cpu` and `cpu,cpuacct` may be one hierarchy under two names: the same directory twice does no harm
@@ -233,9 +238,11 @@ fn version_one(root: &Path, lines: &[(&str, &str)]) -> Result<Cgroups, String> {
 }
 
 fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
-    let own_dir = top.join(own.trim_start_matches('/'));
+    let own = own.trim_start_matches('/');
     let mut reason = String::new();
-    for base in [top, own_dir.as_path()] {
+    for base in [Path::new(""), delegated(own), Path::new(own)] {
+        let base = top.join(base);
+        let base = base.as_path();
         let available = fs::read_to_string(base.join("cgroup.controllers")).unwrap_or_default();
         let wanted: Vec<&str> = CONTROLLERS
             .into_iter()
@@ -245,7 +252,7 @@ fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
             reason = format!("{} has none of cpu, memory, pids", base.display());
             continue;
         }
-        let parent = base.join("vistara");
+        let parent = base.join(OURS);
         if let Err(error) = made(&parent) {
             reason = format!("{}: {error}", parent.display());
             continue;
@@ -255,7 +262,7 @@ fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
             if error.raw_os_error() != Some(libc::EBUSY) || base == top {
                 return Err(error);
             }
-            let aside = made(&base.join("vistara-node"))?;
+            let aside = made(&base.join(NODE))?;
             fs::write(aside.join("cgroup.procs"), "0")?;
             pass_on(base, &wanted)
         });
@@ -270,6 +277,22 @@ fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
         });
     }
     Err(reason)
+}
+
+/// The cgroup that was delegated to the node, as seen by a process in `own`: the node itself before and after it has moved
+/// aside, or a helper of its in one of our cgroups. All of them must find the same place.
+fn delegated(own: &str) -> &Path {
+    let own = Path::new(own);
+    let Some(parent) = own.parent() else {
+        return own;
+    };
+    if own.file_name() == Some(NODE.as_ref()) {
+        return parent;
+    }
+    match parent.parent() {
+        Some(above) if parent.file_name() == Some(OURS.as_ref()) => above,
+        Some(_) | None => own,
+    }
 }
 
 fn pass_on(base: &Path, controllers: &[&str]) -> io::Result<()> {

@@ -46,6 +46,44 @@ fn version_two_at_the_top_is_taken_with_its_controllers() {
 }
 
 #[test]
+fn whoever_is_in_a_delegated_cgroup_finds_the_same_place() {
+    let root = tree(&[
+        // Its top passes nothing to us.
+        ("cgroup.controllers", ""),
+        ("user/app/cgroup.controllers", "cpu memory pids"),
+        ("user/app/cgroup.subtree_control", "cpu memory pids"),
+        ("user/app/vistara/cgroup.subtree_control", "cpu memory pids"),
+        ("user/app/vistara/m1/memory.max", "max"),
+        // They have what they are given, and may have children of their own as well.
+        ("user/app/vistara-node/cgroup.controllers", "memory pids"),
+        (
+            "user/app/vistara-node/cgroup.subtree_control",
+            "memory pids",
+        ),
+        ("user/app/vistara/guards/cgroup.controllers", "memory pids"),
+        (
+            "user/app/vistara/guards/cgroup.subtree_control",
+            "memory pids",
+        ),
+    ]);
+    let node = detect_under(root.path(), "0::/user/app\n").unwrap();
+    assert!(node.find("m1").is_some());
+    for own in ["/user/app/vistara-node", "/user/app/vistara/guards"] {
+        let groups = detect_under(root.path(), &format!("0::{own}\n")).unwrap();
+        assert_eq!(groups, node, "{own}");
+    }
+}
+
+#[test]
+fn a_cgroup_of_another_name_is_nobodys_but_its_own() {
+    for own in ["", "vistara", "user/vistara", "user/app", "a/vistara-nodes"] {
+        assert_eq!(delegated(own), Path::new(own));
+    }
+    assert_eq!(delegated("vistara-node"), Path::new(""));
+    assert_eq!(delegated("vistara/guards"), Path::new(""));
+}
+
+#[test]
 fn version_one_takes_the_hierarchies_that_are_there() {
     let root = tree(&[("memory/cgroup.procs", ""), ("pids/cgroup.procs", "")]);
     let groups = detect_under(root.path(), "3:memory:/\n").unwrap();
