@@ -198,18 +198,17 @@ impl Change {
                 if newer {
                     *spec = Some(theirs);
                 }
-                match spec {
-                    Some(spec) if sealed.len() >= majority => {
-                        Some(Phase::Announcing(ToKeeper::Begin {
-                            keepers: next.clone(),
-                            spec: *spec,
-                            records: std::mem::take(records),
-                        }))
-                    }
-                    _ => None,
-                }
+                let enough = spec.filter(|_| sealed.len() >= majority);
+                enough.map(|spec| {
+                    Phase::Announcing(ToKeeper::Begin {
+                        keepers: next.clone(),
+                        spec,
+                        records: std::mem::take(records),
+                    })
+                })
             }
-            _ => None,
+            // An answer to what was asked in an earlier phase, or under another ballot, says nothing now.
+            (_, _) => None,
         };
         match goes_on {
             Some(phase) => {

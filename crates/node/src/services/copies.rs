@@ -93,7 +93,7 @@ impl Job {
     pub(super) fn wake_at(&self) -> Duration {
         match self.body {
             Body::Resting(at) if !self.stopping => self.holder.wake_at().min(at),
-            _ => self.holder.wake_at(),
+            Body::None | Body::Starting | Body::Up(_) | Body::Resting(_) => self.holder.wake_at(),
         }
     }
 

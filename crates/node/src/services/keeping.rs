@@ -133,9 +133,10 @@ impl Task {
             | ToKeeper::Done { .. }
             | ToKeeper::Lose { .. } => {}
         }
-        let begun = match &question {
-            ToKeeper::Begin { keepers, .. } => Some(keepers.clone()),
-            _ => None,
+        let begun = if let ToKeeper::Begin { keepers, .. } = &question {
+            Some(keepers.clone())
+        } else {
+            None
         };
         let before = known.keeper.as_ref().map(Keeper::state);
         let answer = match (&mut known.keeper, question) {

@@ -12,6 +12,7 @@
 //!   `CLOCK_BOOTTIME`.
 //! - **Nobody is missed.** Each document is at all nodes that it names; where the owner's node is away, the keepers go on.
 
+mod admission;
 mod copies;
 mod documents;
 mod keeping;
@@ -20,14 +21,16 @@ mod placing;
 mod post;
 mod store;
 
+pub(crate) use admission::{ARRIVAL_BOUND, Place};
 pub(crate) use documents::Draft;
 pub(crate) use store::text as id_text;
 
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::boottime;
 use crate::machine::Handle;
-use crate::mesh::{Asker, Mesh, Open, Placing};
+use crate::mesh::{Asker, Mesh, Open, Placing, lock};
 use crate::node::Node;
+use admission::{Admission, busy};
 use copies::Job;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -127,6 +130,8 @@ enum About {
 struct Known {
     sealed: Arc<SealedDocument>,
     bytes: Arc<[u8]>,
+    /// When this version came.
+    heard: Duration,
     /// For whom copies are made here; or why they are not, and why this node does not keep.
     role: Answer<Asker>,
     keepers: Option<Keepers>,
@@ -170,6 +175,7 @@ impl Known {
 pub(crate) struct Services {
     events: mpsc::Sender<Event>,
     mesh: Arc<Mesh>,
+    admission: Admission,
 }
 
 /// A service, for whoever shows it.
@@ -229,7 +235,11 @@ impl Services {
         // It ends with the runtime: copies outlive it as long as their leases.
         tokio::spawn(task.run(heard));
         let mesh = Arc::clone(mesh);
-        Services { events, mesh }
+        Services {
+            events,
+            mesh,
+            admission: Admission::default(),
+        }
     }
 
     async fn order<T>(
@@ -243,11 +253,16 @@ impl Services {
         answer.await.map_err(|_| gone())?
     }
 
+    /// A place for a node's message, before it is read.
+    pub(crate) async fn admit(&self, from: NodeId) -> Answer<Place> {
+        let open = self.mesh.open().await?;
+        let known = lock(&open.partners).contains(&from) || lock(&open.peers).get(&from).is_some();
+        self.admission.admit(from, !known)
+    }
+
     /// What another node asks.
     pub(crate) async fn hear(&self, from: NodeId, request: wire::Request) -> Answer<wire::Answer> {
         let (reply, answer) = oneshot::channel();
-        let busy = || Fault::conflict("this node is too busy with its services; ask again");
-        // Whoever is not answered asks again: nobody waits in a queue.
         let asked = Event::Asked {
             from,
             request,
@@ -609,34 +624,31 @@ impl Task {
             false => answer.version,
         };
         known.told.insert(from, told);
-        match &answer.body {
-            FromNode::Refused(_) if about == About::Keeper => {
-                known.refusing.insert(from);
-            }
-            FromNode::Nothing if about == About::Keeper => {
-                known.refusing.remove(&from);
-            }
-            _ => {}
-        }
-        match (about, &answer.body) {
-            (About::Begin, FromNode::Nothing) => {
-                known.to_begin.remove(&from);
-            }
-            (About::Begin, FromNode::Refused(why)) => {
-                tracing::warn!(node = from.short(), why, "a node does not keep a service");
-            }
-            _ => {}
-        }
         match answer.body {
             FromNode::Keeper(answer) => self.heard_keeper(from, service, answer).await,
-            FromNode::Status(status) if about == About::Who => {
-                self.heard_who(from, service, status).await;
-            }
-            FromNode::Status(_)
-            | FromNode::Nothing
-            | FromNode::Unknown
-            | FromNode::Refused(_)
-            | FromNode::Offered { .. } => {}
+            FromNode::Status(status) => match about {
+                About::Who => self.heard_who(from, service, status).await,
+                About::Other | About::Begin | About::Document | About::Keeper => {}
+            },
+            FromNode::Refused(why) => match about {
+                About::Keeper => {
+                    known.refusing.insert(from);
+                }
+                About::Begin => {
+                    tracing::warn!(node = from.short(), why, "a node does not keep a service");
+                }
+                About::Other | About::Document | About::Who => {}
+            },
+            FromNode::Nothing => match about {
+                About::Keeper => {
+                    known.refusing.remove(&from);
+                }
+                About::Begin => {
+                    known.to_begin.remove(&from);
+                }
+                About::Other | About::Document | About::Who => {}
+            },
+            FromNode::Unknown | FromNode::Offered { .. } => {}
         }
     }
 
