@@ -20,6 +20,9 @@ const HYPERVISOR: &str = "firecracker";
 const AFTER_READY: &str = "configure";
 /// How long a machine may take until its program runs.
 const READY_LIMIT: Duration = Duration::from_secs(120);
+/// How often it is looked afterwards whether the node has noted its steps, and how many times.
+const LOOK: Duration = Duration::from_millis(100);
+const LOOKS: u32 = 20;
 
 /// What `--json` prints. Times are milliseconds.
 #[derive(Debug, Serialize)]
@@ -171,9 +174,14 @@ async fn one_run(client: &Client, name: &str) -> Result<MachineDetail, Failure> 
     // Its first word, or its end: asking the node meanwhile would take processor time of which the guest may have need.
     let mut words = client.logs(name, true, None, None).await?;
     let word = tokio::time::timeout(READY_LIMIT, words.next()).await;
-    let detail = client.machine(name).await?;
-    if ready_at(&detail).is_some() {
-        return Ok(detail);
+    let mut detail = client.machine(name).await?;
+    for _ in 0..LOOKS {
+        if ready_at(&detail).is_some() {
+            return Ok(detail);
+        }
+        // The word may come before the node has noted the steps.
+        tokio::time::sleep(LOOK).await;
+        detail = client.machine(name).await?;
     }
     let why = match (word, &detail.machine.message) {
         (Err(_), _) => format!("it has not said a word after {READY_LIMIT:?}"),

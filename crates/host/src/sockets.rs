@@ -68,6 +68,9 @@ pub fn connect_in_foreign(dir: &Path, name: &str) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
+/// Bytes of events that are read at a time: more than the longest.
+const EVENTS_READ: usize = 4096;
+
 /// Tells when a name has been made in a directory, without being asked all the time.
 #[derive(Debug)]
 pub struct NewNames(AsyncFd<OwnedFd>);
@@ -90,13 +93,20 @@ impl NewNames {
         Ok(NewNames(events))
     }
 
-    /// Waits for a name that was made since the last answer.
+    /// Waits for names that were made since the last answer. Whoever may write to the directory can make so many that some are
+    /// not told of: look from time to time all the same.
     ///
     /// # Errors
-    /// The runtime's.
+    /// The runtime's and the system's.
     pub async fn next(&self) -> io::Result<()> {
-        // What they are called is not read: each further one is told of all the same.
-        self.0.readable().await?.clear_ready();
+        let mut told = self.0.readable().await?;
+        // What they are called does not matter. What is left unread makes it readable again.
+        let mut events = [0; EVENTS_READ];
+        match rustix::io::read(&self.0, &mut events) {
+            Ok(length) if length == events.len() => {}
+            Ok(_) | Err(rustix::io::Errno::WOULDBLOCK) => told.clear_ready(),
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 }
@@ -105,6 +115,31 @@ impl NewNames {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+
+    #[tokio::test]
+    async fn each_name_that_is_made_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = NewNames::watch(dir.path()).unwrap();
+        let bound = std::time::Duration::from_secs(10);
+        for name in ["dev", "firecracker.pid", "api.sock"] {
+            let waiting = names.next();
+            tokio::pin!(waiting);
+            assert!(is_pending(&mut waiting).await, "before {name}");
+            std::fs::write(dir.path().join(name), "").unwrap();
+            let told = tokio::time::timeout(bound, waiting).await;
+            told.unwrap().unwrap();
+        }
+        assert!(NewNames::watch(&dir.path().join("absent")).is_err());
+    }
+
+    /// Whether it is not ready yet.
+    async fn is_pending<F: Future + Unpin>(future: &mut F) -> bool {
+        std::future::poll_fn(|context| {
+            let ready = std::pin::Pin::new(&mut *future).poll(context).is_ready();
+            std::task::Poll::Ready(!ready)
+        })
+        .await
+    }
 
     #[test]
     fn a_link_in_a_sockets_place_leads_nowhere() {

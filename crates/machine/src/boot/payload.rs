@@ -24,6 +24,9 @@ const INITRAMFS_KEPT: usize = 8;
 /// One used this recently may be about to be opened by a monitor, and is kept whatever the count.
 const INITRAMFS_FRESH: Duration = Duration::from_secs(3600);
 
+/// Mode of an initramfs: there is no secret in it.
+const FOR_ALL: u32 = 0o644;
+
 /// Words for every guest kernel. `docs/internals/boot-time.md` has the measurements.
 ///
 /// - `quiet`: a line on the serial console costs about as much as printing it on a real one.
@@ -88,7 +91,11 @@ impl LinuxPayload {
         let found = fs::File::options()
             .write(true)
             .open(initramfs)
-            .and_then(|file| file.set_modified(SystemTime::now()));
+            .and_then(|file| {
+                // Earlier versions kept it from others.
+                file.set_permissions(Permissions::from_mode(FOR_ALL))?;
+                file.set_modified(SystemTime::now())
+            });
         if found.is_err() {
             self.write(initramfs, &initramfs_bytes(kernel, self.agent)?)?;
             self.remove_old();
@@ -118,8 +125,8 @@ impl LinuxPayload {
             .tempfile_in(&self.cache)
             .map_err(error())?;
         file.write_all(bytes).map_err(error())?;
-        // There is no secret in it, and a monitor that runs as a user of its own need not have a copy.
-        let for_all = Permissions::from_mode(0o644);
+        // A monitor that runs as a user of its own need not have a copy.
+        let for_all = Permissions::from_mode(FOR_ALL);
         file.as_file().set_permissions(for_all).map_err(error())?;
         // Synced, as after a power cut a name with nothing behind it would boot nothing.
         file.as_file().sync_all().map_err(error())?;

@@ -1,4 +1,5 @@
-//! The client against servers that behave, and against such as do not.
+//! The client against servers that behave, and against such as do not. Where a server waits for the connection's end, the test has
+//! a thread besides the one that waits for the server.
 
 use super::*;
 use std::io::{Read, Write};
@@ -60,7 +61,7 @@ async fn a_refusal_is_told_in_firecrackers_words() {
     server.join().unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn an_answer_without_end_or_sense_is_an_error() {
     let huge = [
         b"HTTP/1.1 200 \r\nContent-Length: 10000000\r\n\r\n".to_vec(),
@@ -87,6 +88,41 @@ async fn a_server_that_is_silent_or_gone_is_told_so() {
     let limit = Duration::from_millis(50);
     let asked = api.put("/vsock", &(), limit).await;
     assert!(matches!(asked.unwrap_err(), ApiError::Slow(_)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_session_says_all_over_one_connection_and_never_takes_a_late_answer_for_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = sockets::listen_in(dir.path(), API_SOCKET).unwrap();
+    let api = Api::new(dir.path());
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut piece = [0; 4096];
+        let body = r#"{"fault_message":"no"}"#;
+        let refusal = format!(
+            "HTTP/1.1 400 \r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        for answer in ["HTTP/1.1 204 \r\n\r\n", &refusal, "HTTP/1.1 204 \r\n\r\n"] {
+            assert!(stream.read(&mut piece).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
+        }
+        // One that is not answered in time.
+        assert!(stream.read(&mut piece).unwrap() > 0);
+        assert_eq!(stream.read(&mut piece).unwrap(), 0, "it is closed then");
+    });
+    let mut session = api.connect().await.unwrap();
+    let bound = Duration::from_secs(10);
+    session.put("/vsock", &(), bound).await.unwrap();
+    let refused = session.put("/balloon", &(), bound).await.unwrap_err();
+    assert!(matches!(refused, ApiError::Refused(_)), "{refused}");
+    session.put("/entropy", &(), bound).await.unwrap();
+    let slow = session.put("/serial", &(), Duration::from_millis(50)).await;
+    assert!(matches!(slow.unwrap_err(), ApiError::Slow(_)));
+    let after = session.put("/actions", &(), bound).await.unwrap_err();
+    assert!(matches!(after, ApiError::Gone(_)), "{after}");
+    drop(session);
+    server.join().unwrap();
 }
 
 #[tokio::test]

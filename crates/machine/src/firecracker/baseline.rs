@@ -3,7 +3,7 @@
 //! It is the very machine that a Vistara machine is: its settings are asked of a running one, and its kernel, initramfs and
 //! read-only disks are copies of what that one sees. They are given to a Firecracker without jail, cgroup or notes, by its
 //! configuration file; so whatever else a start of ours costs, it is ours. It has an API that nobody asks: without one, the
-//! same guest's kernel takes half as long again (`docs/performance.md`), and that would be held in our favour.
+//! same guest's kernel takes twice as long (`docs/performance.md`), and that would be held in our favour.
 
 use super::api::API_SOCKET;
 use super::configure::disk_name;

@@ -134,7 +134,8 @@ impl Open {
         })
     }
 
-    fn knows(&self, node: &NodeId) -> bool {
+    /// Whether a node has a live grant, is a peer, or looks after a service with this one.
+    pub(crate) fn knows(&self, node: &NodeId) -> bool {
         lock(&self.ledger).has_live_grant(node, now_s())
             || lock(&self.peers).get(node).is_some()
             || lock(&self.partners).contains(node)

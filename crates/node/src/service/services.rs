@@ -422,7 +422,7 @@ pub(super) async fn message(
             "this is for other nodes; see `vistara service`",
         ));
     };
-    let _place = app.services.admit(from).await?;
+    let _seat = app.services.admit(from).await?;
     let body = axum::body::to_bytes(body, wire::MESSAGE_BYTES_MAX);
     let body = tokio::time::timeout(crate::services::ARRIVAL_BOUND, body).await;
     let body = body.map_err(|_| Fault::user("the message does not arrive in time"))?;

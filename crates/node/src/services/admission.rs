@@ -1,5 +1,6 @@
-//! How many messages are taken in at once, and from whom: before a message is read nobody knows whether it counts for anything,
-//! and reading it takes memory and the task's time.
+//! How many messages of strangers are taken in at once: before one is read nobody knows whether it counts for anything, and
+//! reading it takes memory and the task's time. Whoever has a grant, or looks after a service with this node, is none; their
+//! messages are bounded by their connection's streams and by the task's queue.
 
 use crate::fault::{Answer, Fault};
 use crate::mesh::lock;
@@ -8,61 +9,49 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vistara_model::NodeId;
 
-/// Messages of one node that are read or answered at a time.
-const EACH_MAX: usize = 32;
-/// Messages of all nodes together with which no service connects this one: a new service comes from such a node.
+/// Messages of all strangers, at half a MiB each.
 const STRANGERS_MAX: usize = 16;
+/// Of these, messages of one.
+const STRANGER_MAX: usize = 2;
 /// How long a message may take to arrive.
 pub(crate) const ARRIVAL_BOUND: Duration = Duration::from_secs(10);
 
-/// Who is being heard.
+/// Who is being heard, with how many messages.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Admission(Arc<Mutex<BTreeMap<NodeId, Guest>>>);
+pub(super) struct Admission(Arc<Mutex<BTreeMap<NodeId, usize>>>);
 
-#[derive(Debug, Default)]
-struct Guest {
-    messages: usize,
-    of_them_strange: usize,
-}
-
-/// A message's place, until it is answered.
+/// A stranger's message, until it is answered.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Seat {
     admission: Admission,
     from: NodeId,
-    strange: bool,
 }
 
 impl Admission {
-    /// A place for one more message.
-    pub(super) fn admit(&self, from: NodeId, strange: bool) -> Answer<Place> {
-        let mut guests = lock(&self.0);
-        let strangers: usize = guests.values().map(|guest| guest.of_them_strange).sum();
-        let of_this = guests.get(&from).map_or(0, |guest| guest.messages);
-        if of_this >= EACH_MAX || (strange && strangers >= STRANGERS_MAX) {
+    /// Room for one more message.
+    pub(super) fn admit(&self, from: NodeId) -> Answer<Seat> {
+        let mut heard = lock(&self.0);
+        let all: usize = heard.values().sum();
+        let of_this = heard.get(&from).copied().unwrap_or(0);
+        if of_this >= STRANGER_MAX || all >= STRANGERS_MAX {
             return Err(busy());
         }
-        let guest = guests.entry(from).or_default();
-        guest.messages += 1;
-        guest.of_them_strange += usize::from(strange);
-        Ok(Place {
+        heard.insert(from, of_this + 1);
+        Ok(Seat {
             admission: self.clone(),
             from,
-            strange,
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for Seat {
     fn drop(&mut self) {
-        let mut guests = lock(&self.admission.0);
-        if let Some(guest) = guests.get_mut(&self.from) {
-            guest.messages -= 1;
-            guest.of_them_strange -= usize::from(self.strange);
-            if guest.messages == 0 {
-                guests.remove(&self.from);
-            }
-        }
+        let mut heard = lock(&self.admission.0);
+        let left = heard.get(&self.from).map_or(0, |count| count - 1);
+        match left {
+            0 => heard.remove(&self.from),
+            more => heard.insert(self.from, more),
+        };
     }
 }
 
@@ -76,33 +65,32 @@ pub(super) fn busy() -> Fault {
 mod tests {
     use super::*;
 
-    fn id(number: u8) -> NodeId {
-        NodeId::from_bytes([number; 32])
+    fn id(number: usize) -> NodeId {
+        NodeId::from_bytes([u8::try_from(number).unwrap(); 32])
     }
 
     #[test]
-    fn one_node_has_so_many_places_and_has_them_again_once_it_is_answered() {
+    fn one_stranger_does_not_take_the_others_room_and_has_its_own_again_once_it_is_answered() {
         let admission = Admission::default();
-        let mut places: Vec<Place> = (0..EACH_MAX)
-            .map(|_| admission.admit(id(1), false).unwrap())
+        let mut seats: Vec<Seat> = (0..STRANGER_MAX)
+            .map(|_| admission.admit(id(1)).unwrap())
             .collect();
-        assert!(admission.admit(id(1), false).is_err());
-        assert!(admission.admit(id(2), false).is_ok());
-        places.pop();
-        assert!(admission.admit(id(1), false).is_ok());
-        drop(places);
+        assert!(admission.admit(id(1)).is_err());
+        assert!(admission.admit(id(2)).is_ok());
+        seats.pop();
+        assert!(admission.admit(id(1)).is_ok());
+        drop(seats);
         assert!(lock(&admission.0).is_empty(), "nobody is remembered");
     }
 
     #[test]
-    fn strangers_share_their_places_and_take_none_of_those_who_are_known() {
+    fn all_strangers_together_have_so_much_room_and_no_more() {
         let admission = Admission::default();
-        let all: Vec<Place> = (0..STRANGERS_MAX)
-            .map(|number| admission.admit(id(number as u8), true).unwrap())
+        let all: Vec<Seat> = (0..STRANGERS_MAX)
+            .map(|number| admission.admit(id(number)).unwrap())
             .collect();
-        assert!(admission.admit(id(200), true).is_err());
-        assert!(admission.admit(id(200), false).is_ok());
+        assert!(admission.admit(id(200)).is_err());
         drop(all);
-        assert!(admission.admit(id(200), true).is_ok());
+        assert!(admission.admit(id(200)).is_ok());
     }
 }

@@ -1,6 +1,7 @@
 //! Documents: what the owner of this node orders, what others have signed, who is told, and what is forgotten.
 
 use super::keeping::spec;
+use super::last_words::{self, LastWord};
 use super::store::{self, Stored, text};
 use super::{
     About, Event, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
@@ -11,7 +12,7 @@ use crate::fence::boottime;
 use crate::mesh::{Asker, Foreign, Mesh, Open, lock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
 use vistara_api::ErrorKind;
 use vistara_control::services::wire::ToNode;
@@ -23,12 +24,8 @@ use vistara_model::{Bytes, Cpus, Digest, Hypervisor, NodeId, Right};
 
 /// How often nodes are given a document that they do not have.
 const TELL_EVERY: Duration = Duration::from_secs(2);
-/// How long the last word of a service that is removed is kept for nodes that have not heard it.
-const REMOVED_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Bytes of such words of other nodes' owners. Beyond it the oldest of whoever has most of them are forgotten: whoever creates
-/// and removes services all the time costs others nothing.
-const REMOVED_BYTES_MAX: usize = 16 << 20;
-
+/// How often it is looked what can be forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(1);
 /// A service that is to be.
 pub(crate) struct Draft {
     pub(crate) name: String,
@@ -376,7 +373,7 @@ impl Task {
         let to_begin = first.filter(|_| document.owner == own && !document.removed);
         let known = Known {
             bytes: stored.document.bytes().into(),
-            heard: now,
+            heard: self.store.written(service).unwrap_or_else(SystemTime::now),
             role: role(&self.mesh, &open, document),
             to_begin: to_begin.map_or_else(BTreeSet::new, |keepers| {
                 keepers.nodes.iter().copied().collect()
@@ -471,7 +468,7 @@ impl Task {
         let document = sealed.document().clone();
         known.bytes = sealed.bytes().into();
         known.sealed = Arc::new(sealed);
-        known.heard = boottime();
+        known.heard = SystemTime::now();
         known.next_telling = Duration::ZERO;
         known.verdict = Mutex::default();
         if removed {
@@ -549,35 +546,33 @@ impl Task {
     }
 
     /// Forgets services that were removed long ago, or of which everybody has heard.
-    pub(super) async fn forget_old(&mut self) {
+    pub(super) async fn forget_old(&mut self, now: Duration) {
+        self.forget_due = now + FORGET_EVERY;
         let own = self.own();
-        let over: Vec<ServiceId> = (self.known.values())
-            .filter(|known| known.document().removed && known.jobs.is_empty())
-            .filter(|known| {
-                let version = known.document().version;
-                let all_told = Some(known.document().owner) == own
-                    && !known.told.is_empty()
-                    && (known.told.iter())
-                        .all(|(node, told)| *told >= version || Some(*node) == own);
-                let late = || {
-                    self.store
-                        .age(known.id())
-                        .is_none_or(|age| age > REMOVED_KEPT)
-                };
-                all_told || late()
-            })
-            .map(Known::id)
-            .collect();
-        let last_words = (self.known.values())
-            .filter(|known| known.document().removed && known.jobs.is_empty())
-            .filter(|known| Some(known.document().owner) != own && !over.contains(&known.id()))
+        let removed =
+            (self.known.values()).filter(|known| known.document().removed && known.jobs.is_empty());
+        let (over, kept): (Vec<&Known>, Vec<&Known>) = removed.partition(|known| {
+            let version = known.document().version;
+            let all_told = Some(known.document().owner) == own
+                && !known.told.is_empty()
+                && (known.told.iter()).all(|(node, told)| *told >= version || Some(*node) == own);
+            // A clock that was set back makes none old.
+            let late = known
+                .heard
+                .elapsed()
+                .is_ok_and(|age| age > last_words::KEPT);
+            all_told || late
+        });
+        let words = (kept.into_iter())
+            .filter(|known| Some(known.document().owner) != own)
             .map(|known| LastWord {
                 service: known.id(),
                 owner: known.document().owner,
                 bytes: known.bytes.len(),
                 heard: known.heard,
             });
-        let beyond = beyond(last_words.collect(), REMOVED_BYTES_MAX);
+        let beyond = last_words::beyond(words.collect(), last_words::BYTES_MAX);
+        let over: Vec<ServiceId> = over.into_iter().map(Known::id).collect();
         for service in over.into_iter().chain(beyond) {
             self.known.remove(&service);
             self.partners_due = Duration::ZERO;
@@ -593,45 +588,6 @@ impl Task {
     pub(super) fn sender(&self) -> tokio::sync::mpsc::Sender<Event> {
         self.events.clone()
     }
-}
-
-/// What is left of a removed service.
-#[derive(Debug)]
-struct LastWord {
-    service: ServiceId,
-    owner: NodeId,
-    bytes: usize,
-    heard: Duration,
-}
-
-/// Which are to be forgotten so that no more than so many bytes are kept.
-fn beyond(mut words: Vec<LastWord>, bytes_max: usize) -> Vec<ServiceId> {
-    let mut total: usize = words.iter().map(|word| word.bytes).sum();
-    if total <= bytes_max {
-        return Vec::new();
-    }
-    let mut of_each: BTreeMap<NodeId, usize> = BTreeMap::new();
-    for word in &words {
-        *of_each.entry(word.owner).or_default() += word.bytes;
-    }
-    // The oldest last, where they are taken from.
-    words.sort_by_key(|word| std::cmp::Reverse((word.heard, word.service)));
-    let mut over = Vec::new();
-    while total > bytes_max {
-        let Some((owner, _)) = of_each.iter().max_by_key(|(_, bytes)| **bytes) else {
-            break;
-        };
-        let Some(at) = words.iter().rposition(|word| word.owner == *owner) else {
-            break;
-        };
-        let word = words.remove(at);
-        total -= word.bytes;
-        of_each
-            .entry(word.owner)
-            .and_modify(|bytes| *bytes -= word.bytes);
-        over.push(word.service);
-    }
-    over
 }
 
 /// Whether whoever acts here may do so now.
@@ -650,35 +606,4 @@ pub(super) fn cannot_keep(error: &std::io::Error) -> Fault {
         format!("what is known of the service cannot be written down: {error}"),
     )
     .hint("free some disk space, or see `vistara doctor`")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn word(service: u128, owner: u8, bytes: usize, heard: u64) -> LastWord {
-        LastWord {
-            service: ServiceId(service),
-            owner: NodeId::from_bytes([owner; 32]),
-            bytes,
-            heard: Duration::from_secs(heard),
-        }
-    }
-
-    #[test]
-    fn last_words_are_forgotten_beyond_the_bound_the_oldest_of_whoever_has_most() {
-        let words = || {
-            vec![
-                word(1, 1, 10, 1),
-                word(2, 2, 10, 5),
-                word(3, 2, 10, 4),
-                word(4, 2, 10, 3),
-            ]
-        };
-        assert_eq!(beyond(words(), 40), []);
-        assert_eq!(beyond(words(), 39), [ServiceId(4)]);
-        // The other owner's oldest is older than all of them, and stays.
-        assert_eq!(beyond(words(), 20), [ServiceId(4), ServiceId(3)]);
-        assert_eq!(beyond(words(), 0).len(), 4);
-    }
 }

@@ -16,26 +16,27 @@ mod admission;
 mod copies;
 mod documents;
 mod keeping;
+mod last_words;
 mod partners;
 mod placing;
 mod post;
 mod store;
 
-pub(crate) use admission::{ARRIVAL_BOUND, Place};
+pub(crate) use admission::{ARRIVAL_BOUND, Seat};
 pub(crate) use documents::Draft;
 pub(crate) use store::text as id_text;
 
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::boottime;
 use crate::machine::Handle;
-use crate::mesh::{Asker, Mesh, Open, Placing, lock};
+use crate::mesh::{Asker, Mesh, Open, Placing};
 use crate::node::Node;
 use admission::{Admission, busy};
 use copies::Job;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use store::Store;
 use tokio::sync::{mpsc, oneshot};
 use vistara_api::ErrorKind;
@@ -131,7 +132,7 @@ struct Known {
     sealed: Arc<SealedDocument>,
     bytes: Arc<[u8]>,
     /// When this version came.
-    heard: Duration,
+    heard: SystemTime,
     /// For whom copies are made here; or why they are not, and why this node does not keep.
     role: Answer<Asker>,
     keepers: Option<Keepers>,
@@ -205,6 +206,7 @@ struct Task {
     /// With whom this node looks after services, and when each was last named.
     partners: BTreeMap<NodeId, Duration>,
     partners_due: Duration,
+    forget_due: Duration,
     rounds: u64,
 }
 
@@ -230,6 +232,7 @@ impl Services {
             inner: VecDeque::new(),
             partners: BTreeMap::new(),
             partners_due: Duration::ZERO,
+            forget_due: Duration::ZERO,
             rounds: 0,
         };
         // It ends with the runtime: copies outlive it as long as their leases.
@@ -253,11 +256,13 @@ impl Services {
         answer.await.map_err(|_| gone())?
     }
 
-    /// A place for a node's message, before it is read.
-    pub(crate) async fn admit(&self, from: NodeId) -> Answer<Place> {
+    /// Room for a node's message before it is read, where that is a stranger.
+    pub(crate) async fn admit(&self, from: NodeId) -> Answer<Option<Seat>> {
         let open = self.mesh.open().await?;
-        let known = lock(&open.partners).contains(&from) || lock(&open.peers).get(&from).is_some();
-        self.admission.admit(from, !known)
+        if open.knows(&from) {
+            return Ok(None);
+        }
+        self.admission.admit(from).map(Some)
     }
 
     /// What another node asks.
@@ -447,7 +452,9 @@ impl Task {
             self.keep_on(service, now);
             self.hold_on(service, now);
         }
-        self.forget_old().await;
+        if now >= self.forget_due {
+            self.forget_old(now).await;
+        }
     }
 
     /// Carries what this node has said to itself, until it has nothing more to say.

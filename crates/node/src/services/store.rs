@@ -172,10 +172,10 @@ impl Store {
         }
     }
 
-    /// How long ago the document was written.
-    pub(super) fn age(&self, service: ServiceId) -> Option<std::time::Duration> {
+    /// When the document was written.
+    pub(super) fn written(&self, service: ServiceId) -> Option<std::time::SystemTime> {
         let meta = std::fs::metadata(self.dir(service).join(DOCUMENT)).ok()?;
-        meta.modified().ok()?.elapsed().ok()
+        meta.modified().ok()
     }
 }
 

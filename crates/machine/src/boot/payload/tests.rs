@@ -72,6 +72,10 @@ fn one_initramfs_serves_all_machines_until_agent_or_kernel_change() {
     assert_eq!(fs::metadata(&first).unwrap().ino(), made.ino());
     // Whoever runs a monitor as a user of its own shows it this very file.
     assert_eq!(made.mode() & 0o777, 0o644);
+    // Earlier versions kept theirs from others.
+    fs::set_permissions(&first, Permissions::from_mode(0o600)).unwrap();
+    path(&kernel);
+    assert_eq!(fs::metadata(&first).unwrap().mode() & 0o777, 0o644);
     let newer = LinuxPayload::open(&dir.path().join("cache"), b"agent 2").unwrap();
     let other = newer.prepare(&kernel, UpperLayer::Disk).unwrap();
     assert_ne!(other.initramfs, first);
