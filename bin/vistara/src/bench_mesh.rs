@@ -25,6 +25,7 @@ use crate::output::{print, print_json};
 use crate::places::Places;
 use serde::Serialize;
 use std::path::Path;
+use tokio::signal::unix::{SignalKind, signal};
 use vistara_api::Client;
 use vistara_node::{PLACEMENT_POLICIES, placement_times};
 
@@ -94,9 +95,12 @@ pub(crate) async fn mesh(
     if wants(MeshPart::Exec) || wants(MeshPart::Images) || wants(MeshPart::Idle) {
         let cable = (options.link == BenchLink::Namespace).then_some(options.rate);
         let two = Two::start(scratch.as_ref(), places, cable).await?;
+        let failed = |error| Failure::because("cannot catch signals", error);
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let measured = tokio::select! {
             measured = with_nodes(client, &two, scratch.as_ref(), options, &wants, &mut report) => measured,
             _ = tokio::signal::ctrl_c() => Err(Failure::new("interrupted").code(130)),
+            _ = terminate.recv() => Err(Failure::new("terminated").code(143)),
         };
         two.end().await;
         measured?;

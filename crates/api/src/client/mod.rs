@@ -36,6 +36,8 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 /// Largest JSON answer that is read whole, in bytes: a listing of many thousand machines fits, a broken server does not
 /// fill our memory.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// What a request was at whose answer never began.
+const SENDING: &str = "sending the request";
 /// Largest single server-sent event, in bytes: a log event carries at most 64 KiB of output, in base64.
 const EVENT_BYTES_MAX: usize = 1 << 20;
 
@@ -174,7 +176,7 @@ impl Client {
         let response = sender
             .send_request(request)
             .await
-            .map_err(|error| ClientError::broken("sending the request", error))?;
+            .map_err(|error| ClientError::broken(SENDING, error))?;
         if let Some(version) = response.headers().get(crate::SERVER_VERSION_HEADER)
             && let Ok(version) = version.to_str()
         {
@@ -238,13 +240,17 @@ impl Client {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.call(Self::request(
-            Method::GET,
-            path,
-            empty(),
-            "application/json",
-        )?)
-        .await
+        let question = || Self::request(Method::GET, path, empty(), "application/json");
+        match self.call(question()?).await {
+            // Another node that has just come back may be asked over the connection with what it was before, which closes.
+            // Nothing was done then, and a question may be asked twice.
+            Err(ClientError::Broken { operation, .. })
+                if operation == SENDING && self.on.is_some() =>
+            {
+                self.call(question()?).await
+            }
+            answer => answer,
+        }
     }
 
     async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

@@ -631,6 +631,10 @@ impl Task {
             false => answer.version,
         };
         known.told.insert(from, told);
+        if known.document().removed {
+            // This may have been the last one to hear of it.
+            self.forget_due = Duration::ZERO;
+        }
         match answer.body {
             FromNode::Keeper(answer) => self.heard_keeper(from, service, answer).await,
             FromNode::Status(status) => match about {
