@@ -10,6 +10,7 @@
 //! - What a peer sends is bounded, in size, number and time, before it is looked at ([`frame`]), and makes nothing panic.
 
 pub mod card;
+mod crowd;
 pub mod facts;
 mod files;
 pub mod frame;
@@ -24,6 +25,7 @@ mod ticket;
 mod token;
 mod whereabouts;
 
+pub use crowd::{Crowd, InCrowd};
 pub use identity::{Identity, IdentityError};
 pub use link::{
     Accepted, Heard, Link, LinkError, LinkOptions, MeshStream, PAGE_BYTES_MAX, PeerState, Way,

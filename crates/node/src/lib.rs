@@ -35,7 +35,6 @@ pub use fence::{GuardProgram, stand as stand_guard};
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use relay::{RelayFault, RelayPlan, run_relay};
 pub use service::{openapi, run};
-/// For whoever copies a machine's disk, which is mostly holes.
 pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
@@ -43,3 +42,5 @@ pub use vistara_host::launch::close_descriptors_on_exec;
 pub use vistara_machine::boot::own as own_kernel;
 pub use vistara_machine::firecracker::{CpuTemplate, CpuTemplateError, RawFirecracker};
 pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};
+/// For whoever copies a machine's disk, which is mostly holes.
+pub use vistara_mesh::{Crowd, InCrowd};

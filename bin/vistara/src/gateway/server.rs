@@ -13,13 +13,13 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::Value;
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use vistara_node::{Crowd, InCrowd};
 
 /// Most connections at a time: each may hold a body, an answer and a machine's start.
 const CONNECTIONS_MAX: usize = 64;
@@ -43,7 +43,7 @@ const PATH_SHOWN_MAX: usize = 40;
 /// Serves until this ends.
 pub(crate) async fn serve(listener: TcpListener, calls: Arc<Calls>, tokens: Tokens) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let crowd = Arc::new(Crowd::default());
+    let crowd = Crowd::default();
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -56,7 +56,7 @@ pub(crate) async fn serve(listener: TcpListener, calls: Arc<Calls>, tokens: Toke
             }
         };
         // Those that are too many are closed at once: a queue of them would only fill up, too.
-        let Some(place) = Crowd::enter(&crowd, peer.ip()) else {
+        let Some(place) = crowd.enter(peer.ip(), CONNECTIONS_OF_ONE_MAX) else {
             continue;
         };
         let Ok(permit) = room.clone().try_acquire_owned() else {
@@ -74,43 +74,7 @@ pub(crate) async fn serve(listener: TcpListener, calls: Arc<Calls>, tokens: Toke
 /// One of the bounded connections: taken until it has ended, and so has what it asked for.
 struct Place {
     _room: OwnedSemaphorePermit,
-    _in_crowd: InCrowd,
-}
-
-/// How many connections each address has.
-#[derive(Debug, Default)]
-struct Crowd(Mutex<HashMap<IpAddr, usize>>);
-
-struct InCrowd {
-    crowd: Arc<Crowd>,
-    address: IpAddr,
-}
-
-impl Crowd {
-    fn enter(crowd: &Arc<Crowd>, address: IpAddr) -> Option<InCrowd> {
-        let mut counts = crowd.0.lock().unwrap_or_else(|broken| broken.into_inner());
-        let count = counts.entry(address).or_default();
-        if *count >= CONNECTIONS_OF_ONE_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(InCrowd {
-            crowd: crowd.clone(),
-            address,
-        })
-    }
-}
-
-impl Drop for InCrowd {
-    fn drop(&mut self) {
-        let mut counts = (self.crowd.0.lock()).unwrap_or_else(|broken| broken.into_inner());
-        if let Some(count) = counts.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.address);
-            }
-        }
-    }
+    _in_crowd: InCrowd<IpAddr>,
 }
 
 async fn connection(

@@ -9,6 +9,7 @@
 //! is used: accepting, TLS, and the answers over QUIC are ours.
 
 use super::{Relay, trust};
+use crate::Crowd;
 use crate::identity::Identity;
 use http_body_util::Full;
 use hyper::Request;
@@ -171,42 +172,11 @@ impl AccessControl for Gate {
     }
 }
 
-/// How many of something each host has. An IPv6 host has a whole network of addresses.
-#[derive(Debug, Default)]
-struct Hosts(Mutex<HashMap<IpAddr, usize>>);
-
-/// One of them, given back when dropped.
-struct HostPlace(Arc<Hosts>, IpAddr);
-
+/// An IPv6 host has a whole network of addresses.
 fn host(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & !u128::from(u64::MAX)).into()),
         ip @ IpAddr::V4(_) => ip,
-    }
-}
-
-impl Hosts {
-    fn take(self: &Arc<Self>, ip: IpAddr, most: usize) -> Option<HostPlace> {
-        let ip = host(ip);
-        let mut counts = lock(&self.0);
-        let count = counts.entry(ip).or_default();
-        if *count >= most {
-            return None;
-        }
-        *count += 1;
-        Some(HostPlace(Arc::clone(self), ip))
-    }
-}
-
-impl Drop for HostPlace {
-    fn drop(&mut self) {
-        let mut counts = lock(&self.0.0);
-        if let Some(count) = counts.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.1);
-            }
-        }
     }
 }
 
@@ -216,9 +186,9 @@ struct Inner {
     metrics: Arc<Metrics>,
     tls: TlsAcceptor,
     arriving: Arc<Semaphore>,
-    arriving_of: Arc<Hosts>,
+    arriving_of: Crowd<IpAddr>,
     asking: Arc<Semaphore>,
-    asking_of: Arc<Hosts>,
+    asking_of: Crowd<IpAddr>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -381,9 +351,9 @@ impl RelayServer {
             metrics,
             tls: TlsAcceptor::from(Arc::new(tls)),
             arriving: Arc::new(Semaphore::new(ARRIVING_MAX)),
-            arriving_of: Arc::default(),
+            arriving_of: Crowd::default(),
             asking: Arc::new(Semaphore::new(2 * gate.clients_max)),
-            asking_of: Arc::default(),
+            asking_of: Crowd::default(),
             gate,
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -496,7 +466,7 @@ async fn accept(inner: Arc<Inner>, listener: tokio::net::TcpListener) {
                 continue;
             }
         };
-        let place = inner.arriving_of.take(from.ip(), ARRIVING_OF_HOST_MAX);
+        let place = (inner.arriving_of).enter(host(from.ip()), ARRIVING_OF_HOST_MAX);
         let permit = Arc::clone(&inner.arriving).try_acquire_owned().ok();
         let (Some(place), Some(permit)) = (place, permit) else {
             inner.gate.refused.fetch_add(1, Ordering::Relaxed);
@@ -578,7 +548,7 @@ async fn answer(inner: Arc<Inner>, endpoint: &noq::Endpoint) {
             }
             continue;
         }
-        let place = inner.asking_of.take(from, ASKING_OF_HOST_MAX);
+        let place = inner.asking_of.enter(host(from), ASKING_OF_HOST_MAX);
         let permit = Arc::clone(&inner.asking).try_acquire_owned().ok();
         let (Some(place), Some(permit)) = (place, permit) else {
             incoming.refuse();

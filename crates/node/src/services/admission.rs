@@ -3,10 +3,10 @@
 //! messages are bounded by their connection's streams and by the task's queue.
 
 use crate::fault::{Answer, Fault};
-use crate::mesh::lock;
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use vistara_mesh::{Crowd, InCrowd};
 use vistara_model::NodeId;
 
 /// Messages of all strangers, at half a MiB each.
@@ -16,42 +16,39 @@ const STRANGER_MAX: usize = 2;
 /// How long a message may take to arrive.
 pub(crate) const ARRIVAL_BOUND: Duration = Duration::from_secs(10);
 
-/// Who is being heard, with how many messages.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Admission(Arc<Mutex<BTreeMap<NodeId, usize>>>);
+/// Who is being heard.
+#[derive(Debug, Clone)]
+pub(super) struct Admission {
+    all: Arc<Semaphore>,
+    each: Crowd<NodeId>,
+}
 
 /// A stranger's message, until it is answered.
 #[derive(Debug)]
 pub(crate) struct Seat {
-    admission: Admission,
-    from: NodeId,
+    _of_all: OwnedSemaphorePermit,
+    _of_its_own: InCrowd<NodeId>,
+}
+
+impl Default for Admission {
+    fn default() -> Admission {
+        Admission {
+            all: Arc::new(Semaphore::new(STRANGERS_MAX)),
+            each: Crowd::default(),
+        }
+    }
 }
 
 impl Admission {
     /// Room for one more message.
     pub(super) fn admit(&self, from: NodeId) -> Answer<Seat> {
-        let mut heard = lock(&self.0);
-        let all: usize = heard.values().sum();
-        let of_this = heard.get(&from).copied().unwrap_or(0);
-        if of_this >= STRANGER_MAX || all >= STRANGERS_MAX {
-            return Err(busy());
-        }
-        heard.insert(from, of_this + 1);
+        let own = self.each.enter(from, STRANGER_MAX);
+        let all = Arc::clone(&self.all).try_acquire_owned().ok();
+        let (of_its_own, of_all) = own.zip(all).ok_or_else(busy)?;
         Ok(Seat {
-            admission: self.clone(),
-            from,
+            _of_all: of_all,
+            _of_its_own: of_its_own,
         })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut heard = lock(&self.admission.0);
-        let left = heard.get(&self.from).map_or(0, |count| count - 1);
-        match left {
-            0 => heard.remove(&self.from),
-            more => heard.insert(self.from, more),
-        };
     }
 }
 
@@ -63,11 +60,8 @@ pub(super) fn busy() -> Fault {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::fixtures::id;
     use super::*;
-
-    fn id(number: usize) -> NodeId {
-        NodeId::from_bytes([u8::try_from(number).unwrap(); 32])
-    }
 
     #[test]
     fn one_stranger_does_not_take_the_others_room_and_has_its_own_again_once_it_is_answered() {
@@ -80,7 +74,13 @@ mod tests {
         seats.pop();
         assert!(admission.admit(id(1)).is_ok());
         drop(seats);
-        assert!(lock(&admission.0).is_empty(), "nobody is remembered");
+        let again: Vec<Seat> = (0..STRANGER_MAX)
+            .map(|_| admission.admit(id(1)).unwrap())
+            .collect();
+        assert_eq!(
+            admission.all.available_permits(),
+            STRANGERS_MAX - again.len()
+        );
     }
 
     #[test]

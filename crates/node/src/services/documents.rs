@@ -26,6 +26,7 @@ use vistara_model::{Bytes, Cpus, Digest, Hypervisor, NodeId, Right};
 const TELL_EVERY: Duration = Duration::from_secs(2);
 /// How often it is looked what can be forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
+
 /// A service that is to be.
 pub(crate) struct Draft {
     pub(crate) name: String,

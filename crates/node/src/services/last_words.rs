@@ -60,14 +60,15 @@ pub(super) fn beyond(mut words: Vec<LastWord>, bytes_max: usize) -> Vec<ServiceI
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixtures::id;
     use super::*;
 
     const BLOCK: usize = BYTES_LEAST;
 
-    fn word(service: u128, owner: u8, bytes: usize, heard: u64) -> LastWord {
+    fn word(service: u128, owner: usize, bytes: usize, heard: u64) -> LastWord {
         LastWord {
             service: ServiceId(service),
-            owner: NodeId::from_bytes([owner; 32]),
+            owner: id(owner),
             bytes,
             heard: SystemTime::UNIX_EPOCH + Duration::from_secs(heard),
         }

@@ -15,6 +15,8 @@
 mod admission;
 mod copies;
 mod documents;
+#[cfg(test)]
+mod fixtures;
 mod keeping;
 mod last_words;
 mod partners;

@@ -94,13 +94,8 @@ impl Task {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixtures::id;
     use super::*;
-
-    fn id(number: usize) -> NodeId {
-        let mut bytes = [0; 32];
-        bytes[..8].copy_from_slice(&number.to_le_bytes());
-        NodeId::from_bytes(bytes)
-    }
 
     #[test]
     fn partners_are_bounded_and_forgotten_some_time_after_they_are_named_no_more() {
