@@ -11,7 +11,9 @@ use hyper::client::conn::http1;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -67,14 +69,14 @@ impl Api {
         }
     }
 
-    /// Waits until its socket is listened at. Looking for it all the time would take the processor time that Firecracker has
-    /// need of to come so far.
-    pub(super) async fn listening(&self) {
+    /// Waits until its socket is listened at: a connection to it. Looking for it all the time would take the processor time that
+    /// Firecracker has need of to come so far.
+    pub(super) async fn listening(&self) -> Result<Session, ApiError> {
         // A host may refuse the watch: then it is looked for now and then.
         let names = NewNames::watch(&self.dir).ok();
         loop {
             let refused = match sockets::connect_in_foreign(&self.dir, API_SOCKET) {
-                Ok(_) => return,
+                Ok(stream) => return Session::over(stream).await,
                 Err(error) => error.kind(),
             };
             match &names {
@@ -89,6 +91,12 @@ impl Api {
         }
     }
 
+    /// A connection of its own.
+    async fn connect(&self) -> Result<Session, ApiError> {
+        let stream = sockets::connect_in_foreign(&self.dir, API_SOCKET);
+        Session::over(stream.map_err(gone)?).await
+    }
+
     /// Makes a setting.
     pub(super) async fn put(
         &self,
@@ -96,69 +104,29 @@ impl Api {
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<(), ApiError> {
-        self.request(Method::PUT, path, Some(body), limit)
-            .await
-            .map(drop)
+        self.connect().await?.put(path, body, limit).await
     }
 
     /// Holds the guest, for a snapshot.
     pub(super) async fn pause(&self) -> Result<(), ApiError> {
-        self.patch("/vm", &VmState { state: "Paused" }).await
-    }
-
-    /// Changes a setting.
-    pub(super) async fn patch(&self, path: &str, body: &impl Serialize) -> Result<(), ApiError> {
-        self.request(Method::PATCH, path, Some(body), ANSWER_LIMIT)
-            .await
-            .map(drop)
+        let held = VmState { state: "Paused" };
+        self.connect().await?.patch("/vm", &held).await
     }
 
     /// All settings, as the machine has them.
     pub(super) async fn settings(&self) -> Result<serde_json::Value, ApiError> {
-        let answer = self
-            .request(Method::GET, "/vm/config", None::<&()>, ANSWER_LIMIT)
-            .await?;
-        serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
+        self.get("/vm/config", ANSWER_LIMIT).await
     }
 
     /// What the guest's balloon tells.
     pub(super) async fn balloon(&self) -> Result<BalloonStatistics, ApiError> {
-        let path = "/balloon/statistics";
-        let answer = self
-            .request(Method::GET, path, None::<&()>, BALLOON_LIMIT)
-            .await?;
-        serde_json::from_slice(&answer).map_err(|error| ApiError::Odd(error.to_string()))
+        self.get("/balloon/statistics", BALLOON_LIMIT).await
     }
 
-    async fn request(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&impl Serialize>,
-        limit: Duration,
-    ) -> Result<Bytes, ApiError> {
-        let body = match body {
-            Some(body) => encoded(body)?,
-            None => Vec::new(),
-        };
-        within(limit, self.exchange(method, path, body)).await
-    }
-
-    async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Bytes, ApiError> {
-        self.connect().await?.exchange(method, path, body).await
-    }
-
-    /// A connection for several requests.
-    pub(super) async fn connect(&self) -> Result<Session, ApiError> {
-        let gone = |error: io::Error| ApiError::Gone(error.to_string());
-        let stream = sockets::connect_in_foreign(&self.dir, API_SOCKET).map_err(gone)?;
-        let stream = tokio::net::UnixStream::from_std(stream).map_err(gone)?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| ApiError::Odd(error.to_string()))?;
-        // Its fault is told to whoever waits for an answer.
-        let carrier = tokio::spawn(async move { drop(connection.await) });
-        Ok(Session { sender, carrier })
+    async fn get<T: DeserializeOwned>(&self, path: &str, limit: Duration) -> Result<T, ApiError> {
+        let mut session = self.connect().await?;
+        let answer = session.request(Method::GET, path, None::<&()>, limit);
+        serde_json::from_slice(&answer.await?).map_err(odd)
     }
 }
 
@@ -169,6 +137,15 @@ pub(super) struct Session {
 }
 
 impl Session {
+    async fn over(stream: UnixStream) -> Result<Session, ApiError> {
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(gone)?;
+        let handshake = http1::handshake(TokioIo::new(stream)).await;
+        let (sender, connection) = handshake.map_err(odd)?;
+        // Its fault is told to whoever waits for an answer.
+        let carrier = tokio::spawn(async move { drop(connection.await) });
+        Ok(Session { sender, carrier })
+    }
+
     /// Makes a setting.
     pub(super) async fn put(
         &mut self,
@@ -176,8 +153,8 @@ impl Session {
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<(), ApiError> {
-        let asked = self.exchange(Method::PUT, path, encoded(body)?);
-        within(limit, asked).await.map(drop)
+        let asked = self.request(Method::PUT, path, Some(body), limit);
+        asked.await.map(drop)
     }
 
     /// Changes a setting.
@@ -186,8 +163,8 @@ impl Session {
         path: &str,
         body: &impl Serialize,
     ) -> Result<(), ApiError> {
-        let asked = self.exchange(Method::PATCH, path, encoded(body)?);
-        within(ANSWER_LIMIT, asked).await.map(drop)
+        let asked = self.request(Method::PATCH, path, Some(body), ANSWER_LIMIT);
+        asked.await.map(drop)
     }
 
     /// Lets a guest go on that was loaded and has not run yet.
@@ -203,13 +180,25 @@ impl Session {
         self.put("/actions", &action, START_LIMIT).await
     }
 
+    async fn request(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        limit: Duration,
+    ) -> Result<Bytes, ApiError> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(odd)?;
+        let asked = self.exchange(method, path, body.unwrap_or_default());
+        let answer = tokio::time::timeout(limit, asked).await;
+        answer.unwrap_or(Err(ApiError::Slow(limit)))
+    }
+
     async fn exchange(
         &mut self,
         method: Method,
         path: &str,
         body: Vec<u8>,
     ) -> Result<Bytes, ApiError> {
-        let odd = |error: &dyn std::fmt::Display| ApiError::Odd(error.to_string());
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -217,15 +206,14 @@ impl Session {
             .header(header::ACCEPT, "application/json")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
-            .map_err(|error| odd(&error))?;
-        let gone = |error: hyper::Error| ApiError::Gone(error.to_string());
+            .map_err(odd)?;
         self.sender.ready().await.map_err(gone)?;
         let response = self.sender.send_request(request).await.map_err(gone)?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX)
             .collect()
             .await
-            .map_err(|error| odd(&error))?;
+            .map_err(odd)?;
         let bytes = body.to_bytes();
         if status.is_success() {
             Ok(bytes)
@@ -241,16 +229,12 @@ impl Drop for Session {
     }
 }
 
-async fn within<T>(
-    limit: Duration,
-    asked: impl Future<Output = Result<T, ApiError>>,
-) -> Result<T, ApiError> {
-    let answer = tokio::time::timeout(limit, asked).await;
-    answer.unwrap_or(Err(ApiError::Slow(limit)))
+fn gone(error: impl std::fmt::Display) -> ApiError {
+    ApiError::Gone(error.to_string())
 }
 
-fn encoded(body: &impl Serialize) -> Result<Vec<u8>, ApiError> {
-    serde_json::to_vec(body).map_err(|error| ApiError::Odd(error.to_string()))
+fn odd(error: impl std::fmt::Display) -> ApiError {
+    ApiError::Odd(error.to_string())
 }
 
 fn refusal(status: StatusCode, body: &[u8]) -> ApiError {

@@ -166,16 +166,15 @@ async fn go_on(session: &mut Session, plan: &LaunchPlan) -> Result<(), ApiError>
 
 /// Waits for the API, and makes the settings of a machine that boots. The connection is for what remains to be said.
 async fn set(api: &Api, tools: &Tools, plan: &LaunchPlan) -> Result<Session, Failure> {
-    tokio::time::timeout(API_LIMIT, api.listening())
+    let mut session = tokio::time::timeout(API_LIMIT, api.listening())
         .await
         .map_err(|_| {
             Failure::At(
                 "waiting for Firecracker's API",
                 format!("it does not listen after {API_LIMIT:?}"),
             )
-        })?;
-    let failed = |error: ApiError| Failure::At(BUILDING, error.to_string());
-    let mut session = api.connect().await.map_err(failed)?;
+        })?
+        .map_err(|error| Failure::At(BUILDING, error.to_string()))?;
     if let Start::Fork(_) = &plan.start {
         return Ok(session);
     }
