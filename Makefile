@@ -18,6 +18,7 @@ PROGRAM := import os, platform; print(f"hello from {platform.release()}, {os.cpu
 
 run: setup
 	started=$$(date +%s)
+	echo "building Vistara: some minutes the first time, and silent"
 	cargo build --release --quiet --package vistara
 	$(VISTARA) kernel ls --json | grep '"name"' >/dev/null || { echo "fetching a guest kernel"; $(VISTARA) kernel add debian; }
 	if ! $(VISTARA) images ls --json | grep '$(IMAGE)' >/dev/null; then

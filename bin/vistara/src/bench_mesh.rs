@@ -23,9 +23,9 @@ use crate::bench_command::{Series, millis, tempdir};
 use crate::failure::{Failure, eprint_line};
 use crate::output::{print, print_json};
 use crate::places::Places;
+use crate::session::signals::Signals;
 use serde::Serialize;
 use std::path::Path;
-use tokio::signal::unix::{SignalKind, signal};
 use vistara_api::Client;
 use vistara_node::{PLACEMENT_POLICIES, placement_times};
 
@@ -94,13 +94,14 @@ pub(crate) async fn mesh(
     }
     if wants(MeshPart::Exec) || wants(MeshPart::Images) || wants(MeshPart::Idle) {
         let cable = (options.link == BenchLink::Namespace).then_some(options.rate);
-        let two = Two::start(scratch.as_ref(), places, cable).await?;
         let failed = |error| Failure::because("cannot catch signals", error);
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut signals = Signals::install().map_err(failed)?;
+        let two = Two::start(scratch.as_ref(), places, cable).await?;
         let measured = tokio::select! {
             measured = with_nodes(client, &two, scratch.as_ref(), options, &wants, &mut report) => measured,
-            _ = tokio::signal::ctrl_c() => Err(Failure::new("interrupted").code(130)),
-            _ = terminate.recv() => Err(Failure::new("terminated").code(143)),
+            (name, number) = signals.end() => {
+                Err(Failure::new(format!("ended by SIG{name}")).code(128 + number))
+            }
         };
         two.end().await;
         measured?;

@@ -211,9 +211,8 @@ fn version_one(root: &Path, lines: &[(&str, &str)]) -> Result<Cgroups, String> {
         let own = lines
             .iter()
             .find(|(list, _)| list.split(',').any(|name| name == controller))
-            .map_or("", |(_, path)| path.trim_start_matches('/'));
-        let candidates = [Path::new(""), delegated(own), Path::new(own)];
-        let candidates = candidates.map(|base| top.join(base).join(OURS));
+            .map_or("", |(_, path)| *path);
+        let candidates = bases(&top, own).map(|base| base.join(OURS));
         match candidates.iter().find_map(|path| made(path).ok()) {
             Some(parent) => {
                 // `cpu` and `cpu,cpuacct` may be one hierarchy under two names: the same directory twice does no harm
@@ -238,11 +237,8 @@ fn version_one(root: &Path, lines: &[(&str, &str)]) -> Result<Cgroups, String> {
 }
 
 fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
-    let own = own.trim_start_matches('/');
     let mut reason = String::new();
-    for base in [Path::new(""), delegated(own), Path::new(own)] {
-        let base = top.join(base);
-        let base = base.as_path();
+    for base in &bases(top, own) {
         let available = fs::read_to_string(base.join("cgroup.controllers")).unwrap_or_default();
         let wanted: Vec<&str> = CONTROLLERS
             .into_iter()
@@ -277,6 +273,12 @@ fn version_two(top: &Path, own: &str) -> Result<Cgroups, String> {
         });
     }
     Err(reason)
+}
+
+/// Where ours may be made, for a process in `own` of the hierarchy at `top`: at its top, where that was delegated, or right there.
+fn bases(top: &Path, own: &str) -> [PathBuf; 3] {
+    let own = own.trim_start_matches('/');
+    [Path::new(""), delegated(own), Path::new(own)].map(|base| top.join(base))
 }
 
 /// The cgroup that was delegated to the node, as seen by a process in `own`: the node itself before and after it has moved

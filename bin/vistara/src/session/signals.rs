@@ -56,6 +56,15 @@ impl Signals {
         })
         .await
     }
+
+    /// The next one that asks us to end: its name and number.
+    pub(crate) async fn end(&mut self) -> (&'static str, u8) {
+        loop {
+            if let Came::End(name, number) = self.next().await {
+                return (name, number);
+            }
+        }
+    }
 }
 
 /// What a signal that asks us to end is answered with.
