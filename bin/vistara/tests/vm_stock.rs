@@ -110,6 +110,7 @@ fn machines_of_the_stock_are_machines_of_their_own_and_none_outlives_its_node() 
     assert_eq!(directories(&system), 0);
     runs(&system, 2);
     until("a stock again", || in_stock(&system) > 0);
-    assert!(system.vistara(&["node", "stop"]).status.success());
+    let stopped = system.vistara(&["node", "stop"]);
+    assert!(stopped.status.success(), "{stopped:?}");
     until("its end", || directories(&system) == 0);
 }
