@@ -335,6 +335,7 @@ impl Link {
         inner
             .tasks
             .spawn(accept::accept_all(Arc::clone(&inner), sender));
+        inner.tasks.spawn(relays::heed(Arc::clone(&inner)));
         relays::settle(Arc::clone(&inner)).await;
         Ok((Link(inner), receiver))
     }

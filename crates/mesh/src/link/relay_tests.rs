@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const BOUND: Duration = Duration::from_secs(60);
+const LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(BOUND, future).await.unwrap()
@@ -23,13 +24,13 @@ async fn until(mut holds: impl FnMut() -> bool) {
 
 fn relay_at(
     dir: &tempfile::TempDir,
-    port: u16,
+    listen: impl Into<SocketAddr>,
     allow: &[NodeId],
     clients_max: usize,
 ) -> RelayServer {
     RelayServer::open(RelayOptions {
         identity: Identity::open(dir.path()).unwrap(),
-        listen: SocketAddr::from(([127, 0, 0, 1], port)),
+        listen: listen.into(),
         allow: allow.iter().copied().collect::<BTreeSet<_>>(),
         clients_max,
         rate_bytes_per_s: NonZeroU32::new(8 << 20).unwrap(),
@@ -73,7 +74,9 @@ fn through(relay: Relay) -> Whereabouts {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_that_know_only_a_relay_meet_through_it_and_again_after_it_was_away() {
     let dir = tempfile::tempdir().unwrap();
-    let server = relay_at(&dir, 0, &[], 16);
+    // Where no other test binds: its port is to be free when it comes back.
+    let listen = [127, 0, 0, 2];
+    let server = relay_at(&dir, (listen, 0), &[], 16);
     let [relay] = server.relays()[..] else {
         panic!("it is at one address");
     };
@@ -105,7 +108,7 @@ async fn two_nodes_that_know_only_a_relay_meet_through_it_and_again_after_it_was
     drop(server);
     until(|| b.link.home().is_none()).await;
     within(a.link.reach(&b.link.id())).await.unwrap();
-    let server = relay_at(&dir, relay.address.port(), &[], 16);
+    let server = relay_at(&dir, relay.address, &[], 16);
     until(|| b.link.home() == Some(relay)).await;
     let c = end(&[]).await;
     c.link.keep(b.link.id(), through(relay)).unwrap();
@@ -123,7 +126,7 @@ async fn a_relay_serves_only_whom_its_owner_lets_in_and_no_more_than_so_many() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let allowed = Identity::open(a.path()).unwrap().id();
-    let server = relay_at(&dir, 0, &[allowed], 16);
+    let server = relay_at(&dir, LISTEN, &[allowed], 16);
     let relay = server.relays()[0];
     let (a, b) = (end_in(a, &[relay]).await, end_in(b, &[relay]).await);
     until(|| a.link.home() == Some(relay)).await;
@@ -131,7 +134,7 @@ async fn a_relay_serves_only_whom_its_owner_lets_in_and_no_more_than_so_many() {
     assert_eq!((b.link.home(), server.counts().clients), (None, 1));
 
     let full = tempfile::tempdir().unwrap();
-    let small = relay_at(&full, 0, &[], 1);
+    let small = relay_at(&full, LISTEN, &[], 1);
     let relay = small.relays()[0];
     let c = end(&[relay]).await;
     until(|| c.link.home() == Some(relay)).await;
@@ -151,7 +154,7 @@ async fn a_relay_serves_only_whom_its_owner_lets_in_and_no_more_than_so_many() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_with_another_key_than_was_named_is_not_used() {
     let dir = tempfile::tempdir().unwrap();
-    let server = relay_at(&dir, 0, &[], 16);
+    let server = relay_at(&dir, LISTEN, &[], 16);
     let good = server.relays()[0];
     let other = tempfile::tempdir().unwrap();
     let bad = Relay {
@@ -177,7 +180,7 @@ async fn a_relay_with_another_key_than_was_named_is_not_used() {
 #[tokio::test]
 async fn who_proves_no_key_to_a_relay_is_disconnected() {
     let dir = tempfile::tempdir().unwrap();
-    let server = relay_at(&dir, 0, &[], 16);
+    let server = relay_at(&dir, LISTEN, &[], 16);
     let address = server.relays()[0].address;
     let mut silent = within(tokio::net::TcpStream::connect(address))
         .await

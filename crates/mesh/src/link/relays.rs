@@ -6,10 +6,11 @@
 use super::{Inner, Link, lock};
 use crate::relay::{RELAYS_MAX, Relay};
 use crate::whereabouts::Whereabouts;
-use iroh::{EndpointAddr, PublicKey, RelayConfig, TransportAddr, Watcher};
+use iroh::endpoint::RelayStatus;
+use iroh::{EndpointAddr, PublicKey, RelayConfig, RelayUrl, TransportAddr, Watcher};
 use iroh_relay::RelayQuicConfig;
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vistara_model::NodeId;
 
 /// By which way packets go to a node.
@@ -28,6 +29,14 @@ pub(super) struct Relays {
     own: Vec<Relay>,
     /// Those that the library knows. Held while that is changed.
     used: tokio::sync::Mutex<BTreeSet<Relay>>,
+    /// Why the nearest one does not have this node.
+    trouble: Mutex<Option<Trouble>>,
+}
+
+/// Why a relay does not have this node.
+struct Trouble {
+    relay: RelayUrl,
+    why: String,
 }
 
 impl Relays {
@@ -36,7 +45,19 @@ impl Relays {
         Relays {
             own,
             used: tokio::sync::Mutex::default(),
+            trouble: Mutex::default(),
         }
+    }
+
+    /// Takes in what became of the tries to connect.
+    fn learn(&self, status: &[RelayStatus]) {
+        let mut trouble = lock(&self.trouble);
+        let still = |was: &Trouble| {
+            let it = |status: &RelayStatus| *status.url() == was.relay && !status.is_connected();
+            status.iter().any(it)
+        };
+        let new = status.iter().find_map(failure);
+        *trouble = new.or_else(|| trouble.take().filter(still));
     }
 
     /// Whether the owner named it.
@@ -83,6 +104,27 @@ pub(super) async fn settle(inner: Arc<Inner>) {
     *used = wanted;
 }
 
+/// Keeps why the nearest relay does not have this node until it does: the library forgets it with each attempt that it makes.
+pub(super) async fn heed(inner: Arc<Inner>) {
+    let mut statuses = inner.endpoint.home_relay_status();
+    let mut status = statuses.get();
+    loop {
+        inner.relays.learn(&status);
+        let updated = inner.stop.run_until_cancelled(statuses.updated()).await;
+        let Some(Ok(updated)) = updated else { return };
+        status = updated;
+    }
+}
+
+fn failure(status: &RelayStatus) -> Option<Trouble> {
+    let denied = status.auth_denied_reason().map(str::to_owned);
+    let why = denied.or_else(|| status.last_error().map(|error| format!("{error:#}")))?;
+    Some(Trouble {
+        relay: status.url().clone(),
+        why,
+    })
+}
+
 impl Link {
     pub(super) fn settle_relays(&self) {
         self.0.tasks.spawn(settle(Arc::clone(&self.0)));
@@ -95,10 +137,8 @@ impl Link {
 
     /// Why this node is not connected to a relay, where it has tried.
     pub fn relay_trouble(&self) -> Option<String> {
-        let status = self.0.endpoint.home_relay_status().get();
-        let failed = status.iter().find(|status| !status.is_connected())?;
-        let denied = failed.auth_denied_reason().map(str::to_owned);
-        denied.or_else(|| failed.last_error().map(|error| format!("{error:#}")))
+        let trouble = lock(&self.0.relays.trouble);
+        trouble.as_ref().map(|trouble| trouble.why.clone())
     }
 
     /// Through which relays this node is to be reached: those that the owner named, or the one to which it is connected.
