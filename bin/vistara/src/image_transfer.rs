@@ -126,6 +126,13 @@ fn is_garbage(error: &ClientError) -> bool {
         .is_some_and(|body| body.kind == ErrorKind::User)
 }
 
+/// Whether another attempt would be told the same.
+fn is_final(error: &ClientError) -> bool {
+    error
+        .body()
+        .is_some_and(|body| body.kind != ErrorKind::Peer)
+}
+
 type Report = mpsc::Sender<Result<ImageEvent, ClientError>>;
 
 /// Has a layer arrive.
@@ -158,13 +165,7 @@ async fn send_layer(
                 layer.have_bytes = received.have_bytes;
                 None
             }
-            Err(error)
-                if error
-                    .body()
-                    .is_some_and(|body| body.kind != ErrorKind::Peer) =>
-            {
-                return Err(error);
-            }
+            Err(error) if is_final(&error) => return Err(error),
             Err(error) => Some(error),
         };
         if failure.is_none() && layer.have_bytes > before {
@@ -181,8 +182,11 @@ async fn send_layer(
         tokio::time::sleep(PAUSE * 2_u32.pow(attempts - 1)).await;
         sources.forgive();
         // What there is now, after whatever happened.
-        if let Ok(wanted) = target.offer_image(parts).await {
-            match (offered(parts, wanted.layers).into_iter())
+        match target.offer_image(parts).await {
+            Err(error) if is_final(&error) => return Err(error),
+            // It may be back at the next attempt.
+            Err(_) => {}
+            Ok(wanted) => match (offered(parts, wanted.layers).into_iter())
                 .find(|wanted| wanted.digest == layer.digest)
             {
                 None => return Ok(()),
@@ -192,7 +196,7 @@ async fn send_layer(
                     }
                     layer = wanted;
                 }
-            }
+            },
         }
     }
 }

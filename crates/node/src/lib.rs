@@ -11,6 +11,7 @@ mod doctor;
 mod fault;
 mod fence;
 mod images;
+mod linger;
 mod logbook;
 mod machine;
 mod mesh;
