@@ -17,7 +17,10 @@ pub use receipts::{VerifiedReceipt, VerifyReceiptRequest};
 pub use services::{
     CopyOfService, CreateServiceRequest, ScaleServiceRequest, Service, ServiceCopy, ServiceNode,
 };
-pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
+pub use snapshots::{
+    CreateSnapshotRequest, ForkRequest, Forked, PackedSnapshot, RestoreRequest, Snapshot,
+    WantedSnapshot,
+};
 pub use volumes::{CreateVolumeRequest, Volume};
 
 use serde::{Deserialize, Serialize};
