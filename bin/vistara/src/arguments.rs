@@ -637,6 +637,9 @@ pub(crate) enum BenchCommand {
         /// The results as JSON
         #[arg(long)]
         json: bool,
+        /// Whose forks
+        #[arg(long, value_enum, default_value = "qemu")]
+        hypervisor: crate::bench_fork::Hypervisor,
         /// How often each is repeated
         #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: u32,
@@ -649,6 +652,9 @@ pub(crate) enum BenchCommand {
         /// The results as JSON
         #[arg(long)]
         json: bool,
+        /// Whose forks
+        #[arg(long, value_enum, default_value = "qemu")]
+        hypervisor: crate::bench_fork::Hypervisor,
         /// How many at once
         #[arg(short = 'n', long = "count", value_name = "N,…", value_delimiter = ',', default_value = "1,10,100", value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: Vec<u32>,

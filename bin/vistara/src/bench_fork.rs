@@ -7,11 +7,12 @@ mod burst;
 pub(crate) use burst::burst;
 
 use crate::bench_command::{Series, chosen, millis, tempdir};
+use crate::bench_raw::told as told_whole;
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::places::Places;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vistara_api::client::StreamItem;
 use vistara_api::stream::StreamEvent;
@@ -19,9 +20,8 @@ use vistara_api::{
     AttachRequest, Client, CreateTemplateRequest, ExecRequest, ForkRequest, Machine, RunRequest,
 };
 use vistara_model::{Accelerator, Bytes};
-use vistara_node::{RawFork, RawTemplate};
+use vistara_node::{RawFirecracker, RawFork, RawRun, RawTemplate, VmmError, raw_agent_ready};
 
-const HYPERVISOR: &str = "qemu";
 /// Memory of the guests on both sides.
 const MEMORY: Bytes = Bytes::mib(128);
 /// Runs of each side that are not counted: the first one makes the template.
@@ -80,9 +80,63 @@ struct Bench<'a> {
     image: String,
     /// The key of its template.
     template: String,
-    raw: RawTemplate,
+    hypervisor: Hypervisor,
+    raw: Baseline,
     conditions: Conditions,
     _scratch: crate::bench_command::Scratch,
+}
+
+/// Whose forks are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Hypervisor {
+    Qemu,
+    Firecracker,
+}
+
+impl Hypervisor {
+    fn name(self) -> &'static str {
+        match self {
+            Hypervisor::Qemu => "qemu",
+            Hypervisor::Firecracker => "firecracker",
+        }
+    }
+
+    /// What ours have for a network. A bare Firecracker would need a tap made for it, so there neither has one.
+    fn network(self) -> Option<String> {
+        match self {
+            Hypervisor::Qemu => None,
+            Hypervisor::Firecracker => Some("none".to_owned()),
+        }
+    }
+}
+
+/// What ours are measured against.
+enum Baseline {
+    Qemu(RawTemplate),
+    Firecracker(RawFirecracker),
+}
+
+/// A bare fork that has answered; it ends with this.
+enum Bare {
+    Qemu(RawFork),
+    Firecracker(RawRun, Duration),
+}
+
+impl Bare {
+    fn pid(&self) -> u32 {
+        match self {
+            Bare::Qemu(fork) => fork.pid(),
+            Bare::Firecracker(run, _) => run.pid(),
+        }
+    }
+
+    /// From the start of its monitor to its answer.
+    fn took(&self) -> Duration {
+        match self {
+            Bare::Qemu(fork) => fork.took,
+            Bare::Firecracker(_, took) => *took,
+        }
+    }
 }
 
 fn load() -> f64 {
@@ -95,6 +149,7 @@ impl<'a> Bench<'a> {
     async fn prepare(
         client: &'a Client,
         places: &Places,
+        hypervisor: Hypervisor,
         image: Option<&str>,
     ) -> Result<Bench<'a>, Failure> {
         let image = chosen(client.images().await?, image)?;
@@ -104,11 +159,15 @@ impl<'a> Bench<'a> {
             image: image.clone(),
             command: vec!["sleep".to_owned()],
             memory: Some(MEMORY.0.to_string()),
-            hypervisor: Some(HYPERVISOR.to_owned()),
+            hypervisor: Some(hypervisor.name().to_owned()),
+            network: hypervisor.network(),
             ..CreateTemplateRequest::default()
         };
         let template = client.create_template(&request).await?.template.key;
-        let choice = client.explain(&request_of(&image)).await?.choice;
+        let choice = client
+            .explain(&request_of(&image, hypervisor))
+            .await?
+            .choice;
         let accelerator = match choice.accelerator.as_str() {
             "kvm" => Accelerator::Kvm,
             _ => Accelerator::Tcg,
@@ -119,21 +178,25 @@ impl<'a> Bench<'a> {
             .ok_or_else(|| {
                 Failure::new("there is no guest kernel").hint("vistara kernel add debian")
             })?;
-        let qemu = crate::environment::path(crate::environment::QEMU)
-            .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"));
         let scratch = tempdir(places)?;
-        let raw = RawTemplate::make(
-            &qemu,
-            kernel.path.as_ref(),
-            accelerator,
-            MEMORY,
-            scratch.as_ref(),
-        )
-        .map_err(|error| Failure::because("the bare monitor cannot be forked", error))?;
+        let raw = match hypervisor {
+            Hypervisor::Qemu => {
+                let qemu = crate::environment::path(crate::environment::QEMU)
+                    .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"));
+                let kernel = kernel.path.as_ref();
+                RawTemplate::make(&qemu, kernel, accelerator, MEMORY, scratch.as_ref())
+                    .map(Baseline::Qemu)
+                    .map_err(|error| cannot_be_forked(&error))?
+            }
+            Hypervisor::Firecracker => {
+                Baseline::Firecracker(captured(client, &image, scratch.as_ref()).await?)
+            }
+        };
         Ok(Bench {
             client,
             image,
             template,
+            hypervisor,
             raw,
             conditions: Conditions {
                 vmm: choice.vmm,
@@ -148,9 +211,22 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn fork_raw(&self) -> Result<RawFork, Failure> {
-        let forked = self.raw.fork();
-        forked.map_err(|error| Failure::because("the bare monitor cannot be forked", error))
+    /// Waits for it: not for a task that others wait for.
+    fn fork_raw(&self) -> Result<Bare, Failure> {
+        match &self.raw {
+            Baseline::Qemu(template) => {
+                let forked = template.fork().map(Bare::Qemu);
+                forked.map_err(|error| cannot_be_forked(&error))
+            }
+            Baseline::Firecracker(like) => {
+                let restored = async {
+                    let (run, begin) = like.restore().await?;
+                    raw_agent_ready(&run).await?;
+                    Ok(Bare::Firecracker(run, begin.elapsed()))
+                };
+                waited_for(restored)?.map_err(|error: VmmError| cannot_be_forked(&error))
+            }
+        }
     }
 
     /// A machine that is forked for this request, whose program runs.
@@ -158,14 +234,15 @@ impl<'a> Bench<'a> {
         self.machine(&RunRequest {
             // With a name of its own none of the stock can stand in for it.
             hostname: Some("forked".to_owned()),
-            ..request_of(&self.image)
+            ..request_of(&self.image, self.hypervisor)
         })
         .await
     }
 
     /// A machine as a user gets it, from the stock where there is one, whose program runs.
     async fn usual(&self) -> Result<Machine, Failure> {
-        self.machine(&request_of(&self.image)).await
+        self.machine(&request_of(&self.image, self.hypervisor))
+            .await
     }
 
     /// Machines in stock of the template that is measured.
@@ -190,18 +267,7 @@ impl<'a> Bench<'a> {
 
     async fn machine(&self, request: &RunRequest) -> Result<Machine, Failure> {
         let machine = self.client.run(request).await?;
-        let request = AttachRequest::default();
-        let mut streams = self.client.attach(&machine.id, &request).await?;
-        loop {
-            match streams.output.next().await? {
-                Some(StreamItem::Event(StreamEvent::Started { machine })) => return Ok(*machine),
-                Some(StreamItem::Event(StreamEvent::Failed { error })) => {
-                    return Err(Failure::refused(&error));
-                }
-                Some(_) => {}
-                None => return Err(Failure::new("a machine ended before its program ran")),
-            }
-        }
+        started(self.client, &machine.id).await
     }
 
     async fn exec(&self, machine: &str) -> Result<(), Failure> {
@@ -228,12 +294,73 @@ impl<'a> Bench<'a> {
     }
 }
 
-fn request_of(image: &str) -> RunRequest {
+/// What comes of this, on a thread of its own: a caller in a burst has no other, and one in a task may not wait.
+fn waited_for<T: Send>(work: impl Future<Output = T> + Send) -> Result<T, Failure> {
+    let wait = || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        Ok(runtime.enable_all().build()?.block_on(work))
+    };
+    let waited: std::io::Result<T> = std::thread::scope(|scope| {
+        let waited = scope.spawn(wait).join();
+        waited.unwrap_or_else(|_| Err(std::io::Error::other("it panicked")))
+    });
+    waited.map_err(|error| Failure::because("a worker of the bench failed", error))
+}
+
+fn cannot_be_forked(error: &VmmError) -> Failure {
+    Failure::because("the bare monitor cannot be forked", told_whole(error))
+}
+
+/// A bare Firecracker like our machines of this image, captured when its guest's agent had answered.
+async fn captured(client: &Client, image: &str, dir: &Path) -> Result<RawFirecracker, Failure> {
+    let request = RunRequest {
+        no_template: true,
+        ..request_of(image, Hypervisor::Firecracker)
+    };
+    let machine = client.run(&request).await?;
+    let like = async {
+        started(client, &machine.id).await?;
+        let detail = client.machine(&machine.id).await?;
+        let program = crate::environment::path(crate::environment::FIRECRACKER);
+        let like = RawFirecracker::like(detail.dir.as_ref(), program, dir).await;
+        like.map_err(|error| cannot_be_forked(&error))
+    };
+    let like = like.await;
+    client.remove_machine(&machine.id, true).await?;
+    let like = like?;
+    let taken = async {
+        like.reset()?;
+        let run = like.start()?;
+        raw_agent_ready(&run).await?;
+        like.capture(run).await
+    };
+    taken.await.map_err(|error| cannot_be_forked(&error))?;
+    Ok(like)
+}
+
+/// Waits until a machine's program runs.
+async fn started(client: &Client, machine: &str) -> Result<Machine, Failure> {
+    let request = AttachRequest::default();
+    let mut streams = client.attach(machine, &request).await?;
+    loop {
+        match streams.output.next().await? {
+            Some(StreamItem::Event(StreamEvent::Started { machine })) => return Ok(*machine),
+            Some(StreamItem::Event(StreamEvent::Failed { error })) => {
+                return Err(Failure::refused(&error));
+            }
+            Some(_) => {}
+            None => return Err(Failure::new("a machine ended before its program ran")),
+        }
+    }
+}
+
+fn request_of(image: &str, hypervisor: Hypervisor) -> RunRequest {
     RunRequest {
         image: image.to_owned(),
         command: ["sleep", "100000"].map(str::to_owned).to_vec(),
         memory: Some(MEMORY.0.to_string()),
-        hypervisor: Some(HYPERVISOR.to_owned()),
+        hypervisor: Some(hypervisor.name().to_owned()),
+        network: hypervisor.network(),
         ..RunRequest::default()
     }
 }
@@ -260,11 +387,12 @@ fn median(mut values: Vec<u64>) -> u64 {
 pub(crate) async fn fork(
     client: &Client,
     places: &Places,
+    hypervisor: Hypervisor,
     image: Option<&str>,
     count: u32,
     json: bool,
 ) -> Result<u8, Failure> {
-    let mut bench = Bench::prepare(client, places, image).await?;
+    let mut bench = Bench::prepare(client, places, hypervisor, image).await?;
     let source = bench.forked().await?;
     let measured = fork_rounds(&bench, &source, count).await;
     client.remove_machine(&source.id, true).await?;
@@ -332,7 +460,7 @@ async fn fork_rounds(
         let counts = round >= WARM_UP;
         let bare = bench.fork_raw()?;
         let bare_pss = pss(bare.pid())?;
-        let took = bare.took;
+        let took = bare.took();
         drop(bare);
         let ours = one_run(bench, bench.forked()).await?;
         if counts {

@@ -1,6 +1,6 @@
 //! `vistara bench burst`: many machines at once.
 
-use super::{Bench, Conditions, load, told};
+use super::{Bare, Bench, Conditions, Hypervisor, load, told};
 use crate::bench_command::millis;
 use crate::failure::Failure;
 use crate::output::{print, print_json};
@@ -8,7 +8,6 @@ use crate::places::Places;
 use serde::Serialize;
 use std::time::Instant;
 use vistara_api::{Client, ForkRequest, Machine};
-use vistara_node::RawFork;
 
 /// Raw forks that are launched at once in a burst: more take each other's processors.
 const RAW_WORKERS: usize = 4;
@@ -45,11 +44,12 @@ struct BurstReport {
 pub(crate) async fn burst(
     client: &Client,
     places: &Places,
+    hypervisor: Hypervisor,
     image: Option<&str>,
     sizes: &[u32],
     json: bool,
 ) -> Result<u8, Failure> {
-    let mut bench = Bench::prepare(client, places, image).await?;
+    let mut bench = Bench::prepare(client, places, hypervisor, image).await?;
     let source = bench.forked().await?;
     let mut bursts = Vec::new();
     let mut failed = None;
@@ -171,7 +171,7 @@ async fn remove_all(bench: &Bench<'_>, machines: &[Machine]) -> Result<(), Failu
 }
 
 /// So many bare forks, all of which have answered.
-fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<RawFork>, Failure> {
+fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<Bare>, Failure> {
     let next = std::sync::atomic::AtomicU32::new(0);
     let work = || {
         let mut mine = Vec::new();
@@ -184,7 +184,7 @@ fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<RawFork>, Failure> {
         let workers: Vec<_> = (0..RAW_WORKERS).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
-            let mine: Result<Vec<RawFork>, Failure> = worker
+            let mine: Result<Vec<Bare>, Failure> = worker
                 .join()
                 .unwrap_or_else(|_| Err(Failure::new("a worker of the bench failed")));
             all.extend(mine?);
