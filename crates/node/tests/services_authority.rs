@@ -154,6 +154,7 @@ impl Target {
             request: serde_json::to_vec(&request(&["sleep", "1000"])).unwrap(),
             placement: Placement::default(),
             nodes: [own].into_iter().chain(others).collect(),
+            task: None,
         }
     }
 

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! asking ── lease ──► starting ──► up ── its program ends ──► resting ──► starting …
-//!    │                   │          │                            │
-//!    └── none to be had ─┴──────────┴── lease lost, not wanted ──┴──► stopping ──► gone
+//!    │                   │          │ │                          │
+//!    └── none to be had ─┴──────────┴─│ lease lost, not wanted ──┴──► stopping ──► gone
+//!                                     └ a task's program ends ──► ended ── most keepers know ──► gone
 //! ```
 //! A machine is there only between a lease that was granted and its end; the guard in its directory sees to the end where this
 //! node cannot. Each renewal puts the guard off. A node that starts again asks for the same slot under the same generation,
 //! and goes on with the machine that it finds.
 
-use super::{About, Event, Task};
+use super::tasks::{self, Ending};
+use super::{About, Event, Known, Task};
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::{self, boottime};
 use crate::machine::{Command, CopyOf, Handle};
@@ -40,6 +42,9 @@ const RAN_WELL: Duration = Duration::from_secs(60);
 /// Longest that a copy that is not wanted any more gets to end by itself.
 const GRACE_MAX: Duration = Duration::from_secs(5);
 
+/// How a copy is that has no lease yet.
+pub(crate) const ASKING: &str = "asking";
+
 /// What there is of a copy.
 enum Body {
     /// Nothing yet.
@@ -50,6 +55,8 @@ enum Body {
     Up(Arc<Handle>),
     /// Its program has ended and is started again at this time.
     Resting(Duration),
+    /// The task is done; keepers are to know.
+    Ended,
 }
 
 /// A slot that this node was given.
@@ -93,7 +100,9 @@ impl Job {
     pub(super) fn wake_at(&self) -> Duration {
         match self.body {
             Body::Resting(at) if !self.stopping => self.holder.wake_at().min(at),
-            Body::None | Body::Starting | Body::Up(_) | Body::Resting(_) => self.holder.wake_at(),
+            Body::None | Body::Starting | Body::Up(_) | Body::Resting(_) | Body::Ended => {
+                self.holder.wake_at()
+            }
         }
     }
 
@@ -109,10 +118,11 @@ impl Job {
     pub(super) fn shown(&self) -> wire::Copy {
         let (state, machine) = match &self.body {
             _ if self.stopping => ("stopping".to_owned(), None),
-            Body::None => ("asking".to_owned(), None),
+            Body::None => (ASKING.to_owned(), None),
             Body::Starting => ("starting".to_owned(), None),
             Body::Up(handle) => (handle.state().to_string(), Some(handle.id.to_string())),
             Body::Resting(_) => ("resting".to_owned(), None),
+            Body::Ended => (MachineState::Ended.to_string(), None),
         };
         wire::Copy {
             number: self.holder.slot().number,
@@ -126,7 +136,12 @@ impl Job {
 }
 
 /// What a copy's machine is asked for with.
-fn request(document: &ServiceDocument, asker: &Asker, number: u32) -> Answer<RunRequest> {
+fn request(
+    document: &ServiceDocument,
+    asker: &Asker,
+    number: u32,
+    generation: Generation,
+) -> Answer<RunRequest> {
     let mut request: RunRequest = serde_json::from_slice(&document.request)
         .map_err(|error| Fault::user(format!("the service's request makes no sense: {error}")))?;
     // Where it runs is not its owner's host, whoever's it is: nothing of a host is a copy's.
@@ -141,6 +156,9 @@ fn request(document: &ServiceDocument, asker: &Asker, number: u32) -> Answer<Run
     (request.tty, request.nonce) = (None, None);
     if request.hostname.is_none() {
         request.hostname = Some(format!("{}-{number}", document.name));
+    }
+    if let Some(task) = &document.task {
+        tasks::tell_program(&mut request.env, &task.key, generation.0);
     }
     if let Asker::Foreign(foreign, _) = asker {
         tame(&Caller::Foreign(Arc::clone(foreign)), &mut request)?;
@@ -203,11 +221,12 @@ impl Task {
             let Some(copy) = record.copy_of.clone() else {
                 continue;
             };
-            if record.state == MachineState::Ended {
-                continue;
-            }
             let number = u128::from_str_radix(&copy.service, 16).map(ServiceId);
             let known = number.ok().and_then(|id| self.known.get_mut(&id));
+            if record.state == MachineState::Ended {
+                self.take_over_ended(&handle);
+                continue;
+            }
             let keepers = known.as_ref().and_then(|known| known.keepers.clone());
             let (Some(known), Some(keepers)) = (known, keepers) else {
                 tracing::info!(machine = %handle.id, "a copy of a service that is not known here is ended");
@@ -227,13 +246,49 @@ impl Task {
                 acquire: RESUMED_ACQUIRE,
                 ..self.terms
             };
-            let holder = Holder::new(terms, slot, copy.generation, keepers, now);
+            let holder = Holder::resumed(terms, slot, copy.generation, keepers, now);
             let mut job = Job::new(holder, None, None);
             job.up_since = now;
             job.body = Body::Up(Arc::clone(&handle));
             known.jobs.insert(copy.number, job);
             self.watch(slot, copy.generation, handle);
         }
+    }
+
+    /// A machine of an earlier start that has ended: of a task whose program has come to its end keepers may not know.
+    fn take_over_ended(&mut self, handle: &Arc<Handle>) {
+        let now = boottime();
+        let record = handle.record();
+        let (Some(own), Some(copy)) = (self.own(), &record.copy_of) else {
+            return;
+        };
+        let number = u128::from_str_radix(&copy.service, 16).map(ServiceId);
+        let Some(known) = number.ok().and_then(|id| self.known.get_mut(&id)) else {
+            return;
+        };
+        let document = known.sealed.document();
+        if document.removed {
+            return self.clear(Arc::clone(handle), None);
+        }
+        let (Some(keepers), true) = (known.keepers.clone(), document.task.is_some()) else {
+            return;
+        };
+        let Ending::Program(code) = tasks::ending(&record, true) else {
+            return;
+        };
+        if known.jobs.contains_key(&copy.number) {
+            return;
+        }
+        let slot = Slot {
+            service: known.id(),
+            number: copy.number,
+        };
+        let mut holder = Holder::resumed(self.terms, slot, copy.generation, keepers, now);
+        let outputs = holder.finish(now, own, code);
+        let mut job = Job::new(holder, None, None);
+        job.body = Body::Ended;
+        known.jobs.insert(copy.number, job);
+        self.carry_out(slot, outputs);
     }
 
     /// Does what is due for the copies of a service.
@@ -326,13 +381,13 @@ impl Task {
                 },
                 HolderOutput::Failed(largest) => {
                     if let Some(job) = self.job(slot) {
-                        let why = "no lease for the slot was to be had".to_owned();
-                        job.failed = Some((largest, why));
+                        let why = || (largest, "no lease for the slot was to be had".to_owned());
+                        job.failed.get_or_insert_with(why);
                     }
                     self.stop(slot);
                 }
                 HolderOutput::Stop => self.stop(slot),
-                HolderOutput::Ended(_) => {}
+                HolderOutput::Ended(noted) => self.told(slot, noted),
             }
         }
     }
@@ -345,7 +400,7 @@ impl Task {
         );
         if let Some(job) = self.job(slot)
             && parting
-            && !matches!(job.body, Body::None | Body::Resting(_))
+            && !matches!(job.body, Body::None | Body::Resting(_) | Body::Ended)
         {
             let Body::Up(handle) = &job.body else {
                 job.last_words.push((to, question));
@@ -384,7 +439,7 @@ impl Task {
             let made = async {
                 let document = document.document();
                 let asker = role?;
-                let mut request = request(document, &asker, slot.number)?;
+                let mut request = request(document, &asker, slot.number, generation)?;
                 let service = super::id_text(slot.service);
                 // The ended machines of this slot here: what they printed was there to be read until now.
                 for old in node.all() {
@@ -478,12 +533,12 @@ impl Task {
                 if job.stopping {
                     return self.gone(slot, generation);
                 }
-                self.let_go(slot, &why);
+                self.could_not(slot, why);
             }
         }
     }
 
-    /// A copy's machine has ended. It is started again, after a while, as long as the lease is there.
+    /// A copy's machine has ended. A service's is started again, after a while, as long as the lease is there.
     pub(super) fn ended(&mut self, slot: Slot, generation: Generation, machine: &MachineId) {
         let now = boottime();
         let Some(job) = self.job_of(slot, generation) else {
@@ -494,6 +549,12 @@ impl Task {
             return;
         }
         let record = handle.record();
+        if let Some(known) = self.known.get(&slot.service)
+            && known.document().task.is_some()
+        {
+            return self.task_ended(slot, &record);
+        }
+        let Some(job) = self.job(slot) else { return };
         let code = record.end.as_ref().map_or(125, |end| end.exit_code());
         let told = record.end.as_ref().and_then(|end| end.message());
         job.trouble = Some(match told {
@@ -506,6 +567,68 @@ impl Task {
         job.rest = (job.rest * 2).clamp(REST_MIN, REST_MAX);
         job.body = Body::Resting(now + job.rest);
         tracing::info!(service = super::id_text(slot.service), slot = slot.number, code, rest = ?job.rest, "a copy's program has ended");
+    }
+
+    /// A task's machine has ended.
+    fn task_ended(&mut self, slot: Slot, record: &crate::machine::Record) {
+        let now = boottime();
+        let (Some(own), Some(job)) = (self.own(), self.job(slot)) else {
+            return;
+        };
+        let ending = tasks::ending(record, job.given_by.is_none());
+        tracing::info!(
+            service = super::id_text(slot.service),
+            slot = slot.number,
+            ?ending,
+            "a task's machine has ended"
+        );
+        match ending {
+            Ending::Program(code) => {
+                job.body = Body::Ended;
+                let outputs = job.holder.finish(now, own, code);
+                self.carry_out(slot, outputs);
+            }
+            // What it printed stays to be read until the slot is run here again, or the task is forgotten.
+            Ending::NeverBegan(why) => {
+                job.body = Body::None;
+                self.could_not(slot, why);
+            }
+            Ending::Unclear(why) => {
+                job.body = Body::None;
+                self.let_go(slot, &why);
+            }
+        }
+    }
+
+    /// Keepers have noted that a task is done; or others were granted it, and this end counts no more. Its machine stays, for
+    /// what it printed.
+    fn told(&mut self, slot: Slot, noted: bool) {
+        let known = self.known.get_mut(&slot.service);
+        if let Some(job) = known.and_then(|known| known.jobs.remove(&slot.number)) {
+            let generation = job.holder.generation().0;
+            tracing::info!(
+                service = super::id_text(slot.service),
+                slot = slot.number,
+                generation,
+                noted,
+                "keepers were told that a task is done"
+            );
+        }
+    }
+
+    /// A copy's program was never begun here, for this reason: its lease was never used.
+    fn could_not(&mut self, slot: Slot, why: String) {
+        let Some(job) = self.job(slot).filter(|job| !job.stopping) else {
+            return;
+        };
+        // No generation: there was a lease to be had.
+        job.failed.get_or_insert((Generation(0), why));
+        let outputs = job.holder.never_ran();
+        if outputs.is_empty() {
+            // Over already.
+            return self.stop(slot);
+        }
+        self.carry_out(slot, outputs);
     }
 
     /// Gives a slot up, for this reason.
@@ -546,7 +669,7 @@ impl Task {
         job.stopping = true;
         let generation = job.holder.generation();
         match &job.body {
-            Body::None | Body::Resting(_) => self.gone(slot, generation),
+            Body::None | Body::Resting(_) | Body::Ended => self.gone(slot, generation),
             // It is ended as soon as it is there.
             Body::Starting => {}
             Body::Up(_) => self.end_body(slot),
@@ -604,6 +727,38 @@ impl Task {
                 let _ = events.send(event).await;
             }
         });
+    }
+
+    /// The copies that this node holds, and the machine of a task that has ended here.
+    pub(super) fn shown_copies(&self, known: &Known) -> Vec<wire::Copy> {
+        let mut copies: Vec<wire::Copy> = known.jobs.values().map(Job::shown).collect();
+        if known.document().task.is_none() {
+            return copies;
+        }
+        let service = super::id_text(known.id());
+        for handle in self.node.all() {
+            let record = handle.record();
+            let copy = record.copy_of.as_ref();
+            let Some(copy) = copy.filter(|copy| copy.service == service) else {
+                continue;
+            };
+            let runs = known.jobs.get(&copy.number);
+            if record.state != MachineState::Ended
+                || runs.is_some_and(|job| !matches!(job.body, Body::Ended))
+            {
+                continue;
+            }
+            copies.retain(|shown| shown.number != copy.number);
+            copies.push(wire::Copy {
+                number: copy.number,
+                generation: copy.generation,
+                machine: Some(handle.id.to_string()),
+                state: MachineState::Ended.to_string(),
+                restarts: 0,
+                trouble: None,
+            });
+        }
+        copies
     }
 
     /// Whether a machine of it is here.
