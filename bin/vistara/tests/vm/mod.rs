@@ -3,6 +3,7 @@
 // Helpers outside a test function: a failure is the test's. Each file of tests uses a part of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
+pub(crate) mod three;
 pub(crate) mod two;
 
 use std::fs::File;

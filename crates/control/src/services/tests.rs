@@ -346,6 +346,36 @@ fn a_task_that_a_node_finds_when_it_starts_again_is_never_said_not_to_have_run()
 }
 
 #[test]
+fn a_task_that_nobody_can_take_waits_and_one_that_nobody_gets_a_lease_for_is_lost() {
+    let keeper = keeper(1, Semantics::AtMostOnce);
+    let mut overseer = Overseer::new(id(1), NOW);
+    let mut now = NOW;
+    let mut look = |failed: Generation| {
+        now += 30 * SECOND;
+        let mut actions = overseer.poll(now, &keeper, |_| true);
+        actions.retain(|action| !matches!(action, Action::Send(_, ToKeeper::Begin { .. })));
+        overseer.failed(SLOT, failed);
+        actions
+    };
+    // No node has room for it, or none can make its machine: whichever, it was never begun.
+    for round in 1..20 {
+        let actions = look(Generation(0));
+        let placed = |action: &Action| matches!(action, Action::Place { .. });
+        assert!(
+            actions.iter().all(placed) && !actions.is_empty(),
+            "{round}: {actions:?}"
+        );
+    }
+    // Others know of a grant that this keeper does not.
+    let lost = (0..4).find_map(|_| {
+        let actions = look(Generation(30));
+        let lose = |action: &Action| matches!(action, Action::Send(_, ToKeeper::Lose { .. }));
+        actions.iter().all(lose).then_some(actions.len())
+    });
+    assert_eq!(lost, Some(3));
+}
+
+#[test]
 fn keepers_tell_each_other_of_an_end_until_all_have_heard() {
     let semantics = Semantics::AtMostOnce;
     let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();

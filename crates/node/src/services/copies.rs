@@ -27,7 +27,7 @@ use vistara_control::services::{
     FromKeeper, Holder, HolderOutput, Keepers, ServiceId, Slot, Terms, ToKeeper,
 };
 use vistara_mesh::service::ServiceDocument;
-use vistara_model::{Generation, MachineId, MachineState, NodeId};
+use vistara_model::{EndReason, Generation, MachineId, MachineState, NodeId};
 
 /// How long before the lease's end the guard acts: half of what the node itself has for it.
 const GUARD_BEFORE: Duration = Duration::from_millis(500);
@@ -273,7 +273,7 @@ impl Task {
         let (Some(keepers), true) = (known.keepers.clone(), document.task.is_some()) else {
             return;
         };
-        let Ending::Program(code) = tasks::ending(&record, true) else {
+        let Ending::Program(code) = tasks::ending(record.end.as_ref(), true) else {
             return;
         };
         if known.jobs.contains_key(&copy.number) {
@@ -552,7 +552,7 @@ impl Task {
         if let Some(known) = self.known.get(&slot.service)
             && known.document().task.is_some()
         {
-            return self.task_ended(slot, &record);
+            return self.task_ended(slot, record.end.as_ref());
         }
         let Some(job) = self.job(slot) else { return };
         let code = record.end.as_ref().map_or(125, |end| end.exit_code());
@@ -570,12 +570,12 @@ impl Task {
     }
 
     /// A task's machine has ended.
-    fn task_ended(&mut self, slot: Slot, record: &crate::machine::Record) {
+    fn task_ended(&mut self, slot: Slot, end: Option<&EndReason>) {
         let now = boottime();
         let (Some(own), Some(job)) = (self.own(), self.job(slot)) else {
             return;
         };
-        let ending = tasks::ending(record, job.given_by.is_none());
+        let ending = tasks::ending(end, job.given_by.is_none());
         tracing::info!(
             service = super::id_text(slot.service),
             slot = slot.number,

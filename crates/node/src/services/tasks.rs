@@ -8,7 +8,6 @@
 
 use super::{About, Draft, Known, Task};
 use crate::fault::{Answer, Fault, blocking};
-use crate::machine::Record;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vistara_control::services::wire::{Status, ToNode};
@@ -49,8 +48,8 @@ pub(super) enum Ending {
 
 /// Of a machine that an earlier start of the node had (`resumed`) it is not known who stopped it: its user, or this node when its
 /// lease was lost.
-pub(super) fn ending(record: &Record, resumed: bool) -> Ending {
-    let Some(end) = &record.end else {
+pub(super) fn ending(end: Option<&EndReason>, resumed: bool) -> Ending {
+    let Some(end) = end else {
         return Ending::Unclear("its machine has ended without a reason".to_owned());
     };
     let why = || {
@@ -277,6 +276,44 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vistara_model::ExitStatus;
+
+    #[test]
+    fn only_what_a_program_did_itself_is_its_tasks_end() {
+        let message = || "why".to_owned();
+        let status = ExitStatus::Code(3);
+        let exited = EndReason::Exited {
+            status,
+            out_of_memory: false,
+        };
+        let missing = EndReason::StartFailed {
+            code: 127,
+            message: message(),
+        };
+        let stopped = EndReason::Stopped {
+            status: Some(status),
+        };
+        let unprepared = EndReason::PrepareFailed { message: message() };
+        for resumed in [false, true] {
+            assert_eq!(ending(Some(&exited), resumed), Ending::Program(3));
+            assert_eq!(ending(Some(&missing), resumed), Ending::Program(127));
+            let never = Ending::NeverBegan(message());
+            assert_eq!(ending(Some(&unprepared), resumed), never);
+            for unclear in [
+                EndReason::VmmFailed { message: message() },
+                EndReason::BootFailed { message: message() },
+                EndReason::Lost { message: message() },
+                EndReason::GuestPanic { message: message() },
+            ] {
+                let ending = ending(Some(&unclear), resumed);
+                assert!(matches!(ending, Ending::Unclear(_)), "{ending:?}");
+            }
+            assert!(matches!(ending(None, resumed), Ending::Unclear(_)));
+        }
+        // Stopped by its user; or, for all that is known, by a node that had lost its lease.
+        assert_eq!(ending(Some(&stopped), false), Ending::Program(3));
+        assert!(matches!(ending(Some(&stopped), true), Ending::Unclear(_)));
+    }
 
     #[test]
     fn ended_tasks_are_forgotten_after_a_day_and_beyond_their_number_unless_somebody_chose_the_key()
