@@ -298,22 +298,30 @@ impl Keeper {
                 })
             }
             ToKeeper::Done { slot, outcome } => {
-                if from != outcome.node && !self.keepers.nodes.contains(&from) {
+                let told = self.keepers.nodes.contains(&from);
+                if from != outcome.node && !told {
                     return None;
                 }
-                // One that was granted by others is as true; one that was replaced does not count any more.
                 let generation = outcome.generation;
                 let record = self.records.entry(slot.number).or_default();
                 let same = record.held == Some((generation, outcome.node))
                     || record.outcome == Some(outcome);
+                // One that was replaced does not count any more.
                 if !same && generation <= record.largest {
                     return Some(FromKeeper::Superseded(slot, generation));
+                }
+                // One that was granted by others is as true, but it is theirs to say: whoever may ask could say it himself.
+                if !same && !told {
+                    return None;
                 }
                 record.outcome = Some(outcome);
                 record.largest = generation;
                 Some(FromKeeper::DoneNoted(slot, generation))
             }
             ToKeeper::Lose { slot, generation } => {
+                if !self.keepers.nodes.contains(&from) {
+                    return None;
+                }
                 let record = self.records.entry(slot.number).or_default();
                 if record.outcome.is_some() {
                     return None;

@@ -145,7 +145,12 @@ fn a_task_that_has_a_lease_is_not_lost_and_one_that_is_done_is_not_begun() {
     assert_eq!(keeper.handle(NOW, id(12), done(11, 1)), None);
     let superseded = FromKeeper::Superseded(slot, generation);
     assert_eq!(keeper.handle(NOW, id(12), done(12, 1)), Some(superseded));
+    // One that was never granted it here: that is for other keepers to say.
+    assert_eq!(keeper.handle(NOW, id(12), done(12, 9)), None);
     assert_eq!(keeper.record(0).end(), None);
+    let mut other = self::keeper(2, Semantics::AtLeastOnce);
+    assert!(other.handle(NOW, id(1), done(11, 1)).is_some());
+    assert_eq!(other.record(0).end(), Some(End::Done(outcome(11, 1))));
     let noted = FromKeeper::DoneNoted(slot, generation);
     assert_eq!(keeper.handle(NOW, id(11), done(11, 1)), Some(noted));
     assert_eq!(keeper.record(0).end(), Some(End::Done(outcome(11, 1))));
@@ -160,6 +165,12 @@ fn what_was_reported_lost_is_done_after_all_where_its_holder_comes_back_and_neve
     ask(&mut keeper, NOW, 11, 1).unwrap();
     let later = NOW + 100 * SECOND;
     let lose = ToKeeper::Lose { slot, generation };
+    assert_eq!(
+        keeper.handle(later, id(11), lose.clone()),
+        None,
+        "no keeper"
+    );
+    assert_eq!(keeper.record(0).end(), None);
     assert!(keeper.handle(later, id(1), lose.clone()).is_some());
     assert_eq!(keeper.record(0).end(), Some(End::Lost));
     assert!(keeper.handle(later, id(11), done(11, 1)).is_some());
