@@ -138,7 +138,8 @@ pub(super) async fn draft(
 
 /// A name from an image's: what comes after the last slash, without tag and digest; nothing of a digest alone.
 fn called(image: &str, id: &str) -> String {
-    if id.contains(image) {
+    let digits = id.rsplit(':').next().unwrap_or(id);
+    if id.starts_with(image) || digits.starts_with(image) {
         return String::new();
     }
     let last = image.rsplit('/').next().unwrap_or_default();

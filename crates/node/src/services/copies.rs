@@ -10,8 +10,7 @@
 //! node cannot. Each renewal puts the guard off. A node that starts again asks for the same slot under the same generation,
 //! and goes on with the machine that it finds.
 
-use super::tasks::{self, Ending};
-use super::{About, Event, Known, Task};
+use super::{About, Event, Task, tasks};
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::{self, boottime};
 use crate::machine::{Command, CopyOf, Handle};
@@ -27,7 +26,7 @@ use vistara_control::services::{
     FromKeeper, Holder, HolderOutput, Keepers, ServiceId, Slot, Terms, ToKeeper,
 };
 use vistara_mesh::service::ServiceDocument;
-use vistara_model::{EndReason, Generation, MachineId, MachineState, NodeId};
+use vistara_model::{Generation, MachineId, MachineState, NodeId};
 
 /// How long before the lease's end the guard acts: half of what the node itself has for it.
 const GUARD_BEFORE: Duration = Duration::from_millis(500);
@@ -46,7 +45,7 @@ const GRACE_MAX: Duration = Duration::from_secs(5);
 pub(crate) const ASKING: &str = "asking";
 
 /// What there is of a copy.
-enum Body {
+pub(super) enum Body {
     /// Nothing yet.
     None,
     /// Its machine is being made.
@@ -61,12 +60,14 @@ enum Body {
 
 /// A slot that this node was given.
 pub(super) struct Job {
-    holder: Holder,
+    pub(super) holder: Holder,
     /// Who gave it; nobody where it was taken over from an earlier start.
     given_by: Option<NodeId>,
     /// The offer that its first machine is made under.
     offer: Option<RequestId>,
-    body: Body,
+    pub(super) body: Body,
+    /// Whether its machine had been told to end before this node started: by whom is not known.
+    pub(super) end_found: bool,
     stopping: bool,
     /// What is to be told when it is gone.
     last_words: Vec<(NodeId, ToKeeper)>,
@@ -80,12 +81,13 @@ pub(super) struct Job {
 }
 
 impl Job {
-    fn new(holder: Holder, given_by: Option<NodeId>, offer: Option<RequestId>) -> Job {
+    pub(super) fn new(holder: Holder, given_by: Option<NodeId>, offer: Option<RequestId>) -> Job {
         Job {
             holder,
             given_by,
             offer,
             body: Body::None,
+            end_found: false,
             stopping: false,
             last_words: Vec::new(),
             failed: None,
@@ -167,7 +169,7 @@ fn request(
 }
 
 impl Task {
-    fn job(&mut self, slot: Slot) -> Option<&mut Job> {
+    pub(super) fn job(&mut self, slot: Slot) -> Option<&mut Job> {
         self.known
             .get_mut(&slot.service)?
             .jobs
@@ -249,46 +251,11 @@ impl Task {
             let holder = Holder::resumed(terms, slot, copy.generation, keepers, now);
             let mut job = Job::new(holder, None, None);
             job.up_since = now;
+            job.end_found = record.end.is_some();
             job.body = Body::Up(Arc::clone(&handle));
             known.jobs.insert(copy.number, job);
             self.watch(slot, copy.generation, handle);
         }
-    }
-
-    /// A machine of an earlier start that has ended: of a task whose program has come to its end keepers may not know.
-    fn take_over_ended(&mut self, handle: &Arc<Handle>) {
-        let now = boottime();
-        let record = handle.record();
-        let (Some(own), Some(copy)) = (self.own(), &record.copy_of) else {
-            return;
-        };
-        let number = u128::from_str_radix(&copy.service, 16).map(ServiceId);
-        let Some(known) = number.ok().and_then(|id| self.known.get_mut(&id)) else {
-            return;
-        };
-        let document = known.sealed.document();
-        if document.removed {
-            return self.clear(Arc::clone(handle), None);
-        }
-        let (Some(keepers), true) = (known.keepers.clone(), document.task.is_some()) else {
-            return;
-        };
-        let Ending::Program(code) = tasks::ending(record.end.as_ref(), true) else {
-            return;
-        };
-        if known.jobs.contains_key(&copy.number) {
-            return;
-        }
-        let slot = Slot {
-            service: known.id(),
-            number: copy.number,
-        };
-        let mut holder = Holder::resumed(self.terms, slot, copy.generation, keepers, now);
-        let outputs = holder.finish(now, own, code);
-        let mut job = Job::new(holder, None, None);
-        job.body = Body::Ended;
-        known.jobs.insert(copy.number, job);
-        self.carry_out(slot, outputs);
     }
 
     /// Does what is due for the copies of a service.
@@ -369,7 +336,7 @@ impl Task {
         }
     }
 
-    fn carry_out(&mut self, slot: Slot, outputs: Vec<HolderOutput>) {
+    pub(super) fn carry_out(&mut self, slot: Slot, outputs: Vec<HolderOutput>) {
         for output in outputs {
             match output {
                 HolderOutput::Send(to, question) => self.say(slot, to, question),
@@ -569,55 +536,8 @@ impl Task {
         tracing::info!(service = super::id_text(slot.service), slot = slot.number, code, rest = ?job.rest, "a copy's program has ended");
     }
 
-    /// A task's machine has ended.
-    fn task_ended(&mut self, slot: Slot, end: Option<&EndReason>) {
-        let now = boottime();
-        let (Some(own), Some(job)) = (self.own(), self.job(slot)) else {
-            return;
-        };
-        let ending = tasks::ending(end, job.given_by.is_none());
-        tracing::info!(
-            service = super::id_text(slot.service),
-            slot = slot.number,
-            ?ending,
-            "a task's machine has ended"
-        );
-        match ending {
-            Ending::Program(code) => {
-                job.body = Body::Ended;
-                let outputs = job.holder.finish(now, own, code);
-                self.carry_out(slot, outputs);
-            }
-            // What it printed stays to be read until the slot is run here again, or the task is forgotten.
-            Ending::NeverBegan(why) => {
-                job.body = Body::None;
-                self.could_not(slot, why);
-            }
-            Ending::Unclear(why) => {
-                job.body = Body::None;
-                self.let_go(slot, &why);
-            }
-        }
-    }
-
-    /// Keepers have noted that a task is done; or others were granted it, and this end counts no more. Its machine stays, for
-    /// what it printed.
-    fn told(&mut self, slot: Slot, noted: bool) {
-        let known = self.known.get_mut(&slot.service);
-        if let Some(job) = known.and_then(|known| known.jobs.remove(&slot.number)) {
-            let generation = job.holder.generation().0;
-            tracing::info!(
-                service = super::id_text(slot.service),
-                slot = slot.number,
-                generation,
-                noted,
-                "keepers were told that a task is done"
-            );
-        }
-    }
-
     /// A copy's program was never begun here, for this reason: its lease was never used.
-    fn could_not(&mut self, slot: Slot, why: String) {
+    pub(super) fn could_not(&mut self, slot: Slot, why: String) {
         let Some(job) = self.job(slot).filter(|job| !job.stopping) else {
             return;
         };
@@ -632,7 +552,7 @@ impl Task {
     }
 
     /// Gives a slot up, for this reason.
-    fn let_go(&mut self, slot: Slot, why: &str) {
+    pub(super) fn let_go(&mut self, slot: Slot, why: &str) {
         let Some(job) = self.job(slot).filter(|job| !job.stopping) else {
             return;
         };
@@ -717,7 +637,7 @@ impl Task {
     }
 
     /// Ends and removes a machine that nobody has a lease for.
-    fn clear(&self, handle: Arc<Handle>, told: Option<Event>) {
+    pub(super) fn clear(&self, handle: Arc<Handle>, told: Option<Event>) {
         let (events, node) = (self.sender(), Arc::clone(&self.node));
         tokio::spawn(async move {
             if let Err(fault) = node.remove(&handle, true).await {
@@ -727,38 +647,6 @@ impl Task {
                 let _ = events.send(event).await;
             }
         });
-    }
-
-    /// The copies that this node holds, and the machine of a task that has ended here.
-    pub(super) fn shown_copies(&self, known: &Known) -> Vec<wire::Copy> {
-        let mut copies: Vec<wire::Copy> = known.jobs.values().map(Job::shown).collect();
-        if known.document().task.is_none() {
-            return copies;
-        }
-        let service = super::id_text(known.id());
-        for handle in self.node.all() {
-            let record = handle.record();
-            let copy = record.copy_of.as_ref();
-            let Some(copy) = copy.filter(|copy| copy.service == service) else {
-                continue;
-            };
-            let runs = known.jobs.get(&copy.number);
-            if record.state != MachineState::Ended
-                || runs.is_some_and(|job| !matches!(job.body, Body::Ended))
-            {
-                continue;
-            }
-            copies.retain(|shown| shown.number != copy.number);
-            copies.push(wire::Copy {
-                number: copy.number,
-                generation: copy.generation,
-                machine: Some(handle.id.to_string()),
-                state: MachineState::Ended.to_string(),
-                restarts: 0,
-                trouble: None,
-            });
-        }
-        copies
     }
 
     /// Whether a machine of it is here.

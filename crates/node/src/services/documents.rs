@@ -3,6 +3,7 @@
 use super::keeping::spec;
 use super::last_words::{self, LastWord};
 use super::store::{self, Stored, text};
+use super::tasks;
 use super::{
     About, Event, Kind, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
     VERDICT_SHARE, Verdict,
@@ -174,7 +175,7 @@ impl Task {
         };
         let name = match draft.name {
             Some(name) => name,
-            None => made_up(&draft.called, &id),
+            None => tasks::made_up(&draft.called, &id),
         };
         let same = |known: &Known| {
             let document = known.document();
@@ -660,17 +661,6 @@ impl Task {
     /// Has the events' sender, for tasks of its own.
     pub(super) fn sender(&self) -> tokio::sync::mpsc::Sender<Event> {
         self.events.clone()
-    }
-}
-
-/// A name for a task that was given none, of at most as many letters as one has.
-fn made_up(called: &str, id: &str) -> String {
-    let id = &id[..id.len().min(6)];
-    let room = service::NAME_BYTES_MAX - id.len() - 1;
-    let called = called.get(..room).unwrap_or(called).trim_matches('-');
-    match called {
-        "" => format!("task-{id}"),
-        called => format!("{called}-{id}"),
     }
 }
 

@@ -15,6 +15,7 @@
 mod admission;
 mod copies;
 mod documents;
+mod endings;
 #[cfg(test)]
 mod fixtures;
 mod keeping;

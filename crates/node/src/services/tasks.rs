@@ -1,10 +1,8 @@
 //! What tasks have that services have not: keys, ends, and an owner's node that waits for the end and forgets the task some time
 //! after it.
 //!
-//! A task is done where its own program has ended; where only its machine has (the monitor died, the guest's kernel panicked,
-//! the host went down) nobody knows how far the program came: an at-most-once task is lost then, an at-least-once task is
-//! run again. Keepers note either for good ([`vistara_control::services::End`]) and forget it with the owner's word alone: who
-//! forgot it by itself might have it run again.
+//! Keepers note an end for good ([`vistara_control::services::End`]) and forget it with the owner's word alone: who forgot it by
+//! itself might have the task run again.
 
 use super::{About, Draft, Known, Task};
 use crate::fault::{Answer, Fault, blocking};
@@ -12,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vistara_control::services::wire::{Status, ToNode};
 use vistara_control::services::{End, Keeper, ServiceId, end_of};
-use vistara_mesh::service::ServiceDocument;
-use vistara_model::{EndReason, NodeId};
+use vistara_mesh::service::{NAME_BYTES_MAX, ServiceDocument};
+use vistara_model::NodeId;
 
 /// How long the owner's node keeps a task that is over, with its key and what it printed.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
@@ -35,41 +33,6 @@ pub(crate) struct Settled {
     pub(crate) heard_s: u64,
 }
 
-/// What the end of a task's machine says of the task.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Ending {
-    /// Its program has ended, with this exit code.
-    Program(u8),
-    /// Its program never began, for this reason.
-    NeverBegan(String),
-    /// Nobody knows how far it came, for this reason.
-    Unclear(String),
-}
-
-/// Of a machine that an earlier start of the node had (`resumed`) it is not known who stopped it: its user, or this node when its
-/// lease was lost.
-pub(super) fn ending(end: Option<&EndReason>, resumed: bool) -> Ending {
-    let Some(end) = end else {
-        return Ending::Unclear("its machine has ended without a reason".to_owned());
-    };
-    let why = || {
-        end.message()
-            .unwrap_or_else(|| "its machine was stopped".to_owned())
-    };
-    match end {
-        EndReason::Exited { .. } | EndReason::StartFailed { .. } | EndReason::TimedOut => {
-            Ending::Program(end.exit_code())
-        }
-        EndReason::Stopped { .. } if !resumed => Ending::Program(end.exit_code()),
-        EndReason::PrepareFailed { .. } => Ending::NeverBegan(why()),
-        EndReason::Stopped { .. }
-        | EndReason::GuestPanic { .. }
-        | EndReason::VmmFailed { .. }
-        | EndReason::BootFailed { .. }
-        | EndReason::Lost { .. } => Ending::Unclear(why()),
-    }
-}
-
 /// What the program is told of its task, whatever was in its environment under these names.
 pub(super) fn tell_program(env: &mut Vec<String>, key: &str, attempt: u64) {
     for (name, value) in [
@@ -78,6 +41,17 @@ pub(super) fn tell_program(env: &mut Vec<String>, key: &str, attempt: u64) {
     ] {
         env.retain(|line| line.split('=').next() != Some(name));
         env.push(format!("{name}={value}"));
+    }
+}
+
+/// A name for a task that was given none, of at most as many letters as one has.
+pub(super) fn made_up(called: &str, id: &str) -> String {
+    let id = &id[..id.len().min(6)];
+    let room = NAME_BYTES_MAX - id.len() - 1;
+    let called = called.get(..room).unwrap_or(called).trim_matches('-');
+    match called {
+        "" => format!("task-{id}"),
+        called => format!("{called}-{id}"),
     }
 }
 
@@ -276,45 +250,6 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vistara_model::ExitStatus;
-
-    #[test]
-    fn only_what_a_program_did_itself_is_its_tasks_end() {
-        let message = || "why".to_owned();
-        let status = ExitStatus::Code(3);
-        let exited = EndReason::Exited {
-            status,
-            out_of_memory: false,
-        };
-        let missing = EndReason::StartFailed {
-            code: 127,
-            message: message(),
-        };
-        let stopped = EndReason::Stopped {
-            status: Some(status),
-        };
-        let unprepared = EndReason::PrepareFailed { message: message() };
-        for resumed in [false, true] {
-            assert_eq!(ending(Some(&exited), resumed), Ending::Program(3));
-            assert_eq!(ending(Some(&missing), resumed), Ending::Program(127));
-            let never = Ending::NeverBegan(message());
-            assert_eq!(ending(Some(&unprepared), resumed), never);
-            for unclear in [
-                EndReason::VmmFailed { message: message() },
-                EndReason::BootFailed { message: message() },
-                EndReason::Lost { message: message() },
-                EndReason::GuestPanic { message: message() },
-            ] {
-                let ending = ending(Some(&unclear), resumed);
-                assert!(matches!(ending, Ending::Unclear(_)), "{ending:?}");
-            }
-            assert!(matches!(ending(None, resumed), Ending::Unclear(_)));
-        }
-        // Stopped by its user; or, for all that is known, by a node that had lost its lease.
-        assert_eq!(ending(Some(&stopped), false), Ending::Program(3));
-        assert!(matches!(ending(Some(&stopped), true), Ending::Unclear(_)));
-    }
-
     #[test]
     fn ended_tasks_are_forgotten_after_a_day_and_beyond_their_number_unless_somebody_chose_the_key()
     {
@@ -330,6 +265,22 @@ mod tests {
             .collect();
         all.extend((1..100).map(|number| over(1000 + number, true, 4000)));
         assert_eq!(outdated(all, 6000), [ServiceId(0)], "the oldest one");
+    }
+
+    #[test]
+    fn a_made_up_name_is_one_whatever_the_image_is_called() {
+        for (called, name) in [
+            ("web", "web-5e2f9c"),
+            ("", "task-5e2f9c"),
+            ("--", "task-5e2f9c"),
+            ("-a-", "a-5e2f9c"),
+        ] {
+            assert_eq!(made_up(called, "5e2f9c0a71b3"), name);
+        }
+        assert_eq!(
+            made_up(&"a".repeat(99), "5e2f9c0a71b3").len(),
+            NAME_BYTES_MAX
+        );
     }
 
     #[test]
