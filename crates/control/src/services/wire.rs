@@ -407,7 +407,7 @@ impl Answer {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Ballot, Denied, Semantics, Spec};
+    use super::super::{Ballot, Denied, Outcome, Semantics, Spec};
     use super::*;
     use proptest::prelude::*;
 
@@ -582,6 +582,65 @@ mod tests {
             records.get_mut(&0).unwrap().largest = end;
         }
         assert!(Request::decode(&begun.encode().unwrap()).is_err());
+    }
+
+    #[test]
+    fn what_is_said_of_services_has_the_bytes_of_before_there_were_outcomes() {
+        let held = Some((Generation(7), id(9)));
+        let record = Record {
+            largest: Generation(8),
+            held,
+            ..Record::default()
+        };
+        // Largest generation, holder, contested, done, lost.
+        let before = (Generation(8), held, false, false, false);
+        let bytes = postcard::to_stdvec(&record).unwrap();
+        assert_eq!(bytes, postcard::to_stdvec(&before).unwrap());
+        assert_eq!(postcard::from_bytes::<Record>(&bytes).unwrap(), record);
+    }
+
+    #[test]
+    fn a_tasks_status_is_read_as_it_was_written_and_within_bounds() {
+        let outcome = |generation| Outcome {
+            node: id(3),
+            generation: Generation(generation),
+            exit_code: 255,
+        };
+        let answer = |number, end| Answer {
+            version: 1,
+            document: None,
+            body: FromNode::Task {
+                status: Status::default(),
+                ends: BTreeMap::from([(number, end)]),
+            },
+        };
+        for good in [
+            answer(0, End::Lost),
+            answer(0, End::Done(outcome(NUMBER_END - 1))),
+        ] {
+            assert_eq!(Answer::decode(&good.encode().unwrap()).unwrap(), good);
+        }
+        for bad in [
+            answer(REPLICAS_MAX, End::Lost),
+            answer(0, End::Done(outcome(NUMBER_END))),
+        ] {
+            assert!(Answer::decode(&bad.encode().unwrap()).is_err());
+        }
+        let slot = Slot {
+            service: SERVICE,
+            number: 0,
+        };
+        let done = |generation| Request {
+            service: SERVICE,
+            version: 1,
+            document: None,
+            body: ToNode::Keeper(ToKeeper::Done {
+                slot,
+                outcome: outcome(generation),
+            }),
+        };
+        assert!(Request::decode(&done(NUMBER_END - 1).encode().unwrap()).is_ok());
+        assert!(Request::decode(&done(NUMBER_END).encode().unwrap()).is_err());
     }
 
     #[test]
