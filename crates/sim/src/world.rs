@@ -124,7 +124,7 @@ impl World {
                     return;
                 };
                 if job.holder.generation() == generation && job.runs {
-                    let outputs = job.holder.finish(local);
+                    let outputs = job.holder.finish(local, id(node), 0);
                     if !outputs.is_empty() {
                         job.runs = false;
                         let now = self.queue.now();
@@ -326,8 +326,13 @@ impl World {
                 keepers,
             } => {
                 let now = self.queue.now();
+                // As a node does: a grant may have ended since the offer.
+                let admits = self.admits(from, node);
                 let one = &mut self.nodes[node];
-                if one.jobs.contains_key(&slot) || one.book.begin(local, asker, request).is_err() {
+                if !admits
+                    || one.jobs.contains_key(&slot)
+                    || one.book.begin(local, asker, request).is_err()
+                {
                     return;
                 }
                 let holder = Holder::new(Terms::default(), slot, generation, keepers, local);

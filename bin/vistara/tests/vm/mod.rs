@@ -3,6 +3,7 @@
 // Helpers outside a test function: a failure is the test's. Each file of tests uses a part of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
+pub(crate) mod three;
 pub(crate) mod two;
 
 use std::fs::File;
@@ -35,7 +36,7 @@ fn hash(value: impl std::hash::Hash) -> u64 {
 }
 
 /// Names of nodes that one test alone has: it finds nothing of what it left when it last ran.
-const OF_ONE_TEST: [&str; 4] = ["mesh-", "net-", "receipts-", "services-"];
+const OF_ONE_TEST: [&str; 5] = ["mesh-", "net-", "receipts-", "services-", "tasks-"];
 
 /// Ends a node with all that it has, and clears it away.
 fn clear(state: PathBuf) {

@@ -14,6 +14,7 @@ mod services;
 mod snapshots;
 mod streams;
 mod system;
+mod tasks;
 mod templates;
 mod volumes;
 
@@ -157,6 +158,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(services::inspect, services::remove))
         .routes(routes!(services::scale))
         .routes(routes!(services::message))
+        .routes(routes!(tasks::list, tasks::create))
+        .routes(routes!(tasks::inspect, tasks::remove))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::remove))
 }
