@@ -26,6 +26,8 @@ use vistara_node::{RawFirecracker, RawFork, RawRun, RawTemplate, VmmError, raw_a
 const MEMORY: Bytes = Bytes::mib(128);
 /// Runs of each side that are not counted: the first one makes the template.
 const WARM_UP: u32 = 1;
+/// The step of a start that ends with the agent's answer.
+const GREETING: &str = "greeting";
 /// How long the stock may take to be ready, and to grow by one more machine, and how often it is looked at.
 const STOCK_BOUND: Duration = Duration::from_secs(30);
 const STOCK_LOOK: Duration = Duration::from_millis(50);
@@ -38,6 +40,8 @@ struct ForkReport {
     count: u32,
     /// From the start of a bare monitor to its guest's answer: neither disk, network, fences nor identity.
     raw: Series,
+    /// From asking the node for a machine, forked when it is asked for, until its agent has answered: as far as the bare one gets.
+    agent: Series,
     /// From asking the node for a machine until its program runs, identity given, network and disk attached; forked when
     /// it is asked for.
     run: Series,
@@ -46,16 +50,17 @@ struct ForkReport {
     /// As the two before, of a machine from the stock; absent where the node keeps none.
     warm: Option<Series>,
     warm_first_exec: Option<Series>,
-    /// The same as `run`, of a copy of a machine that runs.
-    live: Series,
+    /// The same as `run`, of a copy of a machine that runs; absent where the monitor makes none.
+    live: Option<Series>,
     /// How long that machine was held still.
-    live_pause: Series,
-    /// Medians of `run`, `first_exec`, `warm`, `warm_first_exec` and `live` by that of `raw`.
+    live_pause: Option<Series>,
+    /// Medians of `agent`, `run`, `first_exec`, `warm`, `warm_first_exec` and `live` by that of `raw`.
+    agent_ratio: f64,
     ratio: f64,
     first_exec_ratio: f64,
     warm_ratio: Option<f64>,
     warm_first_exec_ratio: Option<f64>,
-    live_ratio: f64,
+    live_ratio: Option<f64>,
     /// Proportional set size of the monitors, idle: medians.
     raw_pss_bytes: u64,
     pss_bytes: u64,
@@ -98,6 +103,14 @@ impl Hypervisor {
         match self {
             Hypervisor::Qemu => "qemu",
             Hypervisor::Firecracker => "firecracker",
+        }
+    }
+
+    /// Whether running machines can be copied.
+    fn forks_running_machines(self) -> bool {
+        match self {
+            Hypervisor::Qemu => true,
+            Hypervisor::Firecracker => false,
         }
     }
 
@@ -418,6 +431,8 @@ async fn begin_stock(bench: &Bench<'_>) -> Result<bool, Failure> {
 
 /// What one run took, in milliseconds from asking for it.
 struct OneRun {
+    /// Until its agent had answered.
+    agent: f64,
     started: f64,
     executed: f64,
     pss: u64,
@@ -438,11 +453,15 @@ async fn one_run(
     let detail = bench.client.machine(&machine.id).await;
     bench.client.remove_machine(&machine.id, true).await?;
     answered?;
+    let detail = detail?;
+    let mut steps = detail.timings.iter();
+    let greeting = steps.find(|timing| timing.step == GREETING);
     Ok(OneRun {
+        agent: greeting.map_or(f64::NAN, |timing| timing.begin_ms + timing.took_ms),
         started: millis(started),
         executed: millis(executed),
         pss: pss?,
-        warm: detail?.warm,
+        warm: detail.warm,
     })
 }
 
@@ -451,7 +470,8 @@ async fn fork_rounds(
     source: &Machine,
     count: u32,
 ) -> Result<ForkReport, Failure> {
-    let (mut raw, mut run, mut first_exec) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut raw, mut agent) = (Vec::new(), Vec::new());
+    let (mut run, mut first_exec) = (Vec::new(), Vec::new());
     let (mut warm, mut warm_first_exec) = (Vec::new(), Vec::new());
     let (mut live, mut live_pause) = (Vec::new(), Vec::new());
     let (mut raw_pss, mut ours_pss) = (Vec::new(), Vec::new());
@@ -466,6 +486,7 @@ async fn fork_rounds(
         if counts {
             raw.push(millis(took));
             raw_pss.push(bare_pss);
+            agent.push(ours.agent);
             run.push(ours.started);
             first_exec.push(ours.executed);
             ours_pss.push(ours.pss);
@@ -478,6 +499,9 @@ async fn fork_rounds(
             }
             // What is made in its place must not be in front of what is measured next.
             bench.stocked(1).await?;
+        }
+        if !bench.hypervisor.forks_running_machines() {
+            continue;
         }
         let begin = Instant::now();
         let forked = bench
@@ -494,9 +518,10 @@ async fn fork_rounds(
         }
     }
     let (raw, run, first_exec) = (Series::of(raw), Series::of(run), Series::of(first_exec));
-    let live = Series::of(live);
+    let agent = Series::of(agent);
     let some = |values: Vec<f64>| (!values.is_empty()).then(|| Series::of(values));
     let (warm, warm_first_exec) = (some(warm), some(warm_first_exec));
+    let (live, live_pause) = (some(live), some(live_pause));
     let by_raw = |series: &Option<Series>| series.map(|series| series.median / raw.median);
     Ok(ForkReport {
         conditions: Conditions {
@@ -509,18 +534,20 @@ async fn fork_rounds(
             release: false,
         },
         count,
+        agent_ratio: agent.median / raw.median,
+        agent,
         ratio: run.median / raw.median,
         first_exec_ratio: first_exec.median / raw.median,
         warm_ratio: by_raw(&warm),
         warm_first_exec_ratio: by_raw(&warm_first_exec),
         warm,
         warm_first_exec,
-        live_ratio: live.median / raw.median,
+        live_ratio: by_raw(&live),
         raw,
         run,
         first_exec,
         live,
-        live_pause: Series::of(live_pause),
+        live_pause,
         raw_pss_bytes: median(raw_pss),
         pss_bytes: median(ours_pss),
     })
@@ -557,7 +584,7 @@ fn fork_table(report: &ForkReport) -> String {
         series.map_or_else(String::new, |series| row(name, series, ratio))
     };
     format!(
-        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
+        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
         told(&report.conditions),
         report.count,
         "milliseconds",
@@ -569,6 +596,11 @@ fn fork_table(report: &ForkReport) -> String {
             "raw fork: bare monitor, to its guest's answer",
             report.raw,
             Some(1.0)
+        ),
+        row(
+            "run, forked: asked for, to its agent's answer",
+            report.agent,
+            Some(report.agent_ratio)
         ),
         row(
             "run, forked: asked for, to the program running",
@@ -590,12 +622,12 @@ fn fork_table(report: &ForkReport) -> String {
             report.warm_first_exec,
             report.warm_first_exec_ratio
         ),
-        row(
+        maybe(
             "fork of a running machine: asked for, to it running",
             report.live,
-            Some(report.live_ratio)
+            report.live_ratio
         ),
-        row(
+        maybe(
             "of that, the time for which the machine stood still",
             report.live_pause,
             None
