@@ -240,10 +240,12 @@ pub(crate) fn cases(text: &str) -> Vec<Case> {
         });
         let outcome = if body.contains("<failure") || body.contains("<error") {
             Outcome::Failed(last_words(&format!("{binary} {name}"), body))
+        } else if let Some(reason) = skipped {
+            Outcome::Skipped(reason)
         } else if body.contains("<flaky") {
             Outcome::Flaky(last_words(&format!("{binary} {name}"), body))
         } else {
-            skipped.map_or(Outcome::Passed, Outcome::Skipped)
+            Outcome::Passed
         };
         Case {
             binary,

@@ -455,9 +455,11 @@ async fn one_run(
     answered?;
     let detail = detail?;
     let mut steps = detail.timings.iter();
-    let greeting = steps.find(|timing| timing.step == GREETING);
+    let greeting = steps
+        .find(|timing| timing.step == GREETING)
+        .ok_or_else(|| Failure::new("a machine does not tell when its agent answered"))?;
     Ok(OneRun {
-        agent: greeting.map_or(f64::NAN, |timing| timing.begin_ms + timing.took_ms),
+        agent: greeting.begin_ms + greeting.took_ms,
         started: millis(started),
         executed: millis(executed),
         pss: pss?,

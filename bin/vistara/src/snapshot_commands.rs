@@ -158,6 +158,13 @@ pub(crate) async fn snapshot(client: &Client, command: &SnapshotCommand) -> Resu
             let fetched =
                 image_transfer::fetch_snapshot(client, snapshot, from, name, *quiet || *json)
                     .await?;
+            if name.is_some() && fetched.name.as_deref() != name {
+                let called = fetched.name.as_deref().unwrap_or(&fetched.id);
+                eprint_line(&format!(
+                    "vistara: it was there already, as {}",
+                    visible(called, false)
+                ));
+            }
             if *json {
                 print_json(&fetched)?;
             } else {

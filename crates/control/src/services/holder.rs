@@ -125,6 +125,11 @@ impl Holder {
         self.phase == Phase::Over
     }
 
+    /// Whether its program has ended, and not all that are to note it have.
+    pub fn is_finishing(&self) -> bool {
+        matches!(self.phase, Phase::Finishing(_))
+    }
+
     /// Until when the lease is valid, by this node's clock: the time from which on fewer than a majority's grants count.
     pub fn valid_until(&self) -> Option<Duration> {
         let mut asked: Vec<Duration> = (self.keepers.nodes.iter())

@@ -304,8 +304,14 @@ impl Keeper {
                 }
                 let generation = outcome.generation;
                 let record = self.records.entry(slot.number).or_default();
+                // What was handed over by several may not say who holds it: of the last generation only one had a majority.
                 let same = record.held == Some((generation, outcome.node))
-                    || record.outcome == Some(outcome);
+                    || record.outcome == Some(outcome)
+                    || (record.contested && generation == record.largest);
+                let later = |noted: Outcome| noted.generation > generation;
+                if record.outcome.is_some_and(later) {
+                    return Some(FromKeeper::Superseded(slot, generation));
+                }
                 // One that was replaced does not count any more.
                 if !same && generation <= record.largest {
                     return Some(FromKeeper::Superseded(slot, generation));
@@ -315,7 +321,7 @@ impl Keeper {
                     return None;
                 }
                 record.outcome = Some(outcome);
-                record.largest = generation;
+                record.largest = record.largest.max(generation);
                 Some(FromKeeper::DoneNoted(slot, generation))
             }
             ToKeeper::Lose { slot, generation } => {

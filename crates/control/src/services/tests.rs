@@ -159,6 +159,19 @@ fn a_task_that_has_a_lease_is_not_lost_and_one_that_is_done_is_not_begun() {
 }
 
 #[test]
+fn an_end_of_an_earlier_attempt_does_not_take_the_place_of_a_later_ones() {
+    let mut keeper = keeper(1, Semantics::AtLeastOnce);
+    let (slot, generation) = (SLOT, Generation(1));
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    // What another keeper has noted of the attempt after it comes first.
+    assert!(keeper.handle(NOW, id(1), done(12, 2)).is_some());
+    let late = keeper.handle(NOW, id(11), done(11, 1));
+    assert_eq!(late, Some(FromKeeper::Superseded(slot, generation)));
+    assert_eq!(keeper.record(0).end(), Some(End::Done(outcome(12, 2))));
+    assert_eq!(keeper.record(0).largest, Generation(2));
+}
+
+#[test]
 fn what_was_reported_lost_is_done_after_all_where_its_holder_comes_back_and_never_begun() {
     let mut keeper = keeper(1, Semantics::AtMostOnce);
     let (slot, generation) = (SLOT, Generation(1));

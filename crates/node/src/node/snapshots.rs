@@ -204,11 +204,17 @@ impl Node {
         self.snapshots.clone()
     }
 
-    /// Whether the snapshot with this id is here. Blocks on files.
-    pub(crate) fn has_snapshot(&self, id: &str) -> Answer<bool> {
+    /// Whether the snapshot with this id is here. Where it is not, whether it could have this name. Blocks on files.
+    pub(crate) fn offered_snapshot(&self, id: &str, name: Option<&str>) -> Answer<bool> {
         let id = snapshot_id(id)?;
         let all = self.snapshots.list();
-        Ok(all.iter().any(|listed| listed.id == id.as_ref()))
+        if all.iter().any(|listed| listed.id == id.as_ref()) {
+            return Ok(true);
+        }
+        // Given back at once: what counts is that another has it now.
+        name.map(|name| reserve(&self.snapshots, name))
+            .transpose()?;
+        Ok(false)
     }
 
     /// Makes one file of a snapshot. Blocks on files for as long as some 100 MB take.

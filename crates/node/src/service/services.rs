@@ -10,7 +10,7 @@ use axum::extract::{Path, State};
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
 use futures_util::StreamExt;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ use vistara_api::{
 };
 use vistara_control::placement::{Policy, read_policy};
 use vistara_control::services::wire::{self, FromNode, Keeping};
-use vistara_control::services::{End, ServiceId};
+use vistara_control::services::{End, Keepers, ServiceId};
 use vistara_mesh::service::Placement;
 use vistara_model::{MachineState, NodeId};
 
@@ -150,7 +150,8 @@ fn called(image: &str, id: &str) -> String {
         .collect()
 }
 
-/// Waits until most of those that look after it know of it; where they do not, it is taken back.
+/// Waits until most of those that look after it know of it; where they do not, a service is taken back. A task stays: what was
+/// said to them may have arrived, and its program may run, though nobody could answer; its key is to find it then.
 pub(super) async fn begun(app: &App, made: Made, kind: Kind) -> Answer<(Shown, Heard)> {
     if made.known {
         let heard = gather(app, &made.shown).await;
@@ -166,15 +167,20 @@ pub(super) async fn begun(app: &App, made: Made, kind: Kind) -> Answer<(Shown, H
             return Ok((shown, heard));
         }
         if Instant::now() >= deadline {
-            app.services.remove(kind, &id).await?;
-            return Err(Fault::new(
-                ErrorKind::Peer,
-                format!(
-                    "of the nodes that are to look after it {} took it on, and {majority} are needed",
-                    heard.keeping
-                ),
-            )
-            .hint("`vistara nodes` shows which answer; does each grant the right to run?"));
+            let few = format!(
+                "of the nodes that are to look after it {} took it on, and {majority} are needed",
+                heard.keeping
+            );
+            let fault = Fault::new(ErrorKind::Peer, few);
+            return Err(match kind {
+                Kind::Service => {
+                    app.services.remove(kind, &id).await?;
+                    fault.hint("`vistara nodes` shows which answer; does each grant the right to run?")
+                }
+                Kind::Task => fault.hint(format!(
+                    "it may have begun all the same: `vistara task wait {id}` tells, `vistara task rm {id}` ends it"
+                )),
+            });
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
@@ -228,11 +234,12 @@ pub(super) async fn gather(app: &App, shown: &Shown) -> Heard {
         copies: BTreeMap::new(),
         ends: Vec::new(),
     };
+    let keepers = believed(shown.keepers.as_ref(), &all);
     for (node, status, ends) in all {
         for copy in status.copies {
             heard.copies.insert((copy.number, node), copy);
         }
-        let Some(keeping) = status.keeping else {
+        let Some(keeping) = status.keeping.filter(|_| keepers.contains(&node)) else {
             continue;
         };
         let epoch = |keeping: &Keeping| keeping.keepers.epoch;
@@ -268,6 +275,27 @@ pub(super) async fn gather(app: &App, shown: &Shown) -> Heard {
         }
     }
     heard
+}
+
+/// Those that are known to keep it, and those that they say keep it by now. What others say of its slots and ends, which the document
+/// merely names, counts for nothing.
+fn believed(
+    known: Option<&Keepers>,
+    all: &[(NodeId, wire::Status, BTreeMap<u32, End>)],
+) -> BTreeSet<NodeId> {
+    let known = known.into_iter().flat_map(|keepers| &keepers.nodes);
+    let mut believed: BTreeSet<NodeId> = known.copied().collect();
+    loop {
+        let before = believed.len();
+        for (node, status, _) in all {
+            if let Some(keeping) = status.keeping.as_ref().filter(|_| believed.contains(node)) {
+                believed.extend(&keeping.keepers.nodes);
+            }
+        }
+        if believed.len() == before {
+            return believed;
+        }
+    }
 }
 
 /// Only who oversees knows what is in the way of a slot.
@@ -496,4 +524,38 @@ pub(super) async fn message(
     let bytes = answer.encode().map_err(|error| Fault::internal(&error))?;
     let kind = axum::http::header::CONTENT_TYPE;
     Ok(([(kind, "application/octet-stream")], bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keepers_and_those_that_they_name_are_believed_and_nobody_else_is() {
+        let node = |number: u8| NodeId::from_bytes([number; 32]);
+        let keepers = |epoch, nodes: &[u8]| Keepers {
+            epoch,
+            nodes: nodes.iter().copied().map(node).collect(),
+        };
+        let says = |number: u8, keepers| {
+            let keeping = Some(Keeping {
+                keepers,
+                slots: Vec::new(),
+            });
+            let status = wire::Status {
+                keeping,
+                copies: Vec::new(),
+            };
+            (node(number), status, BTreeMap::new())
+        };
+        // The fourth keeps since a change that the second tells of; the ninth is merely named, and names itself.
+        let all = [
+            says(9, keepers(1 << 40, &[9])),
+            says(4, keepers(2, &[2, 3, 4, 5])),
+            says(2, keepers(2, &[2, 3, 4])),
+        ];
+        let found = believed(Some(&keepers(1, &[1, 2, 3])), &all);
+        assert_eq!(found, (1..=5).map(node).collect::<BTreeSet<_>>());
+        assert_eq!(believed(None, &all), BTreeSet::new());
+    }
 }

@@ -9,6 +9,7 @@ use crate::mesh::Caller;
 use crate::view;
 use axum::extract::{Path, State};
 use axum::{Extension, Json};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vistara_api::{
     CreateSnapshotRequest, ErrorBody, ErrorKind, ForkRequest, Forked, Machine, PackedSnapshot,
@@ -145,7 +146,8 @@ pub(super) async fn offer(
     Json(packed): Json<PackedSnapshot>,
 ) -> Answer<Json<WantedSnapshot>> {
     let file = digest(&packed.digest)?;
-    if app.node.has_snapshot(&packed.id)? {
+    let (node, offered) = (Arc::clone(&app.node), packed.clone());
+    if blocking(move || node.offered_snapshot(&offered.id, offered.name.as_deref())).await?? {
         return Ok(Json(WantedSnapshot {
             is_here: true,
             have_bytes: packed.bytes,

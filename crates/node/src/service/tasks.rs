@@ -28,6 +28,12 @@ pub(super) async fn create(
     if wish.name.as_deref() == Some("") {
         return Err(Fault::user("a task's name has at least one letter").hint("leave it out"));
     }
+    if wish.machine.retry_safe && wish.semantics == TaskSemantics::AtMostOnce {
+        return Err(
+            Fault::user("a program that may be run again is no at-most-once task")
+                .hint("leave `retry_safe` out, or ask for at-least-once"),
+        );
+    }
     let task = DraftTask {
         semantics: match wish.semantics {
             TaskSemantics::AtMostOnce => service::TaskSemantics::AtMostOnce,
@@ -62,9 +68,11 @@ async fn view(app: &App, shown: &Shown, heard: Heard) -> Answer<Task> {
     let keepers = heard.newest.as_ref().map(|keeping| keeping.keepers.clone());
     let keepers = keepers.or_else(|| shown.keepers.clone());
     let noted = heard.ends.iter().filter_map(|ends| ends.get(&0).copied());
-    let end = (keepers.as_ref()).and_then(|keepers| end_of(keepers, noted));
-    // Its owner's node remembers it though no keeper answers.
-    let end = end.or(shown.settled.map(|settled| settled.end));
+    let heard_end = (keepers.as_ref()).and_then(|keepers| end_of(keepers, noted));
+    // Its owner's node remembers it though no keeper answers; a loss may turn out to have been none.
+    let settled = shown.settled.map(|settled| settled.end);
+    let done = settled.filter(|end| matches!(end, End::Done(_)));
+    let end = done.or(heard_end).or(settled);
     let copy = copy(app, &heard, 0).await?;
     let mut shown_task = Task {
         id: id_text(ServiceId(document.service)),

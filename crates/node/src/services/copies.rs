@@ -274,7 +274,11 @@ impl Task {
         let numbers: Vec<u32> = known.jobs.keys().copied().collect();
         for number in numbers {
             let slot = Slot { service, number };
-            if !stands {
+            // A program that has ended did so under the grant that it had: that is told to the end.
+            let finishing = (self.job(slot)).is_some_and(|job| job.holder.is_finishing());
+            if finishing {
+                // Nothing of it runs any more.
+            } else if !stands {
                 self.let_go(slot, "the owner's grant counts no more");
             } else if !named {
                 // The owner's own node acts for itself, whether it is named or not.

@@ -21,6 +21,11 @@ pub(super) const ALL: [&str; 5] = [ABOUT, CAPTURE, "state", OVERLAY, "memory"];
 /// Most bytes of a description: a command line and an environment may be long.
 const ABOUT_MAX: u64 = 16 << 20;
 
+/// Whether a file of a snapshot may have gigabytes.
+pub(super) fn is_long(name: &str) -> bool {
+    name == OVERLAY || name == "memory"
+}
+
 /// What `snapshot.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct About {

@@ -9,7 +9,8 @@
 //!   snapshot.json                 what it is of, with every digest; written last: a directory without it was never finished,
 //!                                 is never used, and is swept away by the next node
 //! ```
-//! For other nodes it is packed into one file beside these (`packed.zst`), which goes with it.
+//! For other nodes it is packed into one file beside these (`packed.zst`, and its digest in `packed.json`), which goes with it. What
+//! comes from another node has names that end in `.arriving` until all of it is here.
 //!
 //! A snapshot that is damaged, or of another version, is listed with its reason and stays: it is somebody's.
 

@@ -31,8 +31,9 @@ const MAGIC: &[u8] = b"vistara snapshot 1\n";
 const END: u64 = u64::MAX;
 /// Longest piece that is taken.
 const PIECE_MAX: u32 = 1 << 20;
-/// Longest file of a snapshot that is taken: nothing here has more memory or disk.
+/// Longest file of a snapshot that is taken: nothing here has more memory or disk. What it is of, and a monitor's state, are short.
 const FILE_MAX: u64 = 16 << 40;
+const SHORT_MAX: u64 = 64 << 20;
 
 /// A snapshot that lies packed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,8 +99,17 @@ pub(super) fn pack(dir: &Path) -> io::Result<Packed> {
         return Ok(packed);
     }
     let making = dir.join("packed.zst.new");
+    let packed = write_packed(dir, &making);
+    if packed.is_err() {
+        // Half of one only takes room; it may never have been made.
+        let _ = std::fs::remove_file(&making);
+    }
+    packed
+}
+
+fn write_packed(dir: &Path, making: &Path) -> io::Result<Packed> {
     let to = Hashing {
-        to: io::BufWriter::new(fresh(&making)?),
+        to: io::BufWriter::new(fresh(making)?),
         hash: Sha256::new(),
         bytes: 0,
     };
@@ -121,7 +131,7 @@ pub(super) fn pack(dir: &Path) -> io::Result<Packed> {
     let (hash, bytes) = (to.hash, to.bytes);
     to.to.get_ref().sync_all()?;
     let path = dir.join(PACKED);
-    std::fs::rename(&making, &path)?;
+    std::fs::rename(making, &path)?;
     let digest = Digest::from_sha256(hash.finalize().into());
     let about = PackedAbout {
         digest: digest.to_string(),
@@ -146,10 +156,17 @@ pub(super) fn unpack(packed: impl Read, dir: &Path) -> Result<(), Unusable> {
     if magic != *MAGIC {
         return Err(damaged(io::Error::other("it begins with other words")));
     }
+    // As much as there is, but for what everybody else on this host needs.
+    let mut room = free_bytes(dir).map_err(damaged)? / 10 * 9;
     for name in files::ALL {
+        let longest = if files::is_long(name) {
+            FILE_MAX
+        } else {
+            SHORT_MAX
+        };
         let failed = |error| Unusable(format!("{name} could not be written: {error}"));
         let file = fresh(&files::arriving(dir, name)).map_err(failed)?;
-        read_file(&mut from, &file).map_err(damaged)?;
+        read_file(&mut from, &file, longest, &mut room).map_err(damaged)?;
         file.sync_all().map_err(failed)?;
     }
     match from.read(&mut [0]).map_err(damaged)? {
@@ -158,10 +175,10 @@ pub(super) fn unpack(packed: impl Read, dir: &Path) -> Result<(), Unusable> {
     }
 }
 
-fn read_file(from: &mut impl Read, to: &File) -> io::Result<()> {
+fn read_file(from: &mut impl Read, to: &File, longest: u64, room: &mut u64) -> io::Result<()> {
     let wrong = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidData, what));
     let length = read_u64(from)?;
-    if length > FILE_MAX {
+    if length > longest {
         return wrong("a file of it is longer than any");
     }
     let (mut piece, mut done) = (Vec::new(), 0);
@@ -177,11 +194,17 @@ fn read_file(from: &mut impl Read, to: &File) -> io::Result<()> {
         if place < done || bytes == 0 || bytes > PIECE_MAX || end > length {
             return wrong("a piece lies where none can");
         }
+        *room = (room.checked_sub(u64::from(bytes))).ok_or(io::ErrorKind::StorageFull)?;
         piece.resize(bytes as usize, 0);
         from.read_exact(&mut piece)?;
         to.write_all_at(&piece, place)?;
         done = end;
     }
+}
+
+fn free_bytes(dir: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 fn read_u64(from: &mut impl Read) -> io::Result<u64> {
