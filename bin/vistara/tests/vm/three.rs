@@ -27,6 +27,9 @@ pub(crate) struct Three {
 
 impl Drop for Three {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
         for kind in ["service", "task"] {
             let all = text(&self.systems[0].vistara(&[kind, "ls", "-q"]).stdout);
             for one in all.split_whitespace() {
@@ -43,7 +46,31 @@ impl Drop for Three {
     }
 }
 
+/// Lines of each node's log that are told when a test fails.
+const LOG_LINES: usize = 60;
+
 impl Three {
+    /// What each of them knows, for whoever reads why a test failed.
+    fn tell(&self) {
+        for (system, id) in self.systems.iter().zip(&self.ids) {
+            println!("== node {id}");
+            let asked: [&[&str]; 4] = [
+                &["nodes"],
+                &["service", "ls"],
+                &["task", "ls"],
+                &["ps", "-a"],
+            ];
+            let log = std::fs::read_to_string(system.state.join("node.log")).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+                println!("{line}");
+            }
+            for words in asked {
+                println!("{}", text(&system.vistara(words).stdout));
+            }
+        }
+    }
+
     /// Their names begin with this one.
     pub(crate) fn joined(name: &str) -> Option<Three> {
         let mut systems = Vec::new();

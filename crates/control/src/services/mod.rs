@@ -39,7 +39,7 @@ pub use keeper::{Keeper, KeeperState, Record, merge_records};
 pub use overseer::{Action, Overseer};
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use vistara_model::{Generation, NodeId};
 
@@ -197,6 +197,45 @@ pub fn keepers_of(service: ServiceId, granted: impl IntoIterator<Item = NodeId>)
     all.dedup();
     all.truncate(KEEPERS);
     all.into_iter().map(|(_, node)| node).collect()
+}
+
+/// Who is to look after a service, of all that its owner names. Those that do already (`present`) and are counted on stay, in
+/// their order; others that live come in beside them, up to [`KEEPERS`].
+///
+/// They are odd in number wherever that is possible: of two, both are needed, and of four, three, so that the last one only adds
+/// a death that stops all. So one that is away makes up an odd number, as it may come back; where nobody is away one is left out.
+pub fn choose_keepers(
+    service: ServiceId,
+    present: &[NodeId],
+    named: impl IntoIterator<Item = NodeId>,
+    counted_on: impl Fn(NodeId) -> bool,
+) -> Vec<NodeId> {
+    let named: BTreeSet<NodeId> = named.into_iter().collect();
+    let stays = |node: &&NodeId| named.contains(node);
+    let mut next: Vec<NodeId> = (present.iter().filter(stays).copied())
+        .filter(|node| counted_on(*node))
+        .collect();
+    next.truncate(KEEPERS);
+    let beside = |node: &NodeId| !present.contains(node);
+    let fresh = named.iter().copied().filter(beside);
+    let more = keepers_of(service, fresh.filter(|node| counted_on(*node)));
+    next.extend(more.into_iter().take(KEEPERS - next.len()));
+    if !next.is_empty() && next.len().is_multiple_of(2) {
+        let away = |node: &NodeId| !counted_on(*node);
+        let mut known = present.iter().filter(stays).copied();
+        let known = known.find(away);
+        let other = || {
+            let fresh = named.iter().copied().filter(beside);
+            keepers_of(service, fresh.filter(away)).first().copied()
+        };
+        match known.or_else(other) {
+            Some(one) => next.push(one),
+            None => {
+                next.pop();
+            }
+        }
+    }
+    next
 }
 
 /// A proposal's number: larger ones win, and no two proposers use the same.

@@ -555,6 +555,40 @@ fn keepers_are_the_same_for_all_and_few_change_when_a_node_goes() {
     assert_eq!(after[..KEEPERS - 1], keepers[1..]);
 }
 
+#[test]
+fn keepers_are_odd_in_number_and_one_that_is_away_makes_them_so() {
+    let nodes = |numbers: &[u8]| numbers.iter().copied().map(id).collect::<Vec<_>>();
+    let sorted = |mut nodes: Vec<NodeId>| {
+        nodes.sort_unstable();
+        nodes
+    };
+    let choose = |present: &[u8], named: &[u8], away: &[u8]| {
+        let (present, away) = (nodes(present), nodes(away));
+        choose_keepers(SERVICE, &present, nodes(named), |node| {
+            !away.contains(&node)
+        })
+    };
+    // The living, and one that is away where they were even.
+    assert_eq!(sorted(choose(&[], &[1, 2, 3], &[])), nodes(&[1, 2, 3]));
+    assert_eq!(sorted(choose(&[], &[1, 2, 3], &[2])), nodes(&[1, 2, 3]));
+    assert_eq!(choose(&[], &[1, 2, 3], &[2]).last(), Some(&id(2)));
+    assert_eq!(choose(&[], &[1, 2, 3], &[2, 3]), nodes(&[1]));
+    assert_eq!(choose(&[], &[1, 2], &[]).len(), 1);
+    assert_eq!(choose(&[], &[1, 2, 3, 4], &[]).len(), 3);
+    assert_eq!(choose(&[], &[1, 2, 3], &[1, 2, 3]), []);
+    // Those that do it stay, in their order, as long as they are counted on; a spare one takes the place of one that is not.
+    assert_eq!(choose(&[3, 1, 2], &[1, 2, 3, 4], &[]), nodes(&[3, 1, 2]));
+    assert_eq!(choose(&[3, 1, 2], &[1, 2, 3, 4], &[1]), nodes(&[3, 2, 4]));
+    assert_eq!(choose(&[3, 1, 2], &[1, 2, 3], &[1]), nodes(&[3, 2, 1]));
+    assert_eq!(choose(&[3, 1, 2], &[1, 3], &[]), nodes(&[3]));
+    // Two deaths of five: three are better than five of which two are away.
+    assert_eq!(
+        choose(&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5], &[4, 5]),
+        nodes(&[1, 2, 3])
+    );
+    assert_eq!(choose(&[1, 2, 3], &[1, 2, 3, 4, 5, 6], &[]).len(), KEEPERS);
+}
+
 proptest! {
     /// Three keepers, three nodes that ask whomever they like with whatever delay: a majority is never two nodes' at once.
     #[test]

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
 use vistara_api::ErrorKind;
 use vistara_control::services::wire::ToNode;
-use vistara_control::services::{Keeper, Keepers, Overseer, ServiceId, ToKeeper, keepers_of};
+use vistara_control::services::{Keeper, Keepers, Overseer, ServiceId, ToKeeper, choose_keepers};
 use vistara_control::{LookupError, Requirement, lookup};
 use vistara_mesh::Token;
 use vistara_mesh::service::{
@@ -212,10 +212,9 @@ impl Task {
         };
         let named: Vec<NodeId> = document.nodes.iter().map(|one| one.node).collect();
         let sealed = self.seal(&open, document)?;
-        // Those that are there now: one that is away would be missed from the beginning.
         let keepers = Keepers {
             epoch: 1,
-            nodes: keepers_of(service, named.into_iter().filter(|node| self.lives(*node))),
+            nodes: choose_keepers(service, &[], named, |node| self.lives(node)),
         };
         if keepers.nodes.is_empty() {
             return Err(

@@ -10,8 +10,8 @@ use std::time::Duration;
 use vistara_api::ErrorKind;
 use vistara_control::services::wire::{self, Keeping, SlotState, Status, ToNode};
 use vistara_control::services::{
-    Action, Change, ChangeOutput, FromKeeper, KEEPERS, Keeper, Keepers, Overseer, Semantics,
-    ServiceId, Spec, ToKeeper, keepers_of,
+    Action, Change, ChangeOutput, FromKeeper, Keeper, Keepers, Overseer, Semantics, ServiceId,
+    Spec, ToKeeper, choose_keepers,
 };
 use vistara_mesh::service::{ServiceDocument, TaskSemantics};
 use vistara_model::NodeId;
@@ -52,6 +52,12 @@ fn may_name(known: &Known, from: NodeId) -> bool {
     ];
     let mut sets = sets.into_iter().flatten().peekable();
     sets.peek().is_none() || sets.any(|keepers| keepers.nodes.contains(&from))
+}
+
+/// Whether they are the same nodes, in whatever order.
+fn same(one: &[NodeId], other: &[NodeId]) -> bool {
+    let set = |nodes: &[NodeId]| nodes.iter().copied().collect::<BTreeSet<_>>();
+    set(one) == set(other)
 }
 
 impl Task {
@@ -275,8 +281,7 @@ impl Task {
             && let Some(keeper) = &known.keeper
         {
             // Who lives and does not keep is as good as dead here.
-            let lives = |node| self.lives(node) && !known.refusing.contains(&node);
-            actions = overseer.poll(now, keeper, lives);
+            actions = overseer.poll(now, keeper, |node| self.keeps(known, node));
             actions.extend(self.widen(known, keeper));
         }
         if let Some(known) = self.known.get_mut(&service) {
@@ -313,25 +318,42 @@ impl Task {
         }
     }
 
-    /// Whether more could keep than do, or some that its owner does not name any more.
+    /// Whether others could keep better than those that do, or some do that its owner does not name any more.
     fn widen(&self, known: &Known, keeper: &Keeper) -> Option<Action> {
         if !keeper.is_active() || keeper.is_sealed() || known.change.is_some() {
             return None;
         }
-        let keepers = keeper.keepers();
-        let lives = |node: NodeId| self.lives(node) && !known.refusing.contains(&node);
-        let first = keepers.nodes.iter().find(|node| lives(**node));
+        let present = &keeper.keepers().nodes;
+        let first = present.iter().find(|node| self.keeps(known, **node));
         if first.copied() != self.own() {
             return None;
         }
-        let document = known.document();
-        let unnamed: BTreeSet<NodeId> = (keepers.nodes.iter().copied())
-            .filter(|node| !document.nodes.iter().any(|one| one.node == *node))
-            .collect();
-        let all = document.nodes.iter().map(|one| one.node);
-        let living = all.filter(|node| lives(*node)).count();
-        let fewer = keepers.nodes.len() < living.min(KEEPERS);
-        (fewer || !unnamed.is_empty()).then_some(Action::Replace { away: unnamed })
+        // Those that are away have some time to come back.
+        let away = BTreeSet::new();
+        let next = self.next_keepers(known, present, &away);
+        (!same(&next, present)).then_some(Action::Replace { away })
+    }
+
+    /// Whether a node lives, as far as is known here, and has not said that it does not keep.
+    fn keeps(&self, known: &Known, node: NodeId) -> bool {
+        self.lives(node) && !known.refusing.contains(&node)
+    }
+
+    /// Who would look after a service best, where those that do and are not away go on.
+    fn next_keepers(
+        &self,
+        known: &Known,
+        present: &[NodeId],
+        away: &BTreeSet<NodeId>,
+    ) -> Vec<NodeId> {
+        let nodes = known.document().nodes.iter().map(|one| one.node);
+        let named = nodes.filter(|node| present.contains(node) || !known.refusing.contains(node));
+        choose_keepers(known.id(), present, named, |node| {
+            match present.contains(&node) {
+                true => !away.contains(&node),
+                false => self.lives(node),
+            }
+        })
     }
 
     pub(super) fn oversee(&mut self, service: ServiceId, actions: Vec<Action>) {
@@ -371,19 +393,8 @@ impl Task {
             return;
         };
         let present = keeper.keepers().clone();
-        let named: BTreeSet<NodeId> = (known.document().nodes.iter())
-            .map(|one| one.node)
-            .collect();
-        let mut next: Vec<NodeId> = (present.nodes.iter().copied())
-            .filter(|node| !away.contains(node) && named.contains(node))
-            .collect();
-        let others = named
-            .into_iter()
-            .filter(|node| !known.refusing.contains(node))
-            .filter(|node| !present.nodes.contains(node) && self.lives(*node));
-        let more = keepers_of(service, others);
-        next.extend(more.into_iter().take(KEEPERS.saturating_sub(next.len())));
-        if next.is_empty() || next == present.nodes {
+        let next = self.next_keepers(known, &present.nodes, away);
+        if next.is_empty() || same(&next, &present.nodes) {
             return;
         }
         self.rounds += 1;
