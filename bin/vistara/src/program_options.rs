@@ -9,11 +9,15 @@ use crate::run_options::{ImageSource, callers, checked, environment_of, head_and
 use crate::text::visible;
 use clap::Args;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use vistara_api::{Client, ErrorKind, PeerNode, PullRequest, RunRequest};
 use vistara_model::{Bytes, Cpus, Hypervisor};
 
 /// Below so many nodes one that dies takes the majority with it.
 const KEEPERS_GOOD: usize = 3;
+/// How long a suspicion may take to be decided, and how often it is looked.
+const SUSPECT_BOUND: Duration = Duration::from_secs(5);
+const SUSPECT_LOOK: Duration = Duration::from_millis(200);
 /// What stands for this node among those that are named.
 pub(crate) const HERE: &str = "here";
 
@@ -143,7 +147,7 @@ impl ProgramOptions {
         let nodes = nodes(client, &self.nodes, &image.id, self.quiet).await?;
         if nodes.len() < KEEPERS_GOOD && !self.quiet {
             eprint_line(&format!(
-                "vistara: with {} nodes nobody is left to look after it when one dies; it takes {KEEPERS_GOOD}",
+                "vistara: with {} nodes one of them alone looks after it, and nobody when that one dies; it takes {KEEPERS_GOOD}",
                 nodes.len()
             ));
         }
@@ -183,6 +187,21 @@ fn is_usable(node: &PeerNode) -> Result<(), &'static str> {
     }
 }
 
+/// All nodes that are known, and of those that could be given copies whether they live: a node that is suspected to be gone
+/// is alive again, or dead, within a few seconds.
+async fn decided(client: &Client) -> Result<Vec<PeerNode>, Failure> {
+    let begin = Instant::now();
+    loop {
+        let known = client.nodes().await?;
+        let suspect =
+            |node: &PeerNode| node.grant.is_some() && node.life.as_deref() == Some("suspect");
+        if !known.iter().any(suspect) || begin.elapsed() >= SUSPECT_BOUND {
+            return Ok(known);
+        }
+        tokio::time::sleep(SUSPECT_LOOK).await;
+    }
+}
+
 /// The nodes for a service or a task, each with the image: those that were named, or this one and all that are usable.
 pub(crate) async fn nodes(
     client: &Client,
@@ -190,7 +209,7 @@ pub(crate) async fn nodes(
     image: &str,
     quiet: bool,
 ) -> Result<Vec<String>, Failure> {
-    let known = client.nodes().await?;
+    let known = decided(client).await?;
     let own = client.mesh().await?.id;
     let is = |node: &PeerNode, text: &String| {
         node.name.as_ref() == Some(text) || (!text.is_empty() && node.id.starts_with(text.as_str()))

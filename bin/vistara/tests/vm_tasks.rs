@@ -98,6 +98,8 @@ fn tasks_end_once_are_run_again_or_are_lost_as_they_were_declared() {
         assert_eq!(task(a, "short").unwrap()["node"]["id"], *node);
     });
 
+    // Who is taken for dead is not asked: the one that was killed is among those that are.
+    three.all_alive();
     // At least once: elsewhere, and told that it is another attempt.
     let program = "echo attempt $VISTARA_TASK_ATTEMPT; sleep 25; exit 5";
     let least = [
@@ -143,6 +145,7 @@ fn tasks_end_once_are_run_again_or_are_lost_as_they_were_declared() {
         });
     });
 
+    three.all_alive();
     // At most once: lost, with a code of its own, and not run again by anybody.
     let program = "echo attempt $VISTARA_TASK_ATTEMPT; sleep 1000";
     let most = [

@@ -338,6 +338,26 @@ pub struct Cgroup {
     holds: Vec<String>,
 }
 
+/// Limits of a cgroup's memory as they were before they were raised.
+#[derive(Debug)]
+pub struct RaisedMemory(Vec<(PathBuf, u64)>);
+
+impl RaisedMemory {
+    /// Sets them again. What is beyond them is given up by the kernel, or its processes' end.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn take_back(self) -> io::Result<()> {
+        let mut failed = Ok(());
+        for (path, limit) in self.0 {
+            if let Err(error) = fs::write(&path, limit.to_string()) {
+                failed = Err(error);
+            }
+        }
+        failed
+    }
+}
+
 impl Cgroup {
     /// The cgroup at these directories, as [`Cgroup::dirs`] gave them.
     pub fn from_dirs(dirs: Vec<PathBuf>) -> Cgroup {
@@ -421,11 +441,13 @@ impl Cgroup {
         pids
     }
 
-    /// Lets its processes have this much more memory than they might have so far, where that is limited.
+    /// Lets its processes have this much more memory than they might have so far, where that is limited: for good, unless it is
+    /// taken back.
     ///
     /// # Errors
     /// The system's.
-    pub fn raise_memory_max(&self, by: u64) -> io::Result<()> {
+    pub fn raise_memory_max(&self, by: u64) -> io::Result<RaisedMemory> {
+        let mut raised = RaisedMemory(Vec::new());
         for dir in &self.dirs {
             for name in ["memory.max", "memory.limit_in_bytes"] {
                 let path = dir.join(name);
@@ -433,12 +455,18 @@ impl Cgroup {
                     continue;
                 };
                 // `max` is no number.
-                if let Ok(limit) = text.trim().parse::<u64>() {
-                    fs::write(&path, limit.saturating_add(by).to_string())?;
+                let Ok(limit) = text.trim().parse::<u64>() else {
+                    continue;
+                };
+                if let Err(error) = fs::write(&path, limit.saturating_add(by).to_string()) {
+                    // What is told is why it could not be had.
+                    let _ = raised.take_back();
+                    return Err(error);
                 }
+                raised.0.push((path, limit));
             }
         }
-        Ok(())
+        Ok(raised)
     }
 
     fn kill_all(&self) {

@@ -96,7 +96,13 @@ impl Three {
             said(a, &["node", "join", &ticket, "--grant", &token]);
         }
         // The joined two hear of each other by the first.
-        for system in &three.systems {
+        three.all_alive();
+        Some(three)
+    }
+
+    /// Waits until each takes the others for alive.
+    pub(crate) fn all_alive(&self) {
+        for system in &self.systems {
             until("everybody knows everybody", || {
                 let nodes: serde_json::Value =
                     serde_json::from_str(&said(system, &["nodes", "--json"])).unwrap();
@@ -107,7 +113,6 @@ impl Three {
                 (alive.count() == 2).then_some(())
             });
         }
-        Some(three)
     }
 
     /// Which of them has this id.

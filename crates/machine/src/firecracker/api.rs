@@ -113,6 +113,11 @@ impl Api {
         self.connect().await?.patch("/vm", &held).await
     }
 
+    /// Lets a guest go on that was held so.
+    pub(super) async fn resume(&self) -> Result<(), ApiError> {
+        self.connect().await?.resume().await
+    }
+
     /// All settings, as the machine has them.
     pub(super) async fn settings(&self) -> Result<serde_json::Value, ApiError> {
         self.get("/vm/config", ANSWER_LIMIT).await
@@ -167,7 +172,7 @@ impl Session {
         asked.await.map(drop)
     }
 
-    /// Lets a guest go on that was loaded and has not run yet.
+    /// Lets a guest go on that was held, or was loaded and has not run yet.
     pub(super) async fn resume(&mut self) -> Result<(), ApiError> {
         self.patch("/vm", &VmState { state: "Resumed" }).await
     }

@@ -25,6 +25,9 @@ pub(super) const INITRAMFS: &str = "initramfs";
 pub(super) const CHANNEL_SOCKET: &str = "agent.sock";
 pub(super) const SNAPSHOT_STATE: &str = "state";
 pub(super) const SNAPSHOT_MEMORY: &str = "memory";
+/// What a machine that goes on is captured to. A fork has files of the names above already.
+pub(super) const TAKEN_STATE: &str = "taken.state";
+pub(super) const TAKEN_MEMORY: &str = "taken.memory";
 /// Where a fork finds the captured memory: its standard input.
 pub(super) const INHERITED_MEMORY: &str = "proc/self/fd/0";
 

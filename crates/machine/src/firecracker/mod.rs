@@ -19,6 +19,7 @@ mod configure;
 mod console;
 mod cpu_template;
 mod network;
+mod snapshot;
 mod stage;
 mod start;
 mod state;

@@ -401,6 +401,10 @@ fn spawn_in(
             .collect(),
         unikernel: matches!(plan.start, Start::Nanos(_)),
         capture: plan.capturable.then(|| super::info(tools, plan)),
+        shape: (!matches!(plan.start, Start::Nanos(_))
+            && !plan.huge_pages
+            && tools.version.resets_forks_vsock())
+        .then(|| super::info(tools, plan)),
         network: network.as_ref().map(Helper::record),
     };
     let noted = serde_json::to_value(&backend).and_then(|value| {

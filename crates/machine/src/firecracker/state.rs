@@ -36,6 +36,9 @@ pub(super) struct BackendRecord {
     pub(super) unikernel: bool,
     /// What a capture of it is of, where it may be captured.
     pub(super) capture: Option<CaptureInfo>,
+    /// What it is captured as while it goes on, where it can be.
+    #[serde(default)]
+    pub(super) shape: Option<CaptureInfo>,
     /// What gives it a network, where something does.
     #[serde(default)]
     pub(super) network: Option<HelperRecord>,

@@ -11,18 +11,17 @@
 //! first ([`Inner::decide`]). Firecracker has no state in which it waits to be asked what happened: all that its end is told
 //! by lies in files, so that a later process can tell it as well.
 
-use super::api::{self, Api, ApiError};
+use super::api::{Api, ApiError};
 use super::channel;
-use super::configure::{SNAPSHOT_MEMORY, SNAPSHOT_STATE};
 use super::console::{Console, panic_message};
-use super::start::copy_to_memory;
 use super::state::{self, BackendRecord};
-use super::types::SnapshotCreate;
 use super::{io_error, network};
 use crate::{
-    BalloonReport, Capture, ChannelStream, OutputStream, Vm, VmEnd, VmRecord, VmUsage, VmmError,
+    AtRest, BalloonReport, Capture, CaptureInfo, ChannelStream, OutputStream, Quiet, Snapshot, Vm,
+    VmEnd, VmRecord, VmUsage, VmmError,
 };
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,11 +55,6 @@ const LOG_MAX: u64 = 1 << 20;
 const LOG_TAIL: u64 = 8 << 10;
 /// How much of what Firecracker said is told when it fails.
 const TOLD: usize = 2_000;
-/// Bytes of the largest state that is taken: it is some 30 KiB.
-const STATE_MAX: u64 = 64 << 20;
-
-/// Bytes that writing a snapshot takes beyond the guest's memory.
-const SNAPSHOT_BEYOND: u64 = 32 << 20;
 
 /// Parts of a running machine.
 pub(super) struct Parts {
@@ -79,7 +73,7 @@ pub(super) struct Parts {
 
 /// A machine in Firecracker.
 pub(super) struct FirecrackerVm {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
     supervisor: JoinHandle<()>,
 }
 
@@ -89,9 +83,13 @@ impl Drop for FirecrackerVm {
     }
 }
 
-struct Inner {
-    parts: Parts,
-    api: Api,
+pub(super) struct Inner {
+    pub(super) parts: Parts,
+    pub(super) api: Api,
+    /// Whether the whole process is held.
+    pub(super) held: AtomicBool,
+    /// The agent's channel, as it was opened last.
+    channel: Mutex<Option<OwnedFd>>,
     trouble: Mutex<Option<String>>,
     network_lost: AtomicBool,
     decided: Mutex<Option<VmEnd>>,
@@ -109,6 +107,8 @@ impl FirecrackerVm {
         let inner = Arc::new(Inner {
             api: Api::new(&parts.backend.root),
             parts,
+            held: AtomicBool::new(false),
+            channel: Mutex::new(None),
             trouble: Mutex::new(None),
             network_lost: AtomicBool::new(false),
             decided: Mutex::new(None),
@@ -129,19 +129,48 @@ impl FirecrackerVm {
         held.map_err(|error| VmmError::Control {
             operation: "pause",
             message: error.to_string(),
-        })
+        })?;
+        self.inner.held.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
-    fn go_on(&self) -> Result<(), VmmError> {
+    pub(super) fn go_on(&self) -> Result<(), VmmError> {
         let going = self.inner.parts.process.go_on();
         going.map_err(|error| VmmError::Control {
             operation: "resume",
             message: error.to_string(),
+        })?;
+        self.inner.held.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What a machine that goes on from this one must have in common with it.
+    pub(super) fn snapshot_of(&self) -> Result<&CaptureInfo, VmmError> {
+        let parts = &self.inner.parts;
+        parts.backend.shape.as_ref().ok_or_else(|| {
+            let why = match parts.backend.unikernel {
+                true => "a unikernel",
+                false => {
+                    "a machine with huge pages, one in a Firecracker older than 1.10, or one that an earlier version of this program started"
+                }
+            };
+            VmmError::Unsupported {
+                kind: parts.record.kind,
+                reason: format!("capturing {why}"),
+            }
         })
     }
 
+    /// Closes the agent's channel at this end: it is dead, and whoever has it would find that out only by and by.
+    pub(super) fn close_channel(&self) {
+        if let Some(channel) = locked(&self.inner.channel).take() {
+            // It may be closed already.
+            let _ = rustix::net::shutdown(&channel, rustix::net::Shutdown::Both);
+        }
+    }
+
     /// What a request's failure means for the machine.
-    async fn control(&self, operation: &'static str, error: ApiError) -> VmmError {
+    pub(super) async fn control(&self, operation: &'static str, error: ApiError) -> VmmError {
         if let ApiError::Gone(_) = error
             && tokio::time::timeout(GONE_LIMIT, self.inner.parts.process.wait())
                 .await
@@ -427,10 +456,15 @@ impl Vm for FirecrackerVm {
         tokio::select! {
             biased;
             _ = self.told() => Err(VmmError::Ended),
-            opened = channel::open(&parts.backend.root) => opened.map_err(|_| VmmError::Control {
-                operation: "opening the agent's channel",
-                message: format!("nobody listens in the guest after {:?}", channel::OPEN_LIMIT),
-            }),
+            opened = channel::open(&parts.backend.root) => {
+                let opened = opened.map_err(|_| VmmError::Control {
+                    operation: "opening the agent's channel",
+                    message: format!("nobody listens in the guest after {:?}", channel::OPEN_LIMIT),
+                })?;
+                // Where there is no descriptor left for it, a snapshot's end is found out later.
+                *locked(&self.inner.channel) = opened.as_fd().try_clone_to_owned().ok();
+                Ok(opened)
+            }
         }
     }
 
@@ -467,58 +501,18 @@ impl Vm for FirecrackerVm {
         if self.ended() {
             return Err(VmmError::Ended);
         }
-        let parts = &self.inner.parts;
-        let Some(info) = parts.backend.capture.clone() else {
-            return Err(VmmError::Unsupported {
-                kind: parts.record.kind,
-                reason: "this machine was not launched to be captured".to_owned(),
-            });
-        };
-        const OPERATION: &str = "the capture";
-        // One that is held answers nobody.
-        self.go_on()?;
-        if let Err(error) = self.inner.api.pause().await {
-            return Err(self.control(OPERATION, error).await);
+        super::snapshot::capture(self).await
+    }
+
+    fn can_snapshot(&self) -> Result<(), VmmError> {
+        self.snapshot_of().map(drop)
+    }
+
+    async fn snapshot(&self, quiet: Quiet, at_rest: AtRest) -> Result<Snapshot, VmmError> {
+        if self.ended() {
+            return Err(VmmError::Ended);
         }
-        // What it writes is charged to the machine's cgroup, all the more where the directory is in memory. The guest is held,
-        // so nobody else can use what is given here.
-        let cgroup = Cgroup::from_dirs(parts.backend.cgroup.clone());
-        let room = info.memory.0.saturating_add(SNAPSHOT_BEYOND);
-        if let Err(error) = cgroup.raise_memory_max(room) {
-            tracing::warn!(%error, "a machine has no more memory for its capture than for itself");
-        }
-        let body = SnapshotCreate {
-            snapshot_type: "Full",
-            snapshot_path: SNAPSHOT_STATE.to_owned(),
-            mem_file_path: SNAPSHOT_MEMORY.to_owned(),
-        };
-        let limit = api::SNAPSHOT_LIMIT;
-        if let Err(error) = self.inner.api.put("/snapshot/create", &body, limit).await {
-            return Err(self.control(OPERATION, error).await);
-        }
-        // Held open here, they outlast their names, which go with the machine.
-        let root = &parts.backend.root;
-        let open = |name| files::open_foreign(root, name);
-        let refused = |error: std::io::Error| VmmError::Control {
-            operation: OPERATION,
-            message: error.to_string(),
-        };
-        let (memory, state) = (
-            open(SNAPSHOT_MEMORY).map_err(refused)?,
-            open(SNAPSHOT_STATE).map_err(refused)?,
-        );
-        self.kill().await?;
-        // How it ended says nothing to anybody: its state is the capture's now.
-        state::remove_all_files(&parts.dir);
-        let sealed = tokio::task::spawn_blocking(move || {
-            let memory = copy_to_memory(&memory, info.memory.0)?;
-            let state = copy_to_memory(&state, STATE_MAX)?;
-            Capture::seal(info, memory, state)
-        });
-        sealed
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(refused)
+        super::snapshot::snapshot(self, quiet, at_rest).await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -79,3 +79,106 @@ async fn forks_go_on_with_the_captured_memory_and_see_nothing_of_each_other() {
     }
     assert_eq!(std::fs::read(&writable).unwrap()[0], b'w');
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_is_captured_goes_on_and_so_does_what_goes_on_from_it() {
+    let Some(vmm) = Firecracker.vmm().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let writable = disk(dir.path(), "writable", "wwww", 0o600);
+    let shape = |dir: &Path, writable: &Path| {
+        let mut plan = Firecracker.plan(dir);
+        plan.memory = Bytes::mib(128);
+        plan.disks = vec![Disk {
+            path: writable.to_owned(),
+            read_only: false,
+        }];
+        plan
+    };
+    let own = tempfile::tempdir().unwrap();
+    let plan = shape(own.path(), &writable);
+    let vm = launch(&*vmm, &plan).await;
+    let lines = Lines::open(&*vm).await;
+    let mut first = Running {
+        vm,
+        lines,
+        dir: own,
+    };
+    first.load_drivers().await;
+    first.sh("X=kept; echo 1 > /dev/vda; sync").await;
+    first.vm.can_snapshot().unwrap();
+    // A fork of a fork as well: what is captured need not have booted.
+    for round in 1..=2 {
+        let copy = dir.path().join(format!("copy{round}"));
+        let (from, to) = (plan_disk(&writable, round), copy.clone());
+        let at_rest = Box::new(move || std::fs::copy(&from, &to).map(drop));
+        let quiet = Box::pin(async { Ok(()) });
+        let taken = soon("the snapshot", first.vm.snapshot(quiet, at_rest)).await;
+        let taken = taken.unwrap();
+        println!("round {round}: held for {:?}", taken.pause);
+        // Whoever spoke with the guest finds the channel closed, and calls again.
+        first.lines = Lines::open(&*first.vm).await;
+        assert_eq!(first.sh("echo $X").await, "kept");
+        first.sh("X=changed; echo 2 > /dev/vda; sync").await;
+        let left: Vec<_> = names_in(&first.dir.path().join("jail"))
+            .into_iter()
+            .filter(|name| name.starts_with("taken"))
+            .collect();
+        assert_eq!(left, [] as [String; 0]);
+        let own = tempfile::tempdir().unwrap();
+        let mut plan = shape(own.path(), &copy);
+        plan.start = Start::Fork(Arc::new(taken.capture));
+        let vm = launch(&*vmm, &plan).await;
+        let lines = Lines::open(&*vm).await;
+        let mut fork = Running {
+            vm,
+            lines,
+            dir: own,
+        };
+        let told = fork.sh("echo $X; head -c 1 /dev/vda").await;
+        assert_eq!(told, "kept\n1");
+        // The captured one is another machine, and was not held by what is done with its copy.
+        assert_eq!(first.sh("echo $X; head -c 1 /dev/vda").await, "changed\n2");
+        first.end_of(&Firecracker).await;
+        first = fork;
+    }
+    // Held by its owner, its monitor answers nobody: that is said, and harms nothing.
+    first.vm.pause().await.unwrap();
+    let refused = first
+        .vm
+        .snapshot(Box::pin(async { Ok(()) }), Box::new(|| Ok(())))
+        .await;
+    assert!(
+        matches!(refused, Err(VmmError::Control { .. })),
+        "{refused:?}"
+    );
+    first.vm.resume().await.unwrap();
+    // What fails meanwhile is told, and the machine goes on.
+    let failing = Box::new(|| Err(std::io::Error::other("no room")));
+    let failed = first.vm.snapshot(Box::pin(async { Ok(()) }), failing).await;
+    assert!(matches!(failed, Err(VmmError::Io { .. })), "{failed:?}");
+    first.lines = Lines::open(&*first.vm).await;
+    assert_eq!(first.sh("echo $X").await, "kept");
+    first.end_of(&Firecracker).await;
+}
+
+/// The disk of the machine of each round: its own at first, and then the copy that it went on with.
+fn plan_disk(writable: &Path, round: u32) -> PathBuf {
+    match round {
+        1 => writable.to_owned(),
+        _ => writable.with_file_name(format!("copy{}", round - 1)),
+    }
+}
+
+/// Names of all files below a directory.
+fn names_in(dir: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            names.extend(names_in(&entry.path()));
+        }
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    names
+}

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use vistara_guest_client::{Agent, Input, ProcessHandle, ProcessId};
 use vistara_machine::Vm;
 use vistara_model::{MachineId, MachineState, Payload, Signal};
@@ -71,6 +71,8 @@ pub(crate) struct Shared {
     inputs: AtomicU32,
     /// Whether the guest's processes are to go on: a snapshot was cut short.
     pub(crate) to_thaw: AtomicBool,
+    /// Has a session that was lost be followed by another at once.
+    pub(super) reconnect: Notify,
     /// Whether the guest of a machine that goes on from another knows who it is.
     pub(super) renewed: AtomicBool,
     /// What of the program's output was another machine's.

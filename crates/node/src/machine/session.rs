@@ -161,7 +161,10 @@ impl Session {
             if attempt.elapsed() > GOOD_SESSION {
                 pause = RECONNECT_PAUSE;
             }
-            tokio::time::sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.shared.reconnect.notified() => {}
+            }
             pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
         }
     }
@@ -200,6 +203,10 @@ impl Session {
         if self.shared.to_thaw.swap(false, Ordering::SeqCst) {
             if let Err(error) = agent.thaw().await {
                 self.shared.to_thaw.store(true, Ordering::SeqCst);
+                return Over::Lost(error);
+            }
+            // It stood meanwhile.
+            if let Err(error) = agent.set_clock(now_ns()).await {
                 return Over::Lost(error);
             }
             self.tell(News::Thawed).await;

@@ -32,6 +32,7 @@ impl Shared {
     /// here; where it was not, a session has done it, or [`Shared::to_thaw`] says that it is still to be done.
     pub(crate) async fn thaw(&self) -> bool {
         self.to_thaw.store(true, Ordering::SeqCst);
+        self.reconnect.notify_one();
         for _ in 0..THAW_TRIES {
             if self.vm.borrow().is_none() {
                 // The machine has ended.
@@ -46,7 +47,13 @@ impl Shared {
                 return false;
             }
             match tokio::time::timeout(THAW_BOUND, agent.thaw()).await {
-                Ok(Ok(())) => return true,
+                Ok(Ok(())) => {
+                    // It stood meanwhile.
+                    if let Err(error) = agent.set_clock(now_ns()).await {
+                        tracing::debug!(%error, "a guest's clock was not set after a snapshot");
+                    }
+                    return true;
+                }
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "a guest did not let its processes go on")
                 }
@@ -54,7 +61,9 @@ impl Shared {
             }
             // Before the session is looked for anew: one that began meanwhile has seen no mark.
             self.to_thaw.store(true, Ordering::SeqCst);
-            tokio::time::sleep(THAW_PAUSE).await;
+            // A session that is dead is followed by another, which has no reason to wait.
+            self.reconnect.notify_one();
+            let _ = tokio::time::timeout(THAW_PAUSE, sessions.changed()).await;
         }
         false
     }
