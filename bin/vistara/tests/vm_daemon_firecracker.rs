@@ -141,3 +141,62 @@ fn the_kernel_tells_its_console_what_it_does_where_that_is_asked_for() {
         text(&told.stderr)
     );
 }
+
+#[test]
+fn a_machine_in_firecracker_is_forked_and_restored_and_goes_on_itself() {
+    let Some(system) = ready() else { return };
+    let script = "i=0; while :; do echo line $i; i=$((i+1)); sleep 1; done";
+    let started = system.vistara(&["run", "-d", BUSYBOX, "sh", "-c", script]);
+    assert!(started.status.success(), "{}", text(&started.stderr));
+    let parent = system.adopt(text(&started.stdout).trim());
+    let said = |words: &[&str]| {
+        let output = system.vistara(words);
+        assert!(
+            output.status.success(),
+            "{words:?}: {}",
+            text(&output.stderr)
+        );
+        text(&output.stdout).trim().to_owned()
+    };
+    let exec = |machine: &str, script: &str| said(&["exec", machine, "sh", "-c", script]);
+    exec(
+        &parent.id,
+        "echo kept > /tmp/file; mount -t tmpfs none /mnt && echo memory > /mnt/file",
+    );
+    let kept = "cat /tmp/file /mnt/file";
+    let forked: serde_json::Value =
+        serde_json::from_str(&said(&["fork", "-n", "2", "--json", &parent.id])).unwrap();
+    println!("forked, held {} ms", forked["pause_ms"]);
+    let machines = forked["machines"].as_array().unwrap().iter();
+    let forks: Vec<_> = machines
+        .map(|machine| system.adopt(machine["id"].as_str().unwrap()))
+        .collect();
+    assert_eq!(forks.len(), 2);
+    let snapshot = said(&["snapshot", "create", "--name", "fc-moment", &parent.id]);
+    println!("snapshot: {snapshot}");
+    let restored = system.adopt(&said(&["snapshot", "restore", "fc-moment"]));
+    let mut random = vec![];
+    for machine in forks.iter().chain([&parent, &restored]) {
+        assert_eq!(exec(&machine.id, kept), "kept\nmemory");
+        random.push(exec(
+            &machine.id,
+            "hostname; head -c 16 /dev/urandom | hexdump -C",
+        ));
+        assert_eq!(system.inspect(&machine.id)["choice"]["vmm"], "firecracker");
+    }
+    random.sort_unstable();
+    random.dedup();
+    assert_eq!(random.len(), 4, "each is a machine of its own: {random:?}");
+    // The captured one has printed on, and nothing twice.
+    let logs = || text(&system.vistara(&["logs", &parent.id]).stdout);
+    let before = logs().lines().count();
+    until("it prints on", || logs().lines().count() > before + 1);
+    for (number, line) in logs().lines().enumerate() {
+        assert_eq!(line, format!("line {number}"), "no line is lost or doubled");
+    }
+    // So do the others, from where it was.
+    let first = |id: &str| text(&system.vistara(&["logs", id]).stdout);
+    until("a fork prints", || first(&forks[0].id).lines().count() > 1);
+    assert!(first(&forks[0].id).starts_with("line "));
+    said(&["snapshot", "rm", "fc-moment"]);
+}
