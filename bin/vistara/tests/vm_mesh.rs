@@ -243,7 +243,7 @@ fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() 
     let id = |ticket: &str| ticket.split_once('@').unwrap().0.to_owned();
     let refused = complained(near, &["images", "fetch", "noise"]);
     assert!(refused.contains("no node that was joined"), "{refused}");
-    two.grant("run,images", &["--max-disk", "13m"]);
+    two.grant("run,images", &["--max-disk", "26m"]);
     third.grant("run", &[]);
     let fetched = near.vistara(&["images", "fetch", "noise"]);
     let words = text(&fetched.stderr);
@@ -275,7 +275,8 @@ fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() 
     assert!(refused.contains("right to images"), "{refused}");
     let [option, target] = on(&two.ticket);
     said(near, &[&option, &target, "images", "fetch", "-q", "more"]);
-    archive(&more, 2 << 20);
+    // A layer and the disk that is made of it: twice twelve are there.
+    archive(&more, 3 << 20);
     said(
         near,
         &[
@@ -289,7 +290,7 @@ fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() 
     );
     let refused = complained(near, &[&option, &target, "images", "fetch", "again"]);
     assert!(
-        refused.contains("the grant allows 13.0 MiB of images"),
+        refused.contains("the grant allows 26.0 MiB of images"),
         "{refused}"
     );
     let words = ["import", more.to_str().unwrap(), "--name", "again"];
@@ -298,7 +299,7 @@ fn an_image_comes_from_all_that_have_it_and_no_more_of_it_than_a_grant_allows() 
         &[&[option.as_str(), &target, "images"], &words[..]].concat(),
     );
     assert!(
-        refused.contains("the grant allows 13.0 MiB of images"),
+        refused.contains("the grant allows 26.0 MiB of images"),
         "{refused}"
     );
 }

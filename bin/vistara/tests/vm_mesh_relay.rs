@@ -1,8 +1,7 @@
-//! Nodes behind address translators that meet through a relay, and nodes of one network that find each other without one. No
-//! machines are started.
+//! Nodes behind address translators that meet through a relay, and nodes of one network that find each other without one.
 //!
-//! Needs root, `ip` and `nft`; skipped with the reason where they are missing. The namespaces are the test's own, and go with
-//! it.
+//! Needs root, `ip` and `nft`, and one of them what `vm_system.rs` needs; skipped with the reason where that is missing. The
+//! namespaces are the test's own, and go with it.
 
 // Helpers outside a test function: a failure is the test's.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -14,7 +13,7 @@ use netns::{Node, Space, skipped, three_on_a_switch};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use vm::{state_dir, text, until};
+use vm::{IMAGE, state_dir, target, text, until};
 
 /// A network with room for translators and a relay, as the Internet is.
 fn internet(name: &str) -> Space {
@@ -242,6 +241,89 @@ fn where_translators_do_not_let_packets_go_straight_the_relay_carries_them_and_m
     });
     println!("connected again after {:?}", back.elapsed());
     a.said(&["--on", "c", "ps"]);
+    for home in &homes {
+        assert_eq!(home.packets_elsewhere(), 0, "packets to nobody's address");
+    }
+}
+
+#[test]
+fn an_image_that_only_the_client_has_runs_through_a_relay_and_gives_a_receipt() {
+    if skipped() {
+        return;
+    }
+    let archive = target().join("demo/python3.oci.tar");
+    let Some(kernels) = std::env::var_os("VISTARA_TEST_KERNELS").filter(|_| archive.exists())
+    else {
+        println!("SKIP: no guest kernel or no demonstration image (`cargo xtask test` has both)");
+        return;
+    };
+    let net = internet("mn");
+    let host = Space::new("mr");
+    host.cable("10.81.0.9/24", &net, None, "r");
+    let homes = [1, 2].map(|number| Home::new(&net, "m", number, true));
+    let relay = Relay::start(&host, "net-mr", "10.81.0.9:7443", &[]);
+    let a = Node::new(&homes[0].host, "net-m1");
+    let b = Node::new(&homes[1].host, "net-m2");
+    let link = b.system.state.join("kernels");
+    if !link.exists() {
+        std::os::unix::fs::symlink(kernels, link).unwrap();
+    }
+    // All that the client has of the other is a ticket and a grant.
+    b.said(&["node", "terms", "--relay", &relay.address]);
+    let ticket = b.said(&["node", "ticket"]);
+    let own = a.said(&["id"]);
+    let rights = ["--for", "run,images", "--until", "1h"];
+    let token = b.said(&[&["grant", "--to", &own], &rights[..]].concat());
+    a.said(&["node", "join", &ticket, "--name", "b", "--grant", &token]);
+    let archive = archive.to_str().unwrap();
+    let id = a.said(&["images", "import", "-q", archive, "--name", IMAGE]);
+    assert_eq!(b.said(&["images", "-q"]), "");
+
+    let receipt = a.system.state.join("receipt.txt");
+    let receipt = receipt.to_str().unwrap();
+    let begin = Instant::now();
+    let run = [
+        "--on",
+        "b",
+        "run",
+        "-q",
+        "--rm",
+        "-m",
+        "128m",
+        "--network",
+        "none",
+    ];
+    let program = [
+        "--receipt",
+        receipt,
+        IMAGE,
+        "sh",
+        "-c",
+        "echo through; exit 7",
+    ];
+    let ran = a.vistara(&[&run[..], &program].concat());
+    println!("sent and run after {:?}", begin.elapsed());
+    assert_eq!(ran.status.code(), Some(7), "{}", text(&ran.stderr));
+    assert_eq!(text(&ran.stdout), "through\n");
+    assert_eq!(a.of("b", "way"), "relayed");
+    let expected = ["--node", "b", "--image", &id, "--exit", "7"];
+    a.said(&[&["receipt", "verify", receipt], &expected[..]].concat());
+    let other = a.vistara(&["receipt", "verify", receipt, "--exit", "0"]);
+    assert!(!other.status.success(), "{}", text(&other.stdout));
+
+    // And what is done with a machine that is there.
+    let on = |words: &[&str]| a.said(&[&["--on", "b"], words].concat());
+    let detached = ["run", "-d", "-m", "128m", "--network", "none", IMAGE];
+    let machine = on(&[&detached[..], &["sh", "-c", "echo here; sleep 1000"]].concat());
+    until("its output", || on(&["logs", &machine]) == "here");
+    let file = a.system.state.join("file");
+    std::fs::write(&file, "taken along").unwrap();
+    let inside = format!("{machine}:/tmp/file");
+    on(&["cp", "-q", file.to_str().unwrap(), &inside]);
+    let told = on(&["exec", &machine, "cat", "/tmp/file"]);
+    assert_eq!(told, "taken along");
+    on(&["rm", "-f", &machine]);
+    assert_eq!(on(&["ps", "-aq"]), "");
     for home in &homes {
         assert_eq!(home.packets_elsewhere(), 0, "packets to nobody's address");
     }

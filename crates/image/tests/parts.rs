@@ -38,7 +38,7 @@ async fn send(
 }
 
 struct Two {
-    _roots: [tempfile::TempDir; 2],
+    roots: [tempfile::TempDir; 2],
     to: ImageStore,
     parts: Parts,
     blobs: Vec<Vec<u8>>,
@@ -60,7 +60,7 @@ async fn two() -> Option<Two> {
     let parts = from.parts(&whole).unwrap();
     assert_eq!(parts.id(), whole.id);
     Some(Two {
-        _roots: [from_root, to_root],
+        roots: [from_root, to_root],
         to,
         parts,
         blobs: vec![base.blob, top.blob],
@@ -198,14 +198,19 @@ async fn nobody_erases_what_arrived_and_a_bad_beginning_is_passed_over() {
 #[derive(Debug, Default)]
 struct Guest {
     refuses: bool,
+    /// Refuses what is asked for after so many times.
+    patience: Option<usize>,
     brought: Vec<Digest>,
     asked: std::sync::Mutex<Vec<(Digest, u64)>>,
+    times: std::sync::Mutex<usize>,
 }
 
 impl Admission for Guest {
     fn admit(&self, blobs: &[(Digest, u64)], _arrived: bool) -> Result<(), ImageError> {
         self.asked.lock().unwrap().extend_from_slice(blobs);
-        match self.refuses {
+        let mut times = self.times.lock().unwrap();
+        *times += 1;
+        match self.refuses || self.patience.is_some_and(|most| *times > most) {
             true => Err(ImageError::NotAdmitted {
                 why: "no".to_owned(),
                 hint: None,
@@ -288,4 +293,42 @@ async fn a_guests_archive_takes_no_name_away_and_goes_again_where_it_is_not_admi
     assert_eq!(two.to.get(&name).unwrap().unwrap().id, owners.id);
     let asked = guest.asked.lock().unwrap().clone();
     assert!(asked.contains(&(digest, layer.blob.len() as u64)));
+}
+
+#[tokio::test]
+async fn a_guest_is_charged_for_the_disk_that_its_layers_make_once() {
+    let Some(two) = two().await else { return };
+    let layer = gzipped(&Tar::new().file("guest", &noise(4, 50_000)).end());
+    let archive = tempfile::tempdir().unwrap();
+    let layout = image(std::slice::from_ref(&layer)).layout(archive.path());
+    let sink = ProgressSink::default();
+    let dir = two.roots[1].path().join("disks");
+    let disks = || std::fs::read_dir(&dir).unwrap().count();
+    let before = disks();
+    // Its blobs are admitted, and the disk is not: nothing of it stays.
+    let refusing = Arc::new(Guest {
+        patience: Some(1),
+        ..Guest::default()
+    });
+    let refused = (two.to.for_guest(refusing.clone()))
+        .import(&layout, None, None, &sink)
+        .await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Denied);
+    assert_eq!(disks(), before);
+    let asked = refusing.asked.lock().unwrap().clone();
+    let (disk, bytes) = asked.last().unwrap().clone();
+    assert!(bytes > 50_000, "noise does not shrink: {bytes}");
+    assert_eq!(two.to.blob_bytes(&disk), 0);
+
+    let guest = Arc::new(Guest::default());
+    let store = two.to.for_guest(guest.clone());
+    store.import(&layout, None, None, &sink).await.unwrap();
+    assert!(guest.asked.lock().unwrap().contains(&(disk.clone(), bytes)));
+    assert_eq!(two.to.blob_bytes(&disk), bytes);
+    // Whoever brings the same finds the disk made.
+    let again = Arc::new(Guest::default());
+    let store = two.to.for_guest(again.clone());
+    store.import(&layout, None, None, &sink).await.unwrap();
+    let asked = again.asked.lock().unwrap().clone();
+    assert!(asked.iter().all(|one| one.0 != disk), "{asked:?}");
 }

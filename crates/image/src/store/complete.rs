@@ -1,5 +1,6 @@
 //! The last steps that a pull and an import share: check the layers, build the root disk, write the record.
 
+use super::Admission;
 use super::files::{Files, Guard};
 use super::records::{Index, Record};
 use super::sweep;
@@ -77,12 +78,17 @@ impl Added {
 
 /// The key of the root disk of these layers.
 pub(crate) fn disk_key(diff_ids: &[Digest]) -> String {
+    disk_digest(diff_ids).hex().to_owned()
+}
+
+/// What a root disk goes by in the books of who brought what: a digest that no blob has.
+fn disk_digest(diff_ids: &[Digest]) -> Digest {
     let mut hash = Sha256::new();
     hash.update(format!("vistara root disk {}\n", disk::FORMAT));
     for diff_id in diff_ids {
         hash.update(format!("{diff_id}\n"));
     }
-    Digest::from_sha256(hash.finalize().into()).hex().to_owned()
+    Digest::from_sha256(hash.finalize().into())
 }
 
 /// Runs blocking work that is told when nobody waits for it any more.
@@ -102,14 +108,14 @@ pub(crate) async fn blocking<T: Send + 'static>(
         .map_err(|error| ImageError::Internal(error.to_string()))?
 }
 
-/// Checks, builds and records; with `names_kept`, no other image loses a name. `work` stays held until the record is written, even if nobody waits any more.
+/// Checks, builds and records; for a guest, no other image loses a name, and the disk that is built is admitted like a blob. `work` stays held until the record is written, even if nobody waits any more.
 pub(crate) async fn complete(
     files: &Arc<Files>,
     limits: &Limits,
     arrived: Arrived,
     work: Arc<Guard>,
     added: &Added,
-    names_kept: bool,
+    guest: Option<&Arc<dyn Admission>>,
     progress: &ProgressSink,
 ) -> Result<Image, ImageError> {
     // One at a time for one list of layers; the second finds all done.
@@ -119,11 +125,17 @@ pub(crate) async fn complete(
     }
     let guard = files.keyed(&key).await?;
     let (files, limits) = (Arc::clone(files), limits.clone());
-    let (added, progress) = (added.clone(), progress.clone());
+    let (added, guest, progress) = (added.clone(), guest.cloned(), progress.clone());
     blocking(move |cancel| {
         let _held = (work, guard);
         let image = finish(
-            &files, &limits, arrived, &added, names_kept, cancel, &progress,
+            &files,
+            &limits,
+            arrived,
+            &added,
+            guest.as_deref(),
+            cancel,
+            &progress,
         )?;
         progress.report(Progress::Done);
         Ok(image)
@@ -136,7 +148,7 @@ fn finish(
     limits: &Limits,
     arrived: Arrived,
     added: &Added,
-    names_kept: bool,
+    guest: Option<&dyn Admission>,
     cancel: &Cancel,
     progress: &ProgressSink,
 ) -> Result<Image, ImageError> {
@@ -148,7 +160,7 @@ fn finish(
             let (tree, diff_ids) = disk::index(&arrived.layers, limits, cancel)?;
             let key = disk_key(&diff_ids);
             if !files.disk(&key).exists() {
-                build(
+                let built = build(
                     files,
                     limits,
                     &tree,
@@ -158,6 +170,9 @@ fn finish(
                     progress,
                 )?;
                 added.disk(&key);
+                if let Some(guest) = guest {
+                    guest.admit(&[(disk_digest(&diff_ids), built.bytes)], true)?;
+                }
             }
             diff_ids
         }
@@ -208,7 +223,7 @@ fn finish(
     Index::write_record(files, &record, &guard)?;
     let mut index = Index::read(files)?;
     for name in arrived.names {
-        if !(names_kept && index.names.contains_key(&name)) {
+        if !(guest.is_some() && index.names.contains_key(&name)) {
             index.names.insert(name, record.id.clone());
         }
     }

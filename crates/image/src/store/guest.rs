@@ -9,7 +9,7 @@ use vistara_model::Digest;
 /// Who says whether somebody may add to a store, and takes note of it.
 pub trait Admission: Debug + Send + Sync {
     /// Asked before any of these blobs is taken; with `arrived`, right after they were unpacked from an archive, whose
-    /// layers are not known before. Blocks.
+    /// layers are not known before, or right after a root disk was built, which goes by a digest of its own. Blocks.
     ///
     /// # Errors
     /// [`ImageError::NotAdmitted`]: nothing is taken, and what has arrived goes again.

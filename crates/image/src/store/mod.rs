@@ -62,8 +62,7 @@ impl ImageStore {
             let guest = self.guest.as_ref();
             let (files, limits) = (&self.files, &self.limits);
             let arrived = pull::pull(files, limits, name, options, guest, &added, progress).await?;
-            let kept = guest.is_some();
-            complete(files, limits, arrived, work, &added, kept, progress).await
+            complete(files, limits, arrived, work, &added, guest, progress).await
         };
         let result = pulled.await;
         self.undone(result, added).await
@@ -99,9 +98,8 @@ impl ImageStore {
                 Ok(arrived)
             })
             .await?;
-            let kept = self.guest.is_some();
-            let (files, limits) = (&self.files, &self.limits);
-            complete(files, limits, arrived, work, &added, kept, progress).await
+            let (files, limits, guest) = (&self.files, &self.limits, self.guest.as_ref());
+            complete(files, limits, arrived, work, &added, guest, progress).await
         };
         let result = imported.await;
         self.undone(result, added).await

@@ -142,12 +142,13 @@ impl ImageStore {
         Ok(Some((file, bytes)))
     }
 
-    /// How much of a blob is here, whole or not.
+    /// How much is here of a blob, whole or not, or of a root disk that was admitted by its digest.
     pub fn blob_bytes(&self, digest: &Digest) -> u64 {
         let partial = || fs::metadata(self.files.partial(digest)).ok();
+        let disk = || fs::metadata(self.files.disk(digest.hex())).ok();
         self.files
             .blob_bytes(digest)
-            .or_else(|| partial().map(|meta| meta.len()))
+            .or_else(|| partial().or_else(disk).map(|meta| meta.len()))
             .unwrap_or(0)
     }
 
@@ -315,8 +316,8 @@ impl ImageStore {
                 layers: parts.layer_files(&self.files, &file.diff_ids),
                 source: ArrivedConfig::Own(parts.id(), Box::new(file)),
             };
-            let (files, limits, kept) = (&self.files, &self.limits, guest.is_some());
-            complete(files, limits, arrived, work, &added, kept, progress).await
+            let (files, limits, guest) = (&self.files, &self.limits, guest.as_ref());
+            complete(files, limits, arrived, work, &added, guest, progress).await
         };
         let result = assembled.await;
         self.undone(result, added).await
