@@ -161,7 +161,7 @@ fn a_machine_in_firecracker_is_forked_and_restored_and_goes_on_itself() {
     let exec = |machine: &str, script: &str| said(&["exec", machine, "sh", "-c", script]);
     exec(
         &parent.id,
-        "echo kept > /tmp/file; mount -t tmpfs none /mnt && echo memory > /mnt/file",
+        "echo kept > /tmp/file; mkdir -p /mnt; mount -t tmpfs none /mnt && echo memory > /mnt/file",
     );
     let kept = "cat /tmp/file /mnt/file";
     let forked: serde_json::Value =
