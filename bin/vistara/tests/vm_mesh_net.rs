@@ -14,16 +14,33 @@ use netns::{Node, Space, skipped, three_on_a_switch};
 use std::time::{Duration, Instant};
 use vm::{text, until};
 
-/// Cuts the way between two addresses, both ways, until the table `cut` is deleted.
-fn cut_between(switch: &Space, one: &str, other: &str) {
+/// What the switch drops until the table `cut` is deleted, a rule each.
+fn drops(switch: &Space, rules: &[&str]) {
     let table = ["nft", "add", "table", "bridge", "cut"];
     switch.run(&table);
     let hook = "{ type filter hook forward priority 0 ; }";
     switch.run(&["nft", "add", "chain", "bridge", "cut", "f", hook]);
-    for (from, to) in [(one, other), (other, one)] {
-        let rule = ["nft", "add", "rule", "bridge", "cut", "f"];
-        switch.run(&[&rule[..], &["ip", "saddr", from, "ip", "daddr", to, "drop"]].concat());
+    for rule in rules {
+        let add = ["nft", "add", "rule", "bridge", "cut", "f"];
+        let rule: Vec<&str> = rule.split(' ').chain(["drop"]).collect();
+        switch.run(&[&add[..], &rule].concat());
     }
+}
+
+/// Cuts the way from one address to another, and not back.
+fn cut_from(switch: &Space, from: &str, to: &str) {
+    drops(switch, &[&format!("ip saddr {from} ip daddr {to}")]);
+}
+
+/// Cuts the way between two addresses, both ways.
+fn cut_between(switch: &Space, one: &str, other: &str) {
+    let way = |from: &str, to: &str| format!("ip saddr {from} ip daddr {to}");
+    drops(switch, &[&way(one, other), &way(other, one)]);
+}
+
+/// Lets through again whatever was dropped.
+fn heal(switch: &Space) {
+    switch.run(&["nft", "delete", "table", "bridge", "cut"]);
 }
 
 #[test]
@@ -53,7 +70,7 @@ fn a_network_that_parts_is_noticed_within_ten_seconds_and_healed_by_the_next_req
     assert!(text(&refused.stderr).contains("does not answer"));
     a.said(&["--on", "c", "ps"]);
 
-    switch.run(&["nft", "delete", "table", "bridge", "cut"]);
+    heal(&switch);
     until("an answer after it healed", || {
         a.vistara(&["--on", "b", "ps"]).status.success()
     });
@@ -83,7 +100,7 @@ fn a_part_of_the_network_that_is_cut_off_is_dead_to_the_other_until_it_heals_by_
         assert_ne!(c.life_of(&a_id), "dead");
         std::thread::sleep(Duration::from_millis(500));
     }
-    switch.run(&["nft", "delete", "table", "bridge", "cut"]);
+    heal(&switch);
 
     // Nobody reaches the third.
     spaces[2].run(&["ip", "link", "set", "v20", "down"]);
@@ -106,6 +123,87 @@ fn a_part_of_the_network_that_is_cut_off_is_dead_to_the_other_until_it_heals_by_
             && c.life_of("b") == "alive"
     });
     println!("healed after {:?}", healed.elapsed());
+}
+
+#[test]
+fn a_way_that_is_cut_in_one_direction_is_noticed_at_both_ends_and_heals() {
+    if skipped() {
+        return;
+    }
+    let (switch, spaces) = three_on_a_switch("o", "10.76.0");
+    let [a, b, c] =
+        [0, 1, 2].map(|index: usize| Node::new(&spaces[index], &format!("net-o{index}")));
+    a.join(&b, "b", "10.76.0.2");
+    c.join(&b, "b", "10.76.0.2");
+    let [a_id, c_id] = [&a, &c].map(|node| node.said(&["id"]));
+    until("that who joined one hears of the other", || {
+        a.life_of(&c_id) == "alive" && c.life_of(&a_id) == "alive"
+    });
+    // What b says reaches nobody at a; what a says arrives.
+    cut_from(&switch, "10.76.0.2", "10.76.0.1");
+    let cut = Instant::now();
+    until("that the loss is noticed", || {
+        a.state_of("b") != "connected"
+    });
+    let took = cut.elapsed();
+    println!("noticed after {took:?}");
+    assert!(took < Duration::from_secs(10), "noticed after {took:?}");
+    let refused = a.vistara(&["--on", "b", "ps"]);
+    assert!(!refused.status.success(), "an answer that cannot have come");
+    // A third hears both: nobody is dead.
+    while cut.elapsed() < Duration::from_secs(15) {
+        assert_ne!(c.life_of("b"), "dead");
+        assert_ne!(c.life_of(&a_id), "dead");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    heal(&switch);
+    let healed = Instant::now();
+    until("an answer after it healed", || {
+        a.vistara(&["--on", "b", "ps"]).status.success()
+    });
+    println!("healed after {:?}", healed.elapsed());
+}
+
+#[test]
+fn a_slow_network_that_loses_packets_carries_everything_and_nobody_is_dead() {
+    if skipped() {
+        return;
+    }
+    let (switch, spaces) = three_on_a_switch("l", "10.75.0");
+    let [a, b, c] =
+        [0, 1, 2].map(|index: usize| Node::new(&spaces[index], &format!("net-l{index}")));
+    a.join(&b, "b", "10.75.0.2");
+    c.join(&b, "b", "10.75.0.2");
+    let [a_id, b_id, c_id] = [&a, &b, &c].map(|node| node.said(&["id"]));
+    until("that who joined one hears of the other", || {
+        a.life_of(&c_id) == "alive" && c.life_of(&a_id) == "alive"
+    });
+    for (number, space) in spaces.iter().enumerate() {
+        let cable = format!("v{number}0");
+        let rate = ["rate", "2mbit", "burst", "16kb", "latency", "100ms"];
+        let add = ["tc", "qdisc", "add", "dev", &cable, "root", "tbf"];
+        space.run(&[&add[..], &rate].concat());
+    }
+    // Each eighth packet, at random.
+    drops(&switch, &["numgen random mod 8 0"]);
+    let begin = Instant::now();
+    let (mut asked, mut worst) = (0, Duration::ZERO);
+    while begin.elapsed() < Duration::from_secs(20) {
+        let at = Instant::now();
+        a.said(&["--on", "b", "ps"]);
+        (asked, worst) = (asked + 1, worst.max(at.elapsed()));
+        for (node, others) in [
+            (&a, [&b_id, &c_id]),
+            (&b, [&a_id, &c_id]),
+            (&c, [&a_id, &b_id]),
+        ] {
+            for other in others {
+                assert_ne!(node.life_of(other), "dead");
+            }
+        }
+    }
+    println!("{asked} questions answered, the slowest after {worst:?}");
+    heal(&switch);
 }
 
 #[test]
