@@ -49,7 +49,7 @@ struct PackedAbout {
     bytes: u64,
 }
 
-/// What is packed before, if it still is what it was.
+/// What is packed before, as long as it is. Each byte is looked at in [`pack`] alone.
 pub(super) fn packed(dir: &Path) -> Option<Packed> {
     let about = std::fs::read(dir.join(PACKED_ABOUT)).ok()?;
     let about: PackedAbout = serde_json::from_slice(&about).ok()?;
@@ -61,6 +61,16 @@ pub(super) fn packed(dir: &Path) -> Option<Packed> {
         digest,
         bytes,
     })
+}
+
+fn is_whole(packed: &Packed) -> io::Result<bool> {
+    let mut hashing = Hashing {
+        to: io::sink(),
+        hash: Sha256::new(),
+        bytes: 0,
+    };
+    io::copy(&mut File::open(&packed.path)?, &mut hashing)?;
+    Ok(Digest::from_sha256(hashing.hash.finalize().into()) == packed.digest)
 }
 
 /// Passes on what is written, and takes its digest.
@@ -93,10 +103,14 @@ fn fresh(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Packs the snapshot in `dir`, unless that was done before.
+/// Packs the snapshot in `dir`, unless that was done before and still is what it was.
 pub(super) fn pack(dir: &Path) -> io::Result<Packed> {
     if let Some(packed) = packed(dir) {
-        return Ok(packed);
+        // Whoever fetches what has rotted finds its digest wrong at the end, each time.
+        if is_whole(&packed)? {
+            return Ok(packed);
+        }
+        tracing::warn!(path = %packed.path.display(), "a packed snapshot is not what it was, and is packed anew");
     }
     let making = dir.join("packed.zst.new");
     let packed = write_packed(dir, &making);
@@ -241,6 +255,12 @@ mod tests {
         std::fs::remove_file(&first.path).unwrap();
         assert_eq!(packed(&dir), None);
         assert_eq!(pack(&dir).unwrap(), first);
+        // One that has rotted is seen, and packed anew.
+        let mut rotten = bytes.clone();
+        rotten[bytes.len() / 2] ^= 1;
+        std::fs::write(&first.path, &rotten).unwrap();
+        assert_eq!(pack(&dir).unwrap(), first);
+        assert_eq!(std::fs::read(&first.path).unwrap(), bytes);
 
         let (there, taken) = arrived(&bytes, "other");
         taken.unwrap();
