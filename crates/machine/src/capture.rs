@@ -56,6 +56,9 @@ pub struct CaptureInfo {
     pub disks: Vec<bool>,
     /// Whether there is a network interface.
     pub nic: bool,
+    /// Whether it is known that no bounds on disks and network come with it, so that a machine without any need not be told.
+    #[serde(default)]
+    pub without_bounds: bool,
 }
 
 impl CaptureInfo {

@@ -12,6 +12,7 @@ fn info(memory: u64) -> CaptureInfo {
         memory: Bytes(memory),
         disks: vec![true, false],
         nic: true,
+        without_bounds: true,
     }
 }
 

@@ -154,6 +154,7 @@ pub(super) fn info(plan: &LaunchPlan) -> CaptureInfo {
         memory: plan.memory,
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
         nic: plan.nic.is_some(),
+        without_bounds: true,
     }
 }
 

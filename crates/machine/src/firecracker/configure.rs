@@ -9,7 +9,7 @@ use super::types::{
 };
 use super::types::{MemoryBackend, NetworkInterface};
 use super::version::Version;
-use crate::{LaunchPlan, LinuxBoot, Start};
+use crate::{CaptureInfo, LaunchPlan, LinuxBoot, Start};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vistara_model::Rates;
@@ -104,9 +104,17 @@ fn whole(limiter: Option<RateLimiter>) -> RateLimiter {
     }
 }
 
+/// What a fork of this capture is told of its bounds before it runs: nothing where neither has any.
+pub(super) fn bounds_of_fork(plan: &LaunchPlan, captured: &CaptureInfo) -> Vec<Setting> {
+    match captured.without_bounds && plan.rates == Rates::default() {
+        true => Vec::new(),
+        false => bounds(plan),
+    }
+}
+
 /// The bounds of a fork, made before it runs. A snapshot has the captured machine's with its devices, so that each is told anew,
 /// and taken away where the fork has none.
-pub(super) fn bounds(plan: &LaunchPlan) -> Vec<Setting> {
+fn bounds(plan: &LaunchPlan) -> Vec<Setting> {
     let mut bounds = Vec::new();
     let limiter = whole(disk_limiter(&plan.rates));
     for index in 0..plan.disks.len() {
@@ -265,7 +273,7 @@ mod erased {
 mod tests {
     use super::*;
     use crate::{Disk, Fence, NanosBoot};
-    use vistara_model::{Accelerator, Bytes, MachineId};
+    use vistara_model::{Accelerator, Bytes, MachineId, VmmKind};
 
     fn plan() -> LaunchPlan {
         LaunchPlan {
@@ -373,6 +381,34 @@ mod tests {
                 assert_eq!(nic[way].get("ops"), in_fork.then_some(&none));
             }
         }
+    }
+
+    #[test]
+    fn a_fork_is_told_of_bounds_unless_it_is_known_that_there_never_were_any() {
+        let mut plan = plan();
+        let mut captured = CaptureInfo {
+            kind: VmmKind::Firecracker,
+            version: "1.16.1".to_owned(),
+            accelerator: plan.accelerator,
+            cpu: String::new(),
+            counter_khz: None,
+            vcpus: plan.vcpus,
+            memory: plan.memory,
+            disks: vec![],
+            nic: false,
+            without_bounds: true,
+        };
+        assert_eq!(bounds_of_fork(&plan, &captured), []);
+        captured.without_bounds = false;
+        assert_eq!(bounds_of_fork(&plan, &captured), bounds(&plan));
+        captured.without_bounds = true;
+        plan.rates.disk_ops_per_s = Some(55);
+        assert_eq!(bounds_of_fork(&plan, &captured), bounds(&plan));
+        // One that an earlier version of this program wrote says nothing of it.
+        let mut words = serde_json::to_value(&captured).unwrap();
+        words.as_object_mut().unwrap().remove("without_bounds");
+        let before: CaptureInfo = serde_json::from_value(words).unwrap();
+        assert!(!before.without_bounds);
     }
 
     #[test]

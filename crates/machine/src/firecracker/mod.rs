@@ -45,7 +45,7 @@ use vistara_host::cgroup::{Cgroup, Cgroups};
 use vistara_host::facts;
 use vistara_host::files::OutputBox;
 use vistara_host::process::{ProcessEnd, ProcessHandle, ProcessIdentity};
-use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, VmmKind};
+use vistara_model::{Accelerator, Bytes, KvmVerdict, MachineId, Rates, VmmKind};
 use vm::{CLEANUP_LIMIT, FirecrackerVm, Parts, clean_up};
 
 /// What Firecracker takes beyond the guest's memory, at most, as far as we have seen; [`crate::Fence::memory_max`] must leave
@@ -373,6 +373,7 @@ fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
         memory: Bytes::mib(plan.memory.to_mib_ceil()),
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
         nic: plan.nic.is_some(),
+        without_bounds: plan.rates == Rates::default(),
     }
 }
 

@@ -139,7 +139,10 @@ async fn set_up(
     let (mut session, ()) = tokio::try_join!(set(api, tools, plan), published)?;
     let step = |step: &'static str| move |error: ApiError| Failure::At(step, error.to_string());
     match &plan.start {
-        Start::Fork(_) => go_on(&mut session, plan).await.map_err(step(GOING_ON)),
+        Start::Fork(capture) => {
+            let bounds = configure::bounds_of_fork(plan, capture.info());
+            go_on(&mut session, bounds).await.map_err(step(GOING_ON))
+        }
         Start::Linux(_) | Start::Nanos(_) => session
             .start_instance()
             .await
@@ -148,14 +151,13 @@ async fn set_up(
 }
 
 /// Loads what a fork goes on from. Its bounds are not the captured machine's, and hold before it runs.
-async fn go_on(session: &mut Session, plan: &LaunchPlan) -> Result<(), ApiError> {
-    let bounds = configure::bounds(plan);
+async fn go_on(session: &mut Session, bounds: Vec<configure::Setting>) -> Result<(), ApiError> {
     let load = configure::load(bounds.is_empty());
     session
         .put("/snapshot/load", &load, api::SNAPSHOT_LIMIT)
         .await?;
     if bounds.is_empty() {
-        // It has no device that could have any, and goes on already.
+        // There is nothing to be told, and it goes on already.
         return Ok(());
     }
     for bound in bounds {

@@ -456,6 +456,8 @@ fn info(tools: &Tools, plan: &LaunchPlan) -> CaptureInfo {
         memory: guest_memory(plan),
         disks: plan.disks.iter().map(|disk| disk.read_only).collect(),
         nic: plan.nic.is_some(),
+        // They are the process's.
+        without_bounds: true,
     }
 }
 

@@ -390,6 +390,7 @@ pub(super) mod tests {
                 memory: Bytes::mib(1),
                 disks: vec![true, false],
                 nic: true,
+                without_bounds: true,
             },
             b"memory",
             b"state",
