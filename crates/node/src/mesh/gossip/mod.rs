@@ -308,7 +308,7 @@ impl Gossip {
                 let met = state.machine.life(from).is_none();
                 let outputs = state.machine.handle(self.now(), from, packet);
                 self.carry_out(&mut state, outputs, &mut cards);
-                if met && state.machine.life(from).is_some() {
+                if met {
                     let outputs = self.met(&mut state, from);
                     self.carry_out(&mut state, outputs, &mut cards);
                 } else if state.machine.tie(from) == Some(Tie::Heard) && self.is_joined(&from) {
@@ -319,13 +319,14 @@ impl Gossip {
         }
     }
 
-    /// A node has spoken for the first time: it stays a member if it was joined, or is known otherwise.
+    /// A node has spoken that is, or was, no member: it stays one if it was joined, or is known otherwise, also where the table had
+    /// no place for it.
     fn met(&self, state: &mut State, node: NodeId) -> Vec<Output> {
         if self.is_joined(&node) {
             return state.machine.join(node);
         }
         if self.open.knows(&node) {
-            state.machine.pin(node, true);
+            return state.machine.keep(self.now(), node);
         }
         Vec::new()
     }
