@@ -44,6 +44,8 @@ pub(crate) struct Tally {
     passed: usize,
     failed: Vec<String>,
     skipped: Vec<String>,
+    /// Those of the passed that failed first.
+    flaky: Vec<String>,
     /// The end of what failed tests printed, where it is known.
     words: Vec<String>,
 }
@@ -65,6 +67,7 @@ impl Tally {
         self.passed += other.passed;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
+        self.flaky.extend(other.flaky);
         self.words.extend(other.words);
     }
 
@@ -77,14 +80,18 @@ impl Tally {
         for words in &self.words {
             println!("{words}");
         }
+        for name in &self.flaky {
+            println!("FLAKY {name}: failed, and passed when it was run again");
+        }
         for name in &self.failed {
             println!("FAILED {name}");
         }
         println!(
-            "{} passed, {} failed, {} skipped",
+            "{} passed, {} failed, {} skipped, {} of the passed flaky",
             self.passed,
             self.failed.len(),
-            self.skipped.len()
+            self.skipped.len(),
+            self.flaky.len()
         );
         if self.failed.is_empty() {
             Ok(())
@@ -194,6 +201,8 @@ fn with_nextest(root: &Path, tier: Tier) -> Result<Tally> {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Passed,
+    /// At the second try, with the end of what it printed at the first.
+    Flaky(String),
     /// With the end of what it printed.
     Failed(String),
     /// It could not run here, for this reason.
@@ -231,8 +240,12 @@ pub(crate) fn cases(text: &str) -> Vec<Case> {
         });
         let outcome = if body.contains("<failure") || body.contains("<error") {
             Outcome::Failed(last_words(&format!("{binary} {name}"), body))
+        } else if let Some(reason) = skipped {
+            Outcome::Skipped(reason)
+        } else if body.contains("<flaky") {
+            Outcome::Flaky(last_words(&format!("{binary} {name}"), body))
         } else {
-            skipped.map_or(Outcome::Passed, Outcome::Skipped)
+            Outcome::Passed
         };
         Case {
             binary,
@@ -250,6 +263,11 @@ pub(crate) fn read_junit(text: &str) -> Tally {
         let name = format!("{} {}", case.binary, case.name);
         match case.outcome {
             Outcome::Passed => tally.passed += 1,
+            Outcome::Flaky(words) => {
+                tally.passed += 1;
+                tally.words.push(words);
+                tally.flaky.push(name);
+            }
             Outcome::Failed(words) => {
                 tally.words.push(words);
                 tally.failed.push(name);
@@ -399,17 +417,22 @@ test four ... SKIP: no kernel
 ok
 </system-out>
     </testcase>
+    <testcase name="five" classname="a::vm_x" time="0.1">
+      <flakyFailure type="test failure with exit code 101"><system-err>at first</system-err></flakyFailure>
+    </testcase>
     <testcase name="three" classname="a::vm_x" time="0.1">
       <failure type="test failure">SKIP: never</failure>
     </testcase>
   </testsuite>
 </testsuites>"#;
         let tally = read_junit(report);
-        assert_eq!(tally.passed, 1);
+        assert_eq!(tally.passed, 2);
+        assert_eq!(tally.flaky, ["a::vm_x five"]);
         assert_eq!(tally.skipped, ["a two: no <kvm> here", "a four: no kernel"]);
         assert_eq!(tally.failed, ["a::vm_x three"]);
-        assert_eq!(tally.words.len(), 1);
-        assert!(tally.words[0].contains("SKIP: never"), "{:?}", tally.words);
+        assert_eq!(tally.words.len(), 2);
+        assert!(tally.words[0].contains("at first"), "{:?}", tally.words);
+        assert!(tally.words[1].contains("SKIP: never"), "{:?}", tally.words);
     }
 
     #[test]

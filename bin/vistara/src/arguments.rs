@@ -12,6 +12,7 @@ use crate::relay_command::RelayCommand;
 use crate::run_options::RunOptions;
 use crate::service_commands::ServiceOptions;
 use crate::snapshot_commands::{ForkOptions, SnapshotOptions};
+use crate::task_commands::TaskOptions;
 use crate::template_commands::TemplateOptions;
 use crate::volume_commands::VolumeOptions;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -118,6 +119,9 @@ pub(crate) enum Command {
     /// Manage services: copies of a program that run among several nodes, whichever of them die
     #[command(visible_alias = "services")]
     Service(ServiceOptions),
+    /// Manage tasks: programs that run to their end on one of several nodes, at most once or at least once
+    #[command(visible_alias = "tasks")]
+    Task(TaskOptions),
     /// Say what this host has and lacks for running machines
     Doctor(DoctorOptions),
     /// Say which hypervisor a program would get, and why, without running it
@@ -637,6 +641,9 @@ pub(crate) enum BenchCommand {
         /// The results as JSON
         #[arg(long)]
         json: bool,
+        /// Whose forks
+        #[arg(long, value_enum, default_value = "qemu")]
+        hypervisor: crate::bench_fork::Hypervisor,
         /// How often each is repeated
         #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: u32,
@@ -649,6 +656,9 @@ pub(crate) enum BenchCommand {
         /// The results as JSON
         #[arg(long)]
         json: bool,
+        /// Whose forks
+        #[arg(long, value_enum, default_value = "qemu")]
+        hypervisor: crate::bench_fork::Hypervisor,
         /// How many at once
         #[arg(short = 'n', long = "count", value_name = "N,…", value_delimiter = ',', default_value = "1,10,100", value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: Vec<u32>,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::run_options::{ImageSource, PullPolicy, Surroundings, head_and_command};
+use crate::task_commands::TaskCommand;
 use clap::CommandFactory;
 use vistara_api::{RunRequest, TerminalSize};
 
@@ -441,4 +442,22 @@ fn every_command_has_the_forms_that_users_of_docker_type() {
             panic!("{line}: {error}");
         }
     }
+}
+
+#[test]
+fn a_task_is_declared_one_way_and_what_comes_after_its_image_is_its_commands() {
+    let line = "vistara task run --at-least-once --key k -d -m 64m debian -- prog --key other -d";
+    let Ok(Command::Task(options)) = parse(line) else {
+        panic!("{line}");
+    };
+    let TaskCommand::Run(options) = options.command else {
+        panic!("{line}");
+    };
+    assert!(options.at_least_once && options.detach && !options.at_most_once);
+    assert_eq!(options.key.as_deref(), Some("k"));
+    let (image, command) = head_and_command(&options.program.words);
+    assert_eq!(image, "debian");
+    assert_eq!(command, ["prog", "--key", "other", "-d"]);
+    assert!(parse("vistara task run --at-least-once --at-most-once debian").is_err());
+    assert!(parse("vistara task run").is_err());
 }

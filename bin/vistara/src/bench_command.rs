@@ -87,13 +87,25 @@ pub(crate) async fn bench(
 ) -> Result<u8, Failure> {
     let (json, count, image) = match command {
         BenchCommand::Run { json, count, image } => (json, count, image),
-        BenchCommand::Fork { json, count, image } => {
+        BenchCommand::Fork {
+            json,
+            hypervisor,
+            count,
+            image,
+        } => {
             let image = image.as_deref();
-            return crate::bench_fork::fork(client, places, image, *count, *json).await;
+            return crate::bench_fork::fork(client, places, *hypervisor, image, *count, *json)
+                .await;
         }
-        BenchCommand::Burst { json, count, image } => {
+        BenchCommand::Burst {
+            json,
+            hypervisor,
+            count,
+            image,
+        } => {
             let image = image.as_deref();
-            return crate::bench_fork::burst(client, places, image, count, *json).await;
+            return crate::bench_fork::burst(client, places, *hypervisor, image, count, *json)
+                .await;
         }
         BenchCommand::Mesh(options) => {
             return crate::bench_mesh::mesh(client, places, options).await;

@@ -7,11 +7,12 @@ mod burst;
 pub(crate) use burst::burst;
 
 use crate::bench_command::{Series, chosen, millis, tempdir};
+use crate::bench_raw::told as told_whole;
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::places::Places;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vistara_api::client::StreamItem;
 use vistara_api::stream::StreamEvent;
@@ -19,13 +20,14 @@ use vistara_api::{
     AttachRequest, Client, CreateTemplateRequest, ExecRequest, ForkRequest, Machine, RunRequest,
 };
 use vistara_model::{Accelerator, Bytes};
-use vistara_node::{RawFork, RawTemplate};
+use vistara_node::{RawFirecracker, RawFork, RawRun, RawTemplate, VmmError, raw_agent_ready};
 
-const HYPERVISOR: &str = "qemu";
 /// Memory of the guests on both sides.
 const MEMORY: Bytes = Bytes::mib(128);
 /// Runs of each side that are not counted: the first one makes the template.
 const WARM_UP: u32 = 1;
+/// The step of a start that ends with the agent's answer.
+const GREETING: &str = "greeting";
 /// How long the stock may take to be ready, and to grow by one more machine, and how often it is looked at.
 const STOCK_BOUND: Duration = Duration::from_secs(30);
 const STOCK_LOOK: Duration = Duration::from_millis(50);
@@ -38,6 +40,8 @@ struct ForkReport {
     count: u32,
     /// From the start of a bare monitor to its guest's answer: neither disk, network, fences nor identity.
     raw: Series,
+    /// From asking the node for a machine, forked when it is asked for, until its agent has answered: as far as the bare one gets.
+    agent: Series,
     /// From asking the node for a machine until its program runs, identity given, network and disk attached; forked when
     /// it is asked for.
     run: Series,
@@ -46,16 +50,17 @@ struct ForkReport {
     /// As the two before, of a machine from the stock; absent where the node keeps none.
     warm: Option<Series>,
     warm_first_exec: Option<Series>,
-    /// The same as `run`, of a copy of a machine that runs.
-    live: Series,
+    /// The same as `run`, of a copy of a machine that runs; absent where the monitor makes none.
+    live: Option<Series>,
     /// How long that machine was held still.
-    live_pause: Series,
-    /// Medians of `run`, `first_exec`, `warm`, `warm_first_exec` and `live` by that of `raw`.
+    live_pause: Option<Series>,
+    /// Medians of `agent`, `run`, `first_exec`, `warm`, `warm_first_exec` and `live` by that of `raw`.
+    agent_ratio: f64,
     ratio: f64,
     first_exec_ratio: f64,
     warm_ratio: Option<f64>,
     warm_first_exec_ratio: Option<f64>,
-    live_ratio: f64,
+    live_ratio: Option<f64>,
     /// Proportional set size of the monitors, idle: medians.
     raw_pss_bytes: u64,
     pss_bytes: u64,
@@ -80,9 +85,71 @@ struct Bench<'a> {
     image: String,
     /// The key of its template.
     template: String,
-    raw: RawTemplate,
+    hypervisor: Hypervisor,
+    raw: Baseline,
     conditions: Conditions,
     _scratch: crate::bench_command::Scratch,
+}
+
+/// Whose forks are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Hypervisor {
+    Qemu,
+    Firecracker,
+}
+
+impl Hypervisor {
+    fn name(self) -> &'static str {
+        match self {
+            Hypervisor::Qemu => "qemu",
+            Hypervisor::Firecracker => "firecracker",
+        }
+    }
+
+    /// Whether running machines can be copied.
+    fn forks_running_machines(self) -> bool {
+        match self {
+            Hypervisor::Qemu => true,
+            Hypervisor::Firecracker => false,
+        }
+    }
+
+    /// What ours have for a network. A bare Firecracker would need a tap made for it, so there neither has one.
+    fn network(self) -> Option<String> {
+        match self {
+            Hypervisor::Qemu => None,
+            Hypervisor::Firecracker => Some("none".to_owned()),
+        }
+    }
+}
+
+/// What ours are measured against.
+enum Baseline {
+    Qemu(RawTemplate),
+    Firecracker(RawFirecracker),
+}
+
+/// A bare fork that has answered; it ends with this.
+enum Bare {
+    Qemu(RawFork),
+    Firecracker(RawRun, Duration),
+}
+
+impl Bare {
+    fn pid(&self) -> u32 {
+        match self {
+            Bare::Qemu(fork) => fork.pid(),
+            Bare::Firecracker(run, _) => run.pid(),
+        }
+    }
+
+    /// From the start of its monitor to its answer.
+    fn took(&self) -> Duration {
+        match self {
+            Bare::Qemu(fork) => fork.took,
+            Bare::Firecracker(_, took) => *took,
+        }
+    }
 }
 
 fn load() -> f64 {
@@ -95,6 +162,7 @@ impl<'a> Bench<'a> {
     async fn prepare(
         client: &'a Client,
         places: &Places,
+        hypervisor: Hypervisor,
         image: Option<&str>,
     ) -> Result<Bench<'a>, Failure> {
         let image = chosen(client.images().await?, image)?;
@@ -104,11 +172,15 @@ impl<'a> Bench<'a> {
             image: image.clone(),
             command: vec!["sleep".to_owned()],
             memory: Some(MEMORY.0.to_string()),
-            hypervisor: Some(HYPERVISOR.to_owned()),
+            hypervisor: Some(hypervisor.name().to_owned()),
+            network: hypervisor.network(),
             ..CreateTemplateRequest::default()
         };
         let template = client.create_template(&request).await?.template.key;
-        let choice = client.explain(&request_of(&image)).await?.choice;
+        let choice = client
+            .explain(&request_of(&image, hypervisor))
+            .await?
+            .choice;
         let accelerator = match choice.accelerator.as_str() {
             "kvm" => Accelerator::Kvm,
             _ => Accelerator::Tcg,
@@ -119,21 +191,25 @@ impl<'a> Bench<'a> {
             .ok_or_else(|| {
                 Failure::new("there is no guest kernel").hint("vistara kernel add debian")
             })?;
-        let qemu = crate::environment::path(crate::environment::QEMU)
-            .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"));
         let scratch = tempdir(places)?;
-        let raw = RawTemplate::make(
-            &qemu,
-            kernel.path.as_ref(),
-            accelerator,
-            MEMORY,
-            scratch.as_ref(),
-        )
-        .map_err(|error| Failure::because("the bare monitor cannot be forked", error))?;
+        let raw = match hypervisor {
+            Hypervisor::Qemu => {
+                let qemu = crate::environment::path(crate::environment::QEMU)
+                    .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"));
+                let kernel = kernel.path.as_ref();
+                RawTemplate::make(&qemu, kernel, accelerator, MEMORY, scratch.as_ref())
+                    .map(Baseline::Qemu)
+                    .map_err(|error| cannot_be_forked(&error))?
+            }
+            Hypervisor::Firecracker => {
+                Baseline::Firecracker(captured(client, &image, scratch.as_ref()).await?)
+            }
+        };
         Ok(Bench {
             client,
             image,
             template,
+            hypervisor,
             raw,
             conditions: Conditions {
                 vmm: choice.vmm,
@@ -148,9 +224,22 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn fork_raw(&self) -> Result<RawFork, Failure> {
-        let forked = self.raw.fork();
-        forked.map_err(|error| Failure::because("the bare monitor cannot be forked", error))
+    /// Waits for it: not for a task that others wait for.
+    fn fork_raw(&self) -> Result<Bare, Failure> {
+        match &self.raw {
+            Baseline::Qemu(template) => {
+                let forked = template.fork().map(Bare::Qemu);
+                forked.map_err(|error| cannot_be_forked(&error))
+            }
+            Baseline::Firecracker(like) => {
+                let restored = async {
+                    let (run, begin) = like.restore().await?;
+                    raw_agent_ready(&run).await?;
+                    Ok(Bare::Firecracker(run, begin.elapsed()))
+                };
+                waited_for(restored)?.map_err(|error: VmmError| cannot_be_forked(&error))
+            }
+        }
     }
 
     /// A machine that is forked for this request, whose program runs.
@@ -158,14 +247,15 @@ impl<'a> Bench<'a> {
         self.machine(&RunRequest {
             // With a name of its own none of the stock can stand in for it.
             hostname: Some("forked".to_owned()),
-            ..request_of(&self.image)
+            ..request_of(&self.image, self.hypervisor)
         })
         .await
     }
 
     /// A machine as a user gets it, from the stock where there is one, whose program runs.
     async fn usual(&self) -> Result<Machine, Failure> {
-        self.machine(&request_of(&self.image)).await
+        self.machine(&request_of(&self.image, self.hypervisor))
+            .await
     }
 
     /// Machines in stock of the template that is measured.
@@ -190,18 +280,7 @@ impl<'a> Bench<'a> {
 
     async fn machine(&self, request: &RunRequest) -> Result<Machine, Failure> {
         let machine = self.client.run(request).await?;
-        let request = AttachRequest::default();
-        let mut streams = self.client.attach(&machine.id, &request).await?;
-        loop {
-            match streams.output.next().await? {
-                Some(StreamItem::Event(StreamEvent::Started { machine })) => return Ok(*machine),
-                Some(StreamItem::Event(StreamEvent::Failed { error })) => {
-                    return Err(Failure::refused(&error));
-                }
-                Some(_) => {}
-                None => return Err(Failure::new("a machine ended before its program ran")),
-            }
-        }
+        started(self.client, &machine.id).await
     }
 
     async fn exec(&self, machine: &str) -> Result<(), Failure> {
@@ -228,12 +307,73 @@ impl<'a> Bench<'a> {
     }
 }
 
-fn request_of(image: &str) -> RunRequest {
+/// What comes of this, on a thread of its own: a caller in a burst has no other, and one in a task may not wait.
+fn waited_for<T: Send>(work: impl Future<Output = T> + Send) -> Result<T, Failure> {
+    let wait = || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        Ok(runtime.enable_all().build()?.block_on(work))
+    };
+    let waited: std::io::Result<T> = std::thread::scope(|scope| {
+        let waited = scope.spawn(wait).join();
+        waited.unwrap_or_else(|_| Err(std::io::Error::other("it panicked")))
+    });
+    waited.map_err(|error| Failure::because("a worker of the bench failed", error))
+}
+
+fn cannot_be_forked(error: &VmmError) -> Failure {
+    Failure::because("the bare monitor cannot be forked", told_whole(error))
+}
+
+/// A bare Firecracker like our machines of this image, captured when its guest's agent had answered.
+async fn captured(client: &Client, image: &str, dir: &Path) -> Result<RawFirecracker, Failure> {
+    let request = RunRequest {
+        no_template: true,
+        ..request_of(image, Hypervisor::Firecracker)
+    };
+    let machine = client.run(&request).await?;
+    let like = async {
+        started(client, &machine.id).await?;
+        let detail = client.machine(&machine.id).await?;
+        let program = crate::environment::path(crate::environment::FIRECRACKER);
+        let like = RawFirecracker::like(detail.dir.as_ref(), program, dir).await;
+        like.map_err(|error| cannot_be_forked(&error))
+    };
+    let like = like.await;
+    client.remove_machine(&machine.id, true).await?;
+    let like = like?;
+    let taken = async {
+        like.reset()?;
+        let run = like.start()?;
+        raw_agent_ready(&run).await?;
+        like.capture(run).await
+    };
+    taken.await.map_err(|error| cannot_be_forked(&error))?;
+    Ok(like)
+}
+
+/// Waits until a machine's program runs.
+async fn started(client: &Client, machine: &str) -> Result<Machine, Failure> {
+    let request = AttachRequest::default();
+    let mut streams = client.attach(machine, &request).await?;
+    loop {
+        match streams.output.next().await? {
+            Some(StreamItem::Event(StreamEvent::Started { machine })) => return Ok(*machine),
+            Some(StreamItem::Event(StreamEvent::Failed { error })) => {
+                return Err(Failure::refused(&error));
+            }
+            Some(_) => {}
+            None => return Err(Failure::new("a machine ended before its program ran")),
+        }
+    }
+}
+
+fn request_of(image: &str, hypervisor: Hypervisor) -> RunRequest {
     RunRequest {
         image: image.to_owned(),
         command: ["sleep", "100000"].map(str::to_owned).to_vec(),
         memory: Some(MEMORY.0.to_string()),
-        hypervisor: Some(HYPERVISOR.to_owned()),
+        hypervisor: Some(hypervisor.name().to_owned()),
+        network: hypervisor.network(),
         ..RunRequest::default()
     }
 }
@@ -260,11 +400,12 @@ fn median(mut values: Vec<u64>) -> u64 {
 pub(crate) async fn fork(
     client: &Client,
     places: &Places,
+    hypervisor: Hypervisor,
     image: Option<&str>,
     count: u32,
     json: bool,
 ) -> Result<u8, Failure> {
-    let mut bench = Bench::prepare(client, places, image).await?;
+    let mut bench = Bench::prepare(client, places, hypervisor, image).await?;
     let source = bench.forked().await?;
     let measured = fork_rounds(&bench, &source, count).await;
     client.remove_machine(&source.id, true).await?;
@@ -290,6 +431,8 @@ async fn begin_stock(bench: &Bench<'_>) -> Result<bool, Failure> {
 
 /// What one run took, in milliseconds from asking for it.
 struct OneRun {
+    /// Until its agent had answered.
+    agent: f64,
     started: f64,
     executed: f64,
     pss: u64,
@@ -310,11 +453,17 @@ async fn one_run(
     let detail = bench.client.machine(&machine.id).await;
     bench.client.remove_machine(&machine.id, true).await?;
     answered?;
+    let detail = detail?;
+    let mut steps = detail.timings.iter();
+    let greeting = steps
+        .find(|timing| timing.step == GREETING)
+        .ok_or_else(|| Failure::new("a machine does not tell when its agent answered"))?;
     Ok(OneRun {
+        agent: greeting.begin_ms + greeting.took_ms,
         started: millis(started),
         executed: millis(executed),
         pss: pss?,
-        warm: detail?.warm,
+        warm: detail.warm,
     })
 }
 
@@ -323,7 +472,8 @@ async fn fork_rounds(
     source: &Machine,
     count: u32,
 ) -> Result<ForkReport, Failure> {
-    let (mut raw, mut run, mut first_exec) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut raw, mut agent) = (Vec::new(), Vec::new());
+    let (mut run, mut first_exec) = (Vec::new(), Vec::new());
     let (mut warm, mut warm_first_exec) = (Vec::new(), Vec::new());
     let (mut live, mut live_pause) = (Vec::new(), Vec::new());
     let (mut raw_pss, mut ours_pss) = (Vec::new(), Vec::new());
@@ -332,12 +482,13 @@ async fn fork_rounds(
         let counts = round >= WARM_UP;
         let bare = bench.fork_raw()?;
         let bare_pss = pss(bare.pid())?;
-        let took = bare.took;
+        let took = bare.took();
         drop(bare);
         let ours = one_run(bench, bench.forked()).await?;
         if counts {
             raw.push(millis(took));
             raw_pss.push(bare_pss);
+            agent.push(ours.agent);
             run.push(ours.started);
             first_exec.push(ours.executed);
             ours_pss.push(ours.pss);
@@ -350,6 +501,9 @@ async fn fork_rounds(
             }
             // What is made in its place must not be in front of what is measured next.
             bench.stocked(1).await?;
+        }
+        if !bench.hypervisor.forks_running_machines() {
+            continue;
         }
         let begin = Instant::now();
         let forked = bench
@@ -366,9 +520,10 @@ async fn fork_rounds(
         }
     }
     let (raw, run, first_exec) = (Series::of(raw), Series::of(run), Series::of(first_exec));
-    let live = Series::of(live);
+    let agent = Series::of(agent);
     let some = |values: Vec<f64>| (!values.is_empty()).then(|| Series::of(values));
     let (warm, warm_first_exec) = (some(warm), some(warm_first_exec));
+    let (live, live_pause) = (some(live), some(live_pause));
     let by_raw = |series: &Option<Series>| series.map(|series| series.median / raw.median);
     Ok(ForkReport {
         conditions: Conditions {
@@ -381,18 +536,20 @@ async fn fork_rounds(
             release: false,
         },
         count,
+        agent_ratio: agent.median / raw.median,
+        agent,
         ratio: run.median / raw.median,
         first_exec_ratio: first_exec.median / raw.median,
         warm_ratio: by_raw(&warm),
         warm_first_exec_ratio: by_raw(&warm_first_exec),
         warm,
         warm_first_exec,
-        live_ratio: live.median / raw.median,
+        live_ratio: by_raw(&live),
         raw,
         run,
         first_exec,
         live,
-        live_pause: Series::of(live_pause),
+        live_pause,
         raw_pss_bytes: median(raw_pss),
         pss_bytes: median(ours_pss),
     })
@@ -429,7 +586,7 @@ fn fork_table(report: &ForkReport) -> String {
         series.map_or_else(String::new, |series| row(name, series, ratio))
     };
     format!(
-        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
+        "{}; {} of each, in turn.\n\n| {:<58} | {:>8} | {:>8} | {:>8} | {:>6} |\n|---|---:|---:|---:|---:|\n{}{}{}{}{}{}{}{}\nMonitors' memory, idle (PSS, median): {} of ours, {} of the raw ones.\n",
         told(&report.conditions),
         report.count,
         "milliseconds",
@@ -441,6 +598,11 @@ fn fork_table(report: &ForkReport) -> String {
             "raw fork: bare monitor, to its guest's answer",
             report.raw,
             Some(1.0)
+        ),
+        row(
+            "run, forked: asked for, to its agent's answer",
+            report.agent,
+            Some(report.agent_ratio)
         ),
         row(
             "run, forked: asked for, to the program running",
@@ -462,12 +624,12 @@ fn fork_table(report: &ForkReport) -> String {
             report.warm_first_exec,
             report.warm_first_exec_ratio
         ),
-        row(
+        maybe(
             "fork of a running machine: asked for, to it running",
             report.live,
-            Some(report.live_ratio)
+            report.live_ratio
         ),
-        row(
+        maybe(
             "of that, the time for which the machine stood still",
             report.live_pause,
             None

@@ -145,7 +145,7 @@ fn did_not_come_up(error: &dyn std::error::Error) -> Failure {
 }
 
 /// An error with what it comes from.
-fn told(error: &dyn std::error::Error) -> String {
+pub(crate) fn told(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", told(source)),
         None => error.to_string(),

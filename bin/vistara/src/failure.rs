@@ -6,6 +6,8 @@ use vistara_api::{ClientError, ErrorBody, ErrorKind};
 
 /// Exit code of our own and the host's faults where a program's exit code is passed through, as docker has it.
 pub(crate) const OWN_FAULT: u8 = 125;
+/// Exit code of a task that is lost: it may have begun, and nobody knows how it went.
+pub(crate) const TASK_LOST: u8 = 123;
 /// Exit code after a reader closed our output: what a shell reports for a program that SIGPIPE ended.
 pub(crate) const OUTPUT_CLOSED: u8 = 141;
 

@@ -1,4 +1,4 @@
-//! Images from nodes to a node: what it lacks, by digest, in pieces from all that have it, gone on from after a cut.
+//! Images and snapshots from nodes to a node: what it lacks, by digest, in pieces from all that have it, gone on from after a cut.
 //!
 //! The bytes go through here, the caller's host: the nodes need not know one another. What arrives is checked where it
 //! arrives; a source that sends anything else costs its transfer, never the image.
@@ -13,7 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
-use vistara_api::{Client, ClientError, ErrorKind, Image, ImageEvent, ImageParts, WantedLayer};
+use vistara_api::{
+    Client, ClientError, ErrorKind, Image, ImageEvent, ImageParts, PackedSnapshot, Snapshot,
+    WantedLayer,
+};
 use vistara_model::ImageRef;
 
 /// Bytes of one piece: a fraction of a second on most lines, and some tens of milliseconds on fast ones.
@@ -126,13 +129,46 @@ fn is_garbage(error: &ClientError) -> bool {
         .is_some_and(|body| body.kind == ErrorKind::User)
 }
 
+/// Whether another attempt would be told the same.
+fn is_final(error: &ClientError) -> bool {
+    error
+        .body()
+        .is_some_and(|body| body.kind != ErrorKind::Peer)
+}
+
 type Report = mpsc::Sender<Result<ImageEvent, ClientError>>;
 
-/// Has a layer arrive.
+/// What goes from node to node.
+#[derive(Clone, Copy)]
+enum Cargo<'a> {
+    Image(&'a ImageParts),
+    Snapshot(&'a PackedSnapshot),
+}
+
+impl Cargo<'_> {
+    /// What of it a node lacks now.
+    async fn lacking(self, target: &Client) -> Result<Vec<WantedLayer>, ClientError> {
+        match self {
+            Cargo::Image(parts) => Ok(offered(parts, target.offer_image(parts).await?.layers)),
+            Cargo::Snapshot(packed) => {
+                let wanted = target.offer_snapshot(packed).await?;
+                let file = WantedLayer {
+                    digest: packed.digest.clone(),
+                    bytes: packed.bytes,
+                    have_bytes: wanted.have_bytes,
+                };
+                let whole = wanted.is_here || wanted.have_bytes == packed.bytes;
+                Ok(Vec::from_iter((!whole).then_some(file)))
+            }
+        }
+    }
+}
+
+/// Has a layer, or a snapshot's file, arrive.
 async fn send_layer(
     sources: &Arc<Sources>,
     target: &Client,
-    parts: &ImageParts,
+    cargo: Cargo<'_>,
     mut layer: WantedLayer,
     report: &Report,
 ) -> Result<(), ClientError> {
@@ -158,13 +194,7 @@ async fn send_layer(
                 layer.have_bytes = received.have_bytes;
                 None
             }
-            Err(error)
-                if error
-                    .body()
-                    .is_some_and(|body| body.kind != ErrorKind::Peer) =>
-            {
-                return Err(error);
-            }
+            Err(error) if is_final(&error) => return Err(error),
             Err(error) => Some(error),
         };
         if failure.is_none() && layer.have_bytes > before {
@@ -181,10 +211,11 @@ async fn send_layer(
         tokio::time::sleep(PAUSE * 2_u32.pow(attempts - 1)).await;
         sources.forgive();
         // What there is now, after whatever happened.
-        if let Ok(wanted) = target.offer_image(parts).await {
-            match (offered(parts, wanted.layers).into_iter())
-                .find(|wanted| wanted.digest == layer.digest)
-            {
+        match cargo.lacking(target).await {
+            Err(error) if is_final(&error) => return Err(error),
+            // It may be back at the next attempt.
+            Err(_) => {}
+            Ok(wanted) => match (wanted.into_iter()).find(|wanted| wanted.digest == layer.digest) {
                 None => return Ok(()),
                 Some(wanted) => {
                     if wanted.have_bytes > before {
@@ -192,7 +223,7 @@ async fn send_layer(
                     }
                     layer = wanted;
                 }
-            }
+            },
         }
     }
 }
@@ -204,16 +235,17 @@ async fn send_all(
     wanted: Vec<WantedLayer>,
     report: &Report,
 ) -> Result<(), ClientError> {
+    let cargo = Cargo::Image(parts);
     futures_util::stream::iter(wanted)
         .map(|layer| async move {
             let anew = || WantedLayer {
                 have_bytes: 0,
                 ..layer.clone()
             };
-            let mut sent = send_layer(sources, target, parts, layer.clone(), report).await;
+            let mut sent = send_layer(sources, target, cargo, layer.clone(), report).await;
             // What lay there may have been wrong, by whomever it was brought: once more, all of it.
             if layer.have_bytes > 0 && sent.as_ref().is_err_and(is_garbage) {
-                sent = send_layer(sources, target, parts, anew(), report).await;
+                sent = send_layer(sources, target, cargo, anew(), report).await;
             }
             match sent {
                 // Who of several sent something else is not known: one after another, each by itself.
@@ -222,7 +254,7 @@ async fn send_all(
                     for source in &sources.0 {
                         let alone = [(source.called.clone(), source.client.clone())];
                         let alone = Arc::new(Sources::of(alone));
-                        match send_layer(&alone, target, parts, anew(), report).await {
+                        match send_layer(&alone, target, cargo, anew(), report).await {
                             Ok(()) => return Ok(()),
                             Err(error) => last = error,
                         }
@@ -335,7 +367,7 @@ async fn transfer(
             .hint("`vistara nodes` lists them; `--from NODE` says which to ask")
         }));
     };
-    let wanted = offered(&parts, target.offer_image(&parts).await?.layers);
+    let wanted = Cargo::Image(&parts).lacking(target).await?;
     let lacking: u64 = (wanted.iter())
         .map(|layer| layer.bytes.saturating_sub(layer.have_bytes))
         .sum();
@@ -393,7 +425,7 @@ pub(crate) async fn layers(
     image: &str,
 ) -> Result<(ImageParts, u64), Failure> {
     let parts = source.image_parts(image).await?;
-    let wanted = offered(&parts, target.offer_image(&parts).await?.layers);
+    let wanted = Cargo::Image(&parts).lacking(target).await?;
     let lacking = (wanted.iter())
         .map(|layer| layer.bytes.saturating_sub(layer.have_bytes))
         .sum();
@@ -401,6 +433,52 @@ pub(crate) async fn layers(
     let (report, _events) = mpsc::channel(EVENTS_MAX);
     send_all(&sources, target, &parts, wanted, &report).await?;
     Ok((parts, lacking))
+}
+
+/// Gets a snapshot for a node, the local one or another, from this one or from `from`, with its image where that lacks.
+pub(crate) async fn fetch_snapshot(
+    target: &Client,
+    snapshot: &str,
+    from: Option<&str>,
+    name: Option<&str>,
+    quiet: bool,
+) -> Result<Snapshot, Failure> {
+    let local = target.local();
+    let (called, source) = match (from, target.node()) {
+        (Some(node), _) => (node.to_owned(), local.on(node)),
+        (None, Some(_)) => ("here".to_owned(), local),
+        (None, None) => {
+            return Err(Failure::new("from which node?").hint(
+                "vistara snapshot fetch --from NODE …; or, to give one of this node's: vistara --on NODE snapshot fetch …",
+            ));
+        }
+    };
+    let mut packed = source.pack_snapshot(snapshot).await?;
+    if let Some(name) = name {
+        packed.name = Some(name.to_owned());
+    }
+    if target.image(&packed.image_id).await.is_err() {
+        let sources = vec![(called.clone(), source.clone())];
+        transfer(target, &packed.image_id, sources, quiet).await?;
+    }
+    let cargo = Cargo::Snapshot(&packed);
+    let (report, events) = mpsc::channel(EVENTS_MAX);
+    let shown = tokio::spawn(progress::show_parts(events, quiet));
+    for file in cargo.lacking(target).await? {
+        if !quiet {
+            eprint_line(&format!(
+                "{} from {}",
+                vistara_model::Bytes(file.bytes.saturating_sub(file.have_bytes)),
+                visible(&called, false)
+            ));
+        }
+        let sources = Arc::new(Sources::of([(called.clone(), source.clone())]));
+        send_layer(&sources, target, cargo, file, &report).await?;
+    }
+    drop(report);
+    // What it showed is no part of the outcome.
+    let _ = shown.await;
+    Ok(target.import_snapshot(&packed).await?)
 }
 
 /// Gives another node an image that this one has; none where this one has it not.

@@ -6,10 +6,10 @@ use crate::output::print_json_line;
 use crate::text::visible;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use jiff::{SignedDuration, Timestamp};
 use std::io::Write;
-use vistara_api::{Client, LogEvent};
+use vistara_api::{Client, ClientError, LogEvent};
 
 /// `vistara logs`.
 pub(crate) async fn logs(client: &Client, options: &LogsOptions) -> Result<u8, Failure> {
@@ -29,14 +29,29 @@ pub(crate) async fn logs(client: &Client, options: &LogsOptions) -> Result<u8, F
         Some(Tail::Lines(count)) => Some(count),
         Some(Tail::All) | None => None,
     };
-    let mut events = client
+    let events = client
         .logs(&options.machine, options.follow, since.as_deref(), tail)
         .await?;
+    show(events, options.timestamps, options.json).await?;
+    Ok(0)
+}
+
+/// All that a machine printed until now.
+pub(crate) async fn printed(client: &Client, machine: &str) -> Result<(), Failure> {
+    let events = client.logs(machine, false, None, None).await?;
+    show(events, false, false).await
+}
+
+async fn show(
+    mut events: impl Stream<Item = Result<LogEvent, ClientError>> + Unpin,
+    timestamps: bool,
+    json: bool,
+) -> Result<(), Failure> {
     let mut stdout = Stamper::default();
     let mut stderr = Stamper::default();
     while let Some(event) = events.next().await {
         let event = event?;
-        if options.json {
+        if json {
             print_json_line(&event)?;
             continue;
         }
@@ -45,7 +60,7 @@ pub(crate) async fn logs(client: &Client, options: &LogsOptions) -> Result<u8, F
                 let data = BASE64_STANDARD
                     .decode(&data)
                     .map_err(|error| Failure::because("the node's log makes no sense", error))?;
-                let stamp = options.timestamps.then_some(time.as_str());
+                let stamp = timestamps.then_some(time.as_str());
                 if stream == "stderr" {
                     let mut err = std::io::stderr().lock();
                     err.write_all(&stderr.stamp(data, stamp))?;
@@ -61,7 +76,7 @@ pub(crate) async fn logs(client: &Client, options: &LogsOptions) -> Result<u8, F
             )),
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 /// Puts the time before each line of one stream, however the stream is cut into pieces.

@@ -34,6 +34,7 @@ mod node_page;
 mod output;
 mod place;
 mod places;
+mod program_options;
 mod progress;
 mod published;
 mod receipt_commands;
@@ -46,6 +47,7 @@ mod service_commands;
 mod session;
 mod snapshot_commands;
 mod stats_command;
+mod task_commands;
 mod template_commands;
 mod text;
 mod volume_commands;
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
     };
     let own_code = match &line.command {
         Command::Run(_) | Command::Exec(_) | Command::Attach(_) => failure::OWN_FAULT,
+        Command::Task(options) if options.command.passes_exit_code() => failure::OWN_FAULT,
         _ => 1,
     };
     let result = execute(line);
@@ -106,6 +109,10 @@ fn passes_exit_codes(arguments: impl Iterator<Item = String>) -> bool {
                 let _ = arguments.next();
             }
             option if option.starts_with('-') => {}
+            "task" | "tasks" => {
+                let command = arguments.find(|word| !word.starts_with('-'));
+                return command.is_some_and(|word| matches!(word.as_str(), "run" | "wait"));
+            }
             command => return matches!(command, "run" | "exec" | "attach"),
         }
     }
@@ -247,6 +254,7 @@ fn is_local(command: &Command) -> bool {
             | Command::Id(_)
             | Command::Grant(_)
             | Command::Service(_)
+            | Command::Task(_)
             | Command::Bench(_)
             | Command::Completion(_)
     )
@@ -285,6 +293,7 @@ async fn with_node(
         Command::Template(options) => template_commands::template(client, &options.command).await,
         Command::Volume(options) => volume_commands::volume(client, &options.command).await,
         Command::Service(options) => service_commands::service(client, &options.command).await,
+        Command::Task(options) => task_commands::task(client, &options.command).await,
         Command::Doctor(options) => doctor_command::doctor(client, &options).await,
         Command::Nodes(options) => mesh_commands::nodes(client, &options).await,
         Command::Id(options) => mesh_commands::id(client, &options).await,

@@ -7,6 +7,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::time::Duration;
+use tokio::sync::mpsc;
 use vistara_api::client::Events;
 use vistara_api::{ClientError, Image, ImageEvent};
 use vistara_model::Bytes;
@@ -43,6 +44,25 @@ pub(crate) async fn show(mut events: Events<ImageEvent>, quiet: bool) -> Result<
         message: "the node ended the answer early".to_owned(),
     }
     .into())
+}
+
+/// Shows how far something gets that nothing comes out of; until nobody reports any more.
+pub(crate) async fn show_parts(
+    mut events: mpsc::Receiver<Result<ImageEvent, ClientError>>,
+    quiet: bool,
+) {
+    let mut view = View::new(quiet);
+    while let Some(event) = events.recv().await {
+        if let Ok(ImageEvent::Layer {
+            digest,
+            done_bytes,
+            total_bytes,
+        }) = event
+        {
+            view.layer(&digest, done_bytes, total_bytes);
+        }
+    }
+    view.clear();
 }
 
 enum View {

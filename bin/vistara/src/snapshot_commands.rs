@@ -1,6 +1,7 @@
 //! `vistara snapshot …` and `vistara fork`: machines at one moment, and those that go on from there.
 
 use crate::failure::{Failure, eprint_line};
+use crate::image_transfer;
 use crate::listing::{self, Form, remove_each};
 use crate::output::{print, print_json};
 use crate::text::{ago, short_id, visible};
@@ -47,6 +48,23 @@ pub(crate) enum SnapshotCommand {
         /// Snapshots, by id, name or beginning of an id
         #[arg(required = true, value_name = "SNAPSHOT")]
         snapshots: Vec<String>,
+    },
+    /// Get a snapshot from another node; with --on, give that node one of this node's. Needs the right `admin` there
+    Fetch {
+        /// The node that has it (default: this one, where --on names another)
+        #[arg(long, value_name = "NODE")]
+        from: Option<String>,
+        /// Name for it here (default: the one that it has)
+        #[arg(long)]
+        name: Option<String>,
+        /// The snapshot's id and nothing else
+        #[arg(short, long)]
+        quiet: bool,
+        /// The snapshot as JSON
+        #[arg(long)]
+        json: bool,
+        /// Snapshot, by id, name or beginning of its id
+        snapshot: String,
     },
     /// Make a new machine that goes on from a snapshot
     Restore {
@@ -128,6 +146,31 @@ pub(crate) async fn snapshot(client: &Client, command: &SnapshotCommand) -> Resu
                 client.remove_snapshot(snapshot).await
             })
             .await
+        }
+        SnapshotCommand::Fetch {
+            from,
+            name,
+            quiet,
+            json,
+            snapshot,
+        } => {
+            let (from, name) = (from.as_deref(), name.as_deref());
+            let fetched =
+                image_transfer::fetch_snapshot(client, snapshot, from, name, *quiet || *json)
+                    .await?;
+            if name.is_some() && fetched.name.as_deref() != name {
+                let called = fetched.name.as_deref().unwrap_or(&fetched.id);
+                eprint_line(&format!(
+                    "vistara: it was there already, as {}",
+                    visible(called, false)
+                ));
+            }
+            if *json {
+                print_json(&fetched)?;
+            } else {
+                print(&format!("{}\n", visible(&fetched.id, false)))?;
+            }
+            Ok(0)
         }
         SnapshotCommand::Restore {
             name,

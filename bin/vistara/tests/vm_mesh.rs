@@ -473,3 +473,66 @@ fn whoever_asks_may_be_killed_and_what_runs_over_there_goes_on_and_loses_nothing
     );
     assert_eq!(bytes, format!("0\n{}\n", 96 << 20));
 }
+
+#[test]
+fn a_snapshot_goes_to_another_node_and_its_machine_goes_on_there() {
+    let (Some(near), Some(far)) = (
+        System::ready_as("mesh-snapshot-near"),
+        System::without_image("mesh-snapshot-far"),
+    ) else {
+        return;
+    };
+    let two = Two::of(far, "snapshot");
+    let machine = near.machine(
+        &["-m", "128m", "--name", "walker"],
+        &[
+            "sh",
+            "-c",
+            "echo mine > /root/file; while :; do sleep 0.2; done",
+        ],
+    );
+    until("its file is there", || {
+        near.vistara(&["exec", &machine.id, "cat", "/root/file"])
+            .stdout
+            == b"mine\n"
+    });
+    let made = said(
+        &near,
+        &["snapshot", "create", "-q", "--name", "kept", &machine.id],
+    );
+
+    // Who may run machines there may not hand a monitor its state.
+    two.grant("run,images", &[]);
+    let fetch = ["--on", "far", "snapshot", "fetch", "-q", "kept"];
+    let refused = complained(&near, &fetch);
+    assert!(refused.contains("admin"), "{refused}");
+    two.grant("run,images,admin", &[]);
+    assert_eq!(said(&near, &fetch), made);
+    assert_eq!(said(&near, &["--on", "far", "snapshot", "ls", "-q"]), made);
+    assert_eq!(said(&near, &fetch), made, "it is there already");
+
+    let there = said(
+        &near,
+        &[
+            "--on", "far", "snapshot", "restore", "--name", "runner", "kept",
+        ],
+    );
+    let file = ["--on", "far", "exec", "runner", "cat", "/root/file"];
+    assert_eq!(said(&near, &file), "mine");
+    assert_eq!(
+        said(&near, &["--on", "far", "ps", "-q", "--no-trunc"]),
+        there
+    );
+    said(&near, &["rm", "-f", &machine.id]);
+
+    // And back, under another name.
+    said(&near, &["snapshot", "rm", "kept"]);
+    let back = [
+        "snapshot", "fetch", "-q", "--from", "far", "--name", "again", "kept",
+    ];
+    assert_eq!(said(&near, &back), made);
+    let here = said(&near, &["snapshot", "restore", "again"]);
+    assert_eq!(said(&near, &["exec", &here, "cat", "/root/file"]), "mine");
+    let missing = complained(&near, &["snapshot", "fetch", "kept"]);
+    assert!(missing.contains("from which node"), "{missing}");
+}

@@ -10,35 +10,13 @@ mod vm;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
+use vm::three::{Three, until};
+use vm::two::said;
 use vm::{IMAGE, System, text};
-
-/// A lease, a search, and a boot under emulation on a busy machine.
-const BOUND: Duration = Duration::from_secs(180);
-
-fn said(system: &System, words: &[&str]) -> String {
-    let output = system.vistara(words);
-    assert!(
-        output.status.success(),
-        "{words:?}: {}",
-        text(&output.stderr)
-    );
-    text(&output.stdout).trim().to_owned()
-}
 
 fn service(system: &System) -> Option<serde_json::Value> {
     let output = system.vistara(&["service", "inspect", "--json", "beat"]);
     serde_json::from_slice(&output.stdout).ok()
-}
-
-fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let begin = Instant::now();
-    while begin.elapsed() < BOUND {
-        if let Some(found) = found() {
-            return found;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    panic!("it does not come to be: {what}");
 }
 
 /// The slot's node, where its copy runs.
@@ -68,54 +46,14 @@ fn guards(state: &Path) -> usize {
         .count()
 }
 
-struct Three(Vec<System>);
-
-impl Drop for Three {
-    fn drop(&mut self) {
-        self.0[0].vistara(&["service", "rm", "beat"]);
-        for system in &self.0 {
-            for machine in text(&system.vistara(&["ps", "-aq"]).stdout).split_whitespace() {
-                system.vistara(&["rm", "-f", machine]);
-            }
-            system.vistara(&["node", "leave"]);
-            system.vistara(&["node", "stop"]);
-        }
-    }
-}
-
 #[test]
 fn a_copy_whose_node_is_killed_is_gone_before_it_runs_elsewhere() {
-    let mut systems = Vec::new();
-    for name in ["services-a", "services-b", "services-c"] {
-        let Some(system) = System::ready_as(name) else {
-            return;
-        };
-        systems.push(system);
-    }
-    let three = Three(systems);
-    let [a, b, c] = &three.0[..] else { panic!() };
-    let listen = ["node", "ticket", "--listen", "127.0.0.1:0"];
-    let ids: Vec<String> = (three.0.iter())
-        .map(|system| said(system, &["id"]))
-        .collect();
-    for other in [b, c] {
-        let ticket = said(other, &listen);
-        let grant = ["grant", "--to", &ids[0], "--for", "run", "--until", "1h"];
-        let token = said(other, &grant);
-        said(a, &["node", "join", &ticket, "--grant", &token]);
-    }
-    // The joined two hear of each other by the first.
-    for system in &three.0 {
-        until("everybody knows everybody", || {
-            let nodes: serde_json::Value =
-                serde_json::from_str(&said(system, &["nodes", "--json"])).unwrap();
-            let alive = nodes
-                .as_array()?
-                .iter()
-                .filter(|node| node["life"] == "alive");
-            (alive.count() == 2).then_some(())
-        });
-    }
+    let Some(three) = Three::joined("services") else {
+        return;
+    };
+    let [a, _, _] = &three.systems[..] else {
+        panic!()
+    };
     let beat = "n=0; while :; do n=$((n+1)); echo beat $n; sleep 1; done";
     let words = [
         "service", "create", "--name", "beat", "-m", "128m", "-q", IMAGE, "sh", "-c", beat,
@@ -123,9 +61,9 @@ fn a_copy_whose_node_is_killed_is_gone_before_it_runs_elsewhere() {
     assert_eq!(said(a, &words), "beat");
     let (node, machine, generation) = until("it runs", || runs_on(a));
     println!("{}", said(a, &["service", "ls"]));
-    let holder = ids.iter().position(|id| *id == node).unwrap();
-    println!("{}", said(&three.0[holder], &["ps"]));
-    let state = &three.0[holder].state;
+    let holder = three.index(&node);
+    println!("{}", said(&three.systems[holder], &["ps"]));
+    let state = &three.systems[holder].state;
     let record = state.join("machines").join(&machine).join("record.json");
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
@@ -133,8 +71,8 @@ fn a_copy_whose_node_is_killed_is_gone_before_it_runs_elsewhere() {
     assert!(is_there(monitor) && guards(state) == 1);
 
     // A node that is killed and is back within the lease goes on with its copy.
-    three.0[holder].kill_node();
-    said(&three.0[holder], &["ps"]);
+    three.systems[holder].kill_node();
+    said(&three.systems[holder], &["ps"]);
     std::thread::sleep(Duration::from_secs(12));
     assert_eq!(
         until("it still runs", || runs_on(a)),
@@ -143,8 +81,8 @@ fn a_copy_whose_node_is_killed_is_gone_before_it_runs_elsewhere() {
     assert!(is_there(monitor) && guards(state) == 1);
 
     // One that stays away loses it.
-    let witness = &three.0[(holder + 1) % 3];
-    three.0[holder].kill_node();
+    let witness = &three.systems[(holder + 1) % 3];
+    three.systems[holder].kill_node();
     let killed = Instant::now();
     assert!(is_there(monitor), "machines outlive their node");
     let gone = until("its monitor is gone", || {
@@ -163,12 +101,12 @@ fn a_copy_whose_node_is_killed_is_gone_before_it_runs_elsewhere() {
     );
     assert!(later > generation);
     // It was the owner's node, or another; both are back with the next command.
-    said(&three.0[holder], &["node", "ticket"]);
+    said(&three.systems[holder], &["node", "ticket"]);
     until("it can be removed", || {
         let done = a.vistara(&["service", "rm", "beat"]);
         done.status.success().then_some(())
     });
-    for system in &three.0 {
+    for system in &three.systems {
         until("nothing is left", || {
             let none = said(system, &["ps", "-aq"]).is_empty();
             (none && guards(&system.state) == 0).then_some(())

@@ -6,6 +6,7 @@ mod placing;
 mod receipts;
 mod services;
 mod snapshots;
+mod tasks;
 mod volumes;
 
 pub use forwards::{Forward, ForwardRequest, PORT_STREAM};
@@ -17,7 +18,11 @@ pub use receipts::{VerifiedReceipt, VerifyReceiptRequest};
 pub use services::{
     CopyOfService, CreateServiceRequest, ScaleServiceRequest, Service, ServiceCopy, ServiceNode,
 };
-pub use snapshots::{CreateSnapshotRequest, ForkRequest, Forked, RestoreRequest, Snapshot};
+pub use snapshots::{
+    CreateSnapshotRequest, ForkRequest, Forked, PackedSnapshot, RestoreRequest, Snapshot,
+    WantedSnapshot,
+};
+pub use tasks::{CreateTaskRequest, Task, TaskSemantics, TaskState};
 pub use volumes::{CreateVolumeRequest, Volume};
 
 use serde::{Deserialize, Serialize};

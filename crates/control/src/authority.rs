@@ -55,7 +55,11 @@ pub fn requirement(method: &str, path: &[&str]) -> Requirement {
         | ("POST", ["images", "tag" | "prune"])
         | ("GET", ["doctor" | "metrics" | "kernels" | "templates"])
         | ("POST", ["templates"] | ["templates", "prune"])
-        | ("DELETE", ["templates", _]) => Requirement::Right(Right::Admin),
+        | ("DELETE", ["templates", _])
+        // Somebody's memory, and a monitor's state that is read as it comes: for those who may do everything with machines.
+        | ("GET", ["snapshots"])
+        | ("POST", ["snapshots", "offer" | "import"] | ["snapshots", _, "pack" | "restore"])
+        | ("DELETE", ["snapshots", _]) => Requirement::Right(Right::Admin),
         // Kernels and their modules are named by paths of the host; grants, peers and the node's end are its owner's.
         _ => Requirement::OwnerOnly,
     }

@@ -70,6 +70,8 @@ pub enum Event {
     },
     /// Somebody wants it gone now.
     KillAsked,
+    /// It may not go on, for this reason, which is nobody's wish: how its program ends is not known.
+    Forbidden(String),
     /// Its time limit is reached.
     TimeLimit,
     /// The time to end by itself is over.
@@ -203,6 +205,10 @@ impl Lifecycle {
                 self.because(EndReason::Stopped { status: None });
                 Vec::new()
             }
+            Event::Forbidden(message) => {
+                self.because(EndReason::PrepareFailed { message });
+                Vec::new()
+            }
             Event::TimeLimit => {
                 self.because(EndReason::TimedOut);
                 Vec::new()
@@ -303,6 +309,11 @@ impl Lifecycle {
             }
             Event::KillAsked => {
                 self.because(EndReason::Stopped { status: None });
+                self.state = MachineState::Stopping;
+                vec![Effect::KillVm]
+            }
+            Event::Forbidden(message) => {
+                self.because(EndReason::Lost { message });
                 self.state = MachineState::Stopping;
                 vec![Effect::KillVm]
             }
@@ -481,6 +492,16 @@ mod tests {
         let mut life = running();
         life.on(Event::Paused);
         assert_eq!(life.on(Event::KillAsked), vec![Effect::KillVm]);
+    }
+
+    #[test]
+    fn a_machine_that_may_not_go_on_was_stopped_by_nobody() {
+        let mut life = running();
+        let forbidden = Event::Forbidden("nobody guards it".into());
+        assert_eq!(life.on(forbidden), vec![Effect::KillVm]);
+        life.on(Event::VmGone(VmGone::Killed));
+        let message = "nobody guards it".into();
+        assert_eq!(life.end(), Some(&EndReason::Lost { message }));
     }
 
     const ADOPTED: Event = Event::Adopted {

@@ -382,6 +382,20 @@ pub fn sparse_digest(file: &File) -> io::Result<String> {
     Ok(digest.to_hex().to_string())
 }
 
+/// Shows every piece of a file that is not zero to `each`, with its place, and gives the file's [`sparse_digest`]. The same
+/// content gives the same pieces, of at most 64 KiB, wherever its holes are. Blocks on files.
+///
+/// # Errors
+/// The system's, and those of `each`.
+pub fn sparse_pieces(
+    file: &File,
+    each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<String> {
+    let len = file.metadata()?.len();
+    let (digest, _) = digest_pieces(file, len, each)?;
+    Ok(digest.to_hex().to_string())
+}
+
 /// Shows every piece that is not zero to `each`, with its place, and gives the digest of all that and their bytes together.
 fn digest_pieces(
     from: &File,

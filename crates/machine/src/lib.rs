@@ -11,7 +11,7 @@ pub mod qemu;
 mod resolver;
 mod vmm;
 
-pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest};
+pub use capture::{Capture, CaptureError, CaptureInfo, sparse_digest, sparse_pieces};
 pub use vmm::{
     Adoption, AtRest, BalloonReport, Capabilities, ChannelStream, Disk, Fence, GuestShare,
     LaunchPlan, LinuxBoot, NanosBoot, Nic, OutputStream, Quiet, Snapshot, Start, Vm, VmEnd,

@@ -27,8 +27,8 @@ use crate::ticket::ADDRESSES_MAX;
 use crate::token::Token;
 use crate::whereabouts::Whereabouts;
 use iroh::endpoint::{
-    BindOpts, ConnectOptions, Connection, PortmapperConfig, QuicTransportConfig, RecvStream,
-    SendStream, VarInt, presets,
+    BindOpts, ConnectOptions, Connection, PortmapperConfig, QuicTransportConfig,
+    QuicTransportConfigBuilder, RecvStream, SendStream, VarInt, presets,
 };
 use iroh::{Endpoint, EndpointAddr, NetReportConfig, PublicKey, RelayMap, RelayMode};
 use std::collections::HashMap;
@@ -44,9 +44,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vistara_model::NodeId;
 
-/// A peer that says nothing for so long is gone. Four keep-alives fit.
+/// A peer that says nothing for so long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-const KEEP_ALIVE: Duration = Duration::from_millis(1250);
+/// How often whoever dialled asks for a sign of life: the answer is the other side's. What is left until [`SILENCE_MAX`] is for
+/// asking again, which QUIC does by itself after a few round trips.
+const KEEP_ALIVE: Duration = Duration::from_millis(2250);
 /// Longest that a dial, a greeting or the first frame of a stream may take.
 const STEP_BOUND: Duration = Duration::from_secs(5);
 /// What one stream may have under way unread. From 3 MB on transfers of the library die ("too many gaps").
@@ -250,18 +252,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// With what the other end may have under way unread, and how many streams it may have open.
-fn transport(window: u32, streams: u32) -> QuicTransportConfig {
+fn transport(window: u32, streams: u32) -> QuicTransportConfigBuilder {
     QuicTransportConfig::builder()
         .max_idle_timeout(SILENCE_MAX.try_into().ok())
-        .keep_alive_interval(KEEP_ALIVE)
         .default_path_max_idle_timeout(SILENCE_MAX)
-        .default_path_keep_alive_interval(KEEP_ALIVE)
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(window))
         .max_concurrent_bidi_streams(VarInt::from_u32(streams))
         .max_concurrent_uni_streams(VarInt::from_u32(PAGE_STREAMS_MAX))
         .datagram_receive_buffer_size(Some(DATAGRAMS_BYTES_MAX))
-        .build()
 }
 
 /// What the library may ask of relays beside having packets forwarded.
@@ -302,7 +301,7 @@ impl Link {
             .clear_address_lookup()
             .portmapper_config(PortmapperConfig::Disabled)
             // As a stranger's until it is known who dials.
-            .transport_config(transport(STRANGER_WINDOW, STRANGER_STREAMS_MAX))
+            .transport_config(transport(STRANGER_WINDOW, STRANGER_STREAMS_MAX).build())
             .clear_ip_transports()
             .bind_addr(listen)
             .map_err(|error| failed(error.to_string()))?;
@@ -640,7 +639,11 @@ async fn dial(
     window: u32,
 ) -> Result<Live, String> {
     // The node that was dialled opens no streams for requests: it dials for its own.
-    let options = ConnectOptions::new().with_transport_config(transport(window, 0));
+    let transport = transport(window, 0)
+        .keep_alive_interval(KEEP_ALIVE)
+        .default_path_keep_alive_interval(KEEP_ALIVE)
+        .build();
+    let options = ConnectOptions::new().with_transport_config(transport);
     let connection = endpoint
         .connect_with_opts(address.clone(), ALPN, options)
         .await

@@ -1,10 +1,13 @@
-//! A service's document: what its owner wants run, signed by the owner's node, so that others may keep it, pass it on and act
-//! on it when the owner is away.
+//! A service's or a task's document: what its owner wants run, signed by the owner's node, so that others may keep it, pass it on
+//! and act on it when the owner is away.
 //!
 //! It names the nodes that may run copies or look after them, each with the token that this node has given to the owner. Such a
 //! node acts on a document only if the token in it is its own, is the owner's, and counts: nobody is given anything by being
 //! named. Tokens are bound to their holder's key and are no secrets. What is in the environment of the program is seen by all
 //! nodes that are named.
+//!
+//! A task's document is a service's with more behind it ([`Task`]). A service's is written as it was before there were tasks; a
+//! program of before throws a task's away as no document, and never takes one for a service.
 
 use crate::facts::{self, StatementError};
 use crate::frame::TOKEN_BYTES_MAX;
@@ -27,6 +30,8 @@ pub const REPLICAS_MAX: u32 = 256;
 /// Most regions and labels that are asked for, and longest of them in bytes.
 const WISHES_MAX: usize = 16;
 const WISH_BYTES_MAX: usize = 64;
+/// Longest idempotency key of a task, in bytes.
+pub const KEY_BYTES_MAX: usize = 128;
 /// Longest file with hypercore's policy.
 const RULES_BYTES_MAX: usize = 8 << 10;
 
@@ -54,6 +59,24 @@ pub struct Placement {
     pub price_micros_max: Option<u64>,
     /// Never two copies on one node; else only where there are too few nodes.
     pub apart: bool,
+}
+
+/// What becomes of a task whose node is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TaskSemantics {
+    /// It is reported lost, and never begun a second time.
+    AtMostOnce,
+    /// It is run again elsewhere until it has ended once.
+    AtLeastOnce,
+}
+
+/// What makes a task of a service: a program that is run to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// What becomes of it when its node is lost.
+    pub semantics: TaskSemantics,
+    /// Its idempotency key: its owner asks for the task of one key once, and the program can know a run for a second one by it.
+    pub key: String,
 }
 
 /// What is wanted.
@@ -85,6 +108,9 @@ pub struct ServiceDocument {
     pub placement: Placement,
     /// By whom.
     pub nodes: Vec<Eligible>,
+    /// Absent of services. Written behind everything else, and only where it is there.
+    #[serde(skip)]
+    pub task: Option<Task>,
 }
 
 /// A document with its signature.
@@ -106,6 +132,10 @@ pub enum DocumentError {
     /// It says what none may.
     #[error("the service's document says what none may: {0}")]
     Content(&'static str),
+}
+
+fn is_key(key: &str) -> bool {
+    (1..=KEY_BYTES_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 impl ServiceDocument {
@@ -152,6 +182,10 @@ impl ServiceDocument {
             "at most 16 regions and 16 labels of 64 letters each are asked for"
         } else if self.removed && (self.replicas > 0 || !nodes.is_empty()) {
             "what is removed has no copies and no nodes"
+        } else if self.task.as_ref().is_some_and(|task| !is_key(&task.key)) {
+            "a task's key has 1 to 128 letters, digits and marks of ASCII, without spaces"
+        } else if self.task.is_some() && !self.removed && self.replicas != 1 {
+            "a task is run in one copy"
         } else {
             return Ok(());
         };
@@ -163,6 +197,14 @@ impl ServiceDocument {
         self.owner == *node || self.nodes.iter().any(|one| one.node == *node)
     }
 
+    fn body(&self) -> Result<Vec<u8>, StatementError> {
+        let body = postcard::to_stdvec(self).map_err(|_| StatementError::Malformed)?;
+        match &self.task {
+            None => Ok(body),
+            Some(task) => postcard::to_extend(task, body).map_err(|_| StatementError::Malformed),
+        }
+    }
+
     /// Signs it.
     ///
     /// # Errors
@@ -172,8 +214,7 @@ impl ServiceDocument {
             return Err(StatementError::Signature.into());
         }
         self.check()?;
-        let body = postcard::to_stdvec(&self).map_err(|_| StatementError::Malformed)?;
-        let bytes = facts::seal(identity, CONTEXT, &body);
+        let bytes = facts::seal(identity, CONTEXT, &self.body()?);
         if bytes.len() > DOCUMENT_BYTES_MAX {
             return Err(DocumentError::Length(bytes.len()));
         }
@@ -194,9 +235,14 @@ impl SealedDocument {
             return Err(DocumentError::Length(bytes.len()));
         }
         let (signature, body) = facts::split(bytes)?;
-        let document: ServiceDocument = match postcard::take_from_bytes(body) {
-            Ok((document, [])) => document,
-            Ok(_) | Err(_) => return Err(StatementError::Malformed.into()),
+        let (mut document, rest): (ServiceDocument, &[u8]) =
+            postcard::take_from_bytes(body).map_err(|_| StatementError::Malformed)?;
+        document.task = match rest {
+            [] => None,
+            rest => match postcard::take_from_bytes(rest) {
+                Ok((task, [])) => Some(task),
+                Ok(_) | Err(_) => return Err(StatementError::Malformed.into()),
+            },
         };
         // Cheap before dear.
         document.check()?;
@@ -247,6 +293,19 @@ mod tests {
                 node: NodeId::from_bytes([9; 32]),
                 token: Some(vec![1; 900]),
             }],
+            task: None,
+        }
+    }
+
+    fn task(owner: NodeId) -> ServiceDocument {
+        ServiceDocument {
+            replicas: 1,
+            nodes: Vec::new(),
+            task: Some(Task {
+                semantics: TaskSemantics::AtLeastOnce,
+                key: "order-1".to_owned(),
+            }),
+            ..document(owner)
         }
     }
 
@@ -254,24 +313,40 @@ mod tests {
     fn a_document_is_its_owners_and_nothing_of_it_is_changed_on_the_way() {
         let ((_one_dir, one), (_other_dir, other)) = (identity(), identity());
         assert!(document(one.id()).seal(&other).is_err());
-        let sealed = document(one.id()).seal(&one).unwrap();
-        let bytes = sealed.bytes().to_vec();
-        assert_eq!(SealedDocument::read(&bytes).unwrap(), sealed);
-        for place in 0..bytes.len() {
-            let mut changed = bytes.clone();
-            changed[place] ^= 1;
-            assert!(SealedDocument::read(&changed).is_err(), "{place}");
-            assert!(SealedDocument::read(&bytes[..place]).is_err(), "{place}");
+        for document in [document(one.id()), task(one.id())] {
+            let sealed = document.seal(&one).unwrap();
+            let bytes = sealed.bytes().to_vec();
+            assert_eq!(SealedDocument::read(&bytes).unwrap(), sealed);
+            for place in 0..bytes.len() {
+                let mut changed = bytes.clone();
+                changed[place] ^= 1;
+                assert!(SealedDocument::read(&changed).is_err(), "{place}");
+                assert!(SealedDocument::read(&bytes[..place]).is_err(), "{place}");
+            }
+            let mut more = bytes;
+            more.push(0);
+            assert!(SealedDocument::read(&more).is_err());
         }
-        let mut more = bytes;
-        more.push(0);
-        assert!(SealedDocument::read(&more).is_err());
+    }
+
+    #[test]
+    fn a_services_document_is_written_as_before_there_were_tasks_and_a_tasks_is_none_to_programs_of_then()
+     {
+        let (_dir, own) = identity();
+        let service = document(own.id());
+        // The fields of version 1 and nothing more: this is what such a program reads to the last byte.
+        let body = service.body().unwrap();
+        let read: (ServiceDocument, &[u8]) = postcard::take_from_bytes(&body).unwrap();
+        assert_eq!(read, (service, &[][..]));
+        let body = task(own.id()).body().unwrap();
+        let (_, rest): (ServiceDocument, &[u8]) = postcard::take_from_bytes(&body).unwrap();
+        assert_eq!(rest, b"\x01\x07order-1");
     }
 
     #[test]
     fn what_no_document_may_say_is_neither_signed_nor_read() {
         let (_dir, own) = identity();
-        let bad: [fn(&mut ServiceDocument); 9] = [
+        let bad: [fn(&mut ServiceDocument); 13] = [
             |one| one.version = 0,
             |one| one.name = "-web".to_owned(),
             |one| one.name = "Web".to_owned(),
@@ -281,14 +356,21 @@ mod tests {
             |one| one.nodes[0].token = Some(vec![0; TOKEN_BYTES_MAX + 1]),
             |one| one.request = vec![0; REQUEST_BYTES_MAX + 1],
             |one| one.removed = true,
+            |one| one.task.as_mut().unwrap().key = String::new(),
+            |one| one.task.as_mut().unwrap().key = "k".repeat(KEY_BYTES_MAX + 1),
+            |one| one.task.as_mut().unwrap().key = "a b".to_owned(),
+            |one| one.replicas = 2,
         ];
         for change in bad {
-            let mut one = document(own.id());
+            let mut one = ServiceDocument {
+                nodes: document(own.id()).nodes,
+                ..task(own.id())
+            };
             change(&mut one);
             assert!(one.check().is_err(), "{one:?}");
             assert!(one.clone().seal(&own).is_err());
             // Its owner may sign it with another program.
-            let body = postcard::to_stdvec(&one).unwrap();
+            let body = one.body().unwrap();
             assert!(SealedDocument::read(&facts::seal(&own, CONTEXT, &body)).is_err());
         }
     }

@@ -11,6 +11,7 @@ mod doctor;
 mod fault;
 mod fence;
 mod images;
+mod linger;
 mod logbook;
 mod machine;
 mod mesh;
@@ -35,12 +36,15 @@ pub use fence::{GuardProgram, stand as stand_guard};
 pub use options::{NodeOptions, TemplateLimits, Vmms};
 pub use relay::{RelayFault, RelayPlan, run_relay};
 pub use service::{openapi, run};
+/// For whoever copies a machine's disk, which is mostly holes.
 pub use vistara_host::files::clone_sparse;
 /// For whoever starts a node that is to outlive it.
 pub use vistara_host::launch::close_descriptors_on_exec;
+/// For whoever measures against bare monitors.
+pub use vistara_machine::VmmError;
 /// For whoever builds a kernel that is then added to a node.
 pub use vistara_machine::boot::own as own_kernel;
-pub use vistara_machine::firecracker::{CpuTemplate, CpuTemplateError, RawFirecracker};
+pub use vistara_machine::firecracker::{CpuTemplate, CpuTemplateError, RawFirecracker, RawRun};
 pub use vistara_machine::qemu::{RawFork, RawTemplate, bare_program, raw_boot, raw_nanos_boot};
-/// For whoever copies a machine's disk, which is mostly holes.
+/// For whoever serves strangers beside a node.
 pub use vistara_mesh::{Crowd, InCrowd};

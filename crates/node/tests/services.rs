@@ -8,98 +8,17 @@
 
 mod support;
 
+#[path = "support/network.rs"]
+mod network;
+
+use network::{BOUND, Network, refused, until, until_some};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{TestNode, can_make_disks, fake, request};
+use support::request;
 use vistara_api::*;
 
-/// A death is noticed, a lease ends, a copy is placed and starts, on a machine with much else to do.
-const BOUND: Duration = Duration::from_secs(90);
-
-fn in_an_hour() -> String {
-    (jiff::Timestamp::now() + Duration::from_secs(3600)).to_string()
-}
-
-async fn ticket(node: &TestNode) -> String {
-    let listen = ListenRequest {
-        listen: Some("127.0.0.1:0".to_owned()),
-    };
-    let status = node.client.mesh_listen(&listen).await.unwrap();
-    status.ticket.unwrap()
-}
-
-/// Nodes of one network, all of which have granted the first one that it may run machines.
-struct Network {
-    dirs: Vec<tempfile::TempDir>,
-    nodes: Vec<Option<TestNode>>,
-    ids: Vec<String>,
-}
-
 impl Network {
-    async fn of(count: usize) -> Option<Network> {
-        if !can_make_disks() {
-            return None;
-        }
-        let dirs: Vec<_> = (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
-        let mut network = Network {
-            nodes: Vec::new(),
-            ids: Vec::new(),
-            dirs,
-        };
-        for dir in &network.dirs {
-            let node = TestNode::start(dir.path(), fake()).await;
-            node.image("test").await;
-            ticket(&node).await;
-            network.ids.push(node.client.mesh().await.unwrap().id);
-            network.nodes.push(Some(node));
-        }
-        let way = ticket(network.node(0)).await;
-        for index in 1..count {
-            let join = JoinRequest {
-                ticket: way.clone(),
-                ..JoinRequest::default()
-            };
-            network.node(index).client.join(&join).await.unwrap();
-            network.grant(index).await;
-        }
-        for index in 0..count {
-            until("everybody knows everybody", async || {
-                let nodes = network.node(index).client.nodes().await.unwrap();
-                let alive = |node: &&PeerNode| {
-                    node.life.as_deref() == Some("alive") && node.facts.is_some()
-                };
-                nodes.iter().filter(alive).count() == count - 1
-            })
-            .await;
-        }
-        Some(network)
-    }
-
-    fn node(&self, index: usize) -> &TestNode {
-        self.nodes[index].as_ref().unwrap()
-    }
-
-    /// Has a node let the first one in.
-    async fn grant(&self, index: usize) -> GivenGrant {
-        let grant = GrantRequest {
-            to: self.ids[0].clone(),
-            rights: vec!["run".to_owned()],
-            until: in_an_hour(),
-            ..GrantRequest::default()
-        };
-        let given = self.node(index).client.grant(&grant).await.unwrap();
-        let keep = KeepGrantRequest {
-            token: given.token.clone(),
-        };
-        until("a grant is kept", async || {
-            // It may not have heard of the node yet.
-            self.node(0).client.keep_grant(&keep).await.is_ok()
-        })
-        .await;
-        given
-    }
-
     async fn create(&self, name: &str, replicas: u32, command: &[&str]) -> Service {
         let create = CreateServiceRequest {
             nodes: self.ids.clone(),
@@ -125,30 +44,6 @@ impl Network {
         }
         panic!("not all copies run: {last:#?}")
     }
-
-    /// Machines of services, everywhere.
-    async fn machines(&self) -> BTreeMap<usize, Vec<Machine>> {
-        let mut all = BTreeMap::new();
-        for (index, node) in self.nodes.iter().enumerate() {
-            if let Some(node) = node {
-                all.insert(index, node.client.machines(true).await.unwrap());
-            }
-        }
-        all
-    }
-
-    fn index(&self, node: &str) -> usize {
-        self.ids.iter().position(|id| id == node).unwrap()
-    }
-
-    fn kill(&mut self, index: usize) {
-        self.nodes[index].take().unwrap().vanish();
-    }
-
-    async fn rise(&mut self, index: usize) {
-        let node = TestNode::start(self.dirs[index].path(), fake()).await;
-        self.nodes[index] = Some(node);
-    }
 }
 
 fn wish(name: &str, replicas: u32, command: &[&str]) -> CreateServiceRequest {
@@ -160,34 +55,12 @@ fn wish(name: &str, replicas: u32, command: &[&str]) -> CreateServiceRequest {
     }
 }
 
-async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    until_some(what, async || holds().await.then_some(())).await;
-}
-
-async fn until_some<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> T {
-    let begin = Instant::now();
-    while begin.elapsed() < BOUND {
-        if let Some(found) = found().await {
-            return found;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    panic!("it does not come to be: {what}");
-}
-
 fn holders(service: &Service) -> BTreeMap<u32, (String, u64)> {
     let held = service.copies.iter().filter_map(|copy| {
         let node = copy.node.as_ref()?;
         Some((copy.slot, (node.id.clone(), copy.generation)))
     });
     held.collect()
-}
-
-fn refused(error: ClientError) -> ErrorBody {
-    match error {
-        ClientError::Refused(body) => body,
-        other => panic!("{other}"),
-    }
 }
 
 /// A program that writes down when it lives: its process, and the time.

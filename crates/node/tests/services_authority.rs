@@ -13,8 +13,12 @@ use std::time::Duration;
 use support::{BOUND, TestNode, can_make_disks, fake, request};
 use vistara_api::*;
 use vistara_control::services::wire::{Answer, FromNode, Request, ToNode};
-use vistara_control::services::{Keepers, Semantics, ServiceId, Slot, Spec, ToKeeper};
-use vistara_mesh::service::{Eligible, Placement, SealedDocument, ServiceDocument};
+use vistara_control::services::{
+    FromKeeper, Keepers, Outcome, Semantics, ServiceId, Slot, Spec, ToKeeper,
+};
+use vistara_mesh::service::{
+    Eligible, Placement, SealedDocument, ServiceDocument, Task, TaskSemantics,
+};
 use vistara_mesh::{Identity, Link, LinkOptions, Ticket, Token};
 use vistara_model::{Bytes, Cpus, Generation, Hypervisor, NodeId};
 
@@ -154,6 +158,7 @@ impl Target {
             request: serde_json::to_vec(&request(&["sleep", "1000"])).unwrap(),
             placement: Placement::default(),
             nodes: [own].into_iter().chain(others).collect(),
+            task: None,
         }
     }
 
@@ -400,4 +405,74 @@ async fn only_who_is_named_asks_and_only_keepers_give_slots() {
         .unwrap();
     assert_eq!((said.version, said.body), (3, FromNode::Nothing));
     assert_eq!(target.services().await, 0);
+}
+
+#[tokio::test]
+async fn nobody_but_who_runs_a_task_or_keeps_it_says_that_it_has_ended() {
+    if !can_make_disks() {
+        return;
+    }
+    let (target, owner, helper) = (Target::new().await, Peer::new().await, Peer::new().await);
+    let given = target.grant(owner.id(), "run").await;
+    let task = ServiceDocument {
+        task: Some(Task {
+            semantics: TaskSemantics::AtMostOnce,
+            key: "once".to_owned(),
+        }),
+        ..target.document(&owner, &[helper.id()], &given)
+    };
+    let good = task.clone().seal(&owner.identity).unwrap();
+    // What is said of its semantics is what the owner has signed.
+    let said = owner
+        .ask(&target, Some(&good), begin(1, &[target.id], 1))
+        .await;
+    assert_eq!(said.unwrap().body, FromNode::Nothing);
+    let begun = std::time::Instant::now();
+    while target.node.client.task("web").await.unwrap().state != TaskState::Running {
+        assert!(begun.elapsed() < BOUND);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let slot = Slot {
+        service: ServiceId(SERVICE),
+        number: 0,
+    };
+    let done = |node, generation| {
+        let outcome = Outcome {
+            node,
+            generation: Generation(generation),
+            exit_code: 0,
+        };
+        ToNode::Keeper(ToKeeper::Done { slot, outcome })
+    };
+    for bad in [
+        done(helper.id(), 1 << 40),
+        done(target.id, 1),
+        done(target.id, 1 << 40),
+    ] {
+        let said = helper.ask(&target, Some(&good), bad).await.unwrap().body;
+        assert_eq!(said, FromNode::Nothing);
+    }
+    let lose = ToKeeper::Lose {
+        slot,
+        generation: Generation(1 << 40),
+    };
+    let said = helper
+        .ask(&target, Some(&good), ToNode::Keeper(lose))
+        .await
+        .unwrap();
+    assert!(
+        !matches!(said.body, FromNode::Keeper(FromKeeper::LostNoted(..))),
+        "{said:?}"
+    );
+    let shown = target.node.client.task("web").await.unwrap();
+    assert_eq!((shown.state, shown.exit_code), (TaskState::Running, None));
+    // A newer version of it is no service, and of other semantics neither.
+    let mut other = task;
+    other.version = 2;
+    other.task = None;
+    let other = other.seal(&owner.identity).unwrap();
+    is_refused(
+        owner.ask(&target, Some(&other), ToNode::Describe).await,
+        "does not become another",
+    );
 }

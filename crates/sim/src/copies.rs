@@ -75,8 +75,16 @@ impl World {
         match &answer {
             FromKeeper::Granted { slot, .. }
             | FromKeeper::Denied { slot, .. }
-            | FromKeeper::DoneNoted(slot, _) => {
+            | FromKeeper::DoneNoted(slot, _)
+            | FromKeeper::Superseded(slot, _) => {
                 let slot = *slot;
+                // Keepers tell each other, too.
+                let service = slot.service;
+                let keepers = one.keepers.get(&service).map(|keeper| keeper.keepers());
+                if let (Some(keepers), Some(overseer)) = (keepers, one.overseers.get_mut(&service))
+                {
+                    overseer.handle(from, &answer, keepers);
+                }
                 if let Some(job) = one.jobs.get_mut(&slot) {
                     let outputs = job.holder.handle(local, from, answer);
                     self.holder(node, slot, outputs);

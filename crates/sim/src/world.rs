@@ -132,7 +132,7 @@ impl World {
                     return;
                 };
                 if job.holder.generation() == generation && job.runs {
-                    let outputs = job.holder.finish(local);
+                    let outputs = job.holder.finish(local, id(node), 0);
                     if !outputs.is_empty() {
                         job.runs = false;
                         let now = self.queue.now();

@@ -1,6 +1,6 @@
 //! `vistara bench burst`: many machines at once.
 
-use super::{Bench, Conditions, load, told};
+use super::{Bare, Bench, Conditions, Hypervisor, load, told};
 use crate::bench_command::millis;
 use crate::failure::Failure;
 use crate::output::{print, print_json};
@@ -8,7 +8,6 @@ use crate::places::Places;
 use serde::Serialize;
 use std::time::Instant;
 use vistara_api::{Client, ForkRequest, Machine};
-use vistara_node::RawFork;
 
 /// Raw forks that are launched at once in a burst: more take each other's processors.
 const RAW_WORKERS: usize = 4;
@@ -25,8 +24,8 @@ struct Burst {
     /// none. Of the machines so many were from the stock.
     stocked_ms: Option<f64>,
     from_stock: u32,
-    /// Milliseconds until all copies of a running machine ran.
-    live_ms: f64,
+    /// Milliseconds until all copies of a running machine ran; absent where the monitor makes none.
+    live_ms: Option<f64>,
     /// Machines in a second, by ours, with the stock, and by the raw ones.
     run_per_s: f64,
     stocked_per_s: Option<f64>,
@@ -45,11 +44,12 @@ struct BurstReport {
 pub(crate) async fn burst(
     client: &Client,
     places: &Places,
+    hypervisor: Hypervisor,
     image: Option<&str>,
     sizes: &[u32],
     json: bool,
 ) -> Result<u8, Failure> {
-    let mut bench = Bench::prepare(client, places, image).await?;
+    let mut bench = Bench::prepare(client, places, hypervisor, image).await?;
     let source = bench.forked().await?;
     let mut bursts = Vec::new();
     let mut failed = None;
@@ -104,14 +104,17 @@ async fn one_burst(bench: &Bench<'_>, source: &Machine, size: u32) -> Result<Bur
         // Until it is whole again it would be filled beside what is measured next.
         bench.stocked(size).await?;
     }
-    let request = ForkRequest {
-        count: size,
-        ..ForkRequest::default()
-    };
-    let begin = Instant::now();
-    let forked = bench.client.fork(&source.id, &request).await?;
-    let live_time = begin.elapsed();
-    remove_all(bench, &forked.machines).await?;
+    let mut live_time = None;
+    if bench.hypervisor.forks_running_machines() {
+        let request = ForkRequest {
+            count: size,
+            ..ForkRequest::default()
+        };
+        let begin = Instant::now();
+        let forked = bench.client.fork(&source.id, &request).await?;
+        live_time = Some(begin.elapsed());
+        remove_all(bench, &forked.machines).await?;
+    }
     let seconds = |time: std::time::Duration| time.as_secs_f64().max(f64::MIN_POSITIVE);
     Ok(Burst {
         machines: size,
@@ -119,7 +122,7 @@ async fn one_burst(bench: &Bench<'_>, source: &Machine, size: u32) -> Result<Bur
         run_ms: millis(run_time),
         stocked_ms: stocked_time.map(millis),
         from_stock,
-        live_ms: millis(live_time),
+        live_ms: live_time.map(millis),
         run_per_s: f64::from(size) / seconds(run_time),
         stocked_per_s: stocked_time.map(|time| f64::from(size) / seconds(time)),
         raw_per_s: f64::from(size) / seconds(raw_time),
@@ -171,7 +174,7 @@ async fn remove_all(bench: &Bench<'_>, machines: &[Machine]) -> Result<(), Failu
 }
 
 /// So many bare forks, all of which have answered.
-fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<RawFork>, Failure> {
+fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<Bare>, Failure> {
     let next = std::sync::atomic::AtomicU32::new(0);
     let work = || {
         let mut mine = Vec::new();
@@ -184,7 +187,7 @@ fn raw_burst(bench: &Bench<'_>, size: u32) -> Result<Vec<RawFork>, Failure> {
         let workers: Vec<_> = (0..RAW_WORKERS).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
-            let mine: Result<Vec<RawFork>, Failure> = worker
+            let mine: Result<Vec<Bare>, Failure> = worker
                 .join()
                 .unwrap_or_else(|_| Err(Failure::new("a worker of the bench failed")));
             all.extend(mine?);
@@ -199,13 +202,13 @@ fn burst_table(report: &BurstReport) -> String {
         .iter()
         .map(|burst| {
             format!(
-                "| {:>8} | {:>8.0} | {:>8.0} | {:>8} | {:>10} | {:>8.0} | {:>8.1} | {:>8.1} | {:>8} | {:>6.2} |\n",
+                "| {:>8} | {:>8.0} | {:>8.0} | {:>8} | {:>10} | {:>8} | {:>8.1} | {:>8.1} | {:>8} | {:>6.2} |\n",
                 burst.machines,
                 burst.raw_ms,
                 burst.run_ms,
                 burst.stocked_ms.map_or_else(String::new, |ms| format!("{ms:.0}")),
                 burst.from_stock,
-                burst.live_ms,
+                burst.live_ms.map_or_else(String::new, |ms| format!("{ms:.0}")),
                 burst.raw_per_s,
                 burst.run_per_s,
                 burst.stocked_per_s.map_or_else(String::new, |rate| format!("{rate:.1}")),

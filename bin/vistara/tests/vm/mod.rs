@@ -3,6 +3,7 @@
 // Helpers outside a test function: a failure is the test's. Each file of tests uses a part of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
+pub(crate) mod three;
 pub(crate) mod two;
 
 use std::fs::File;
@@ -34,6 +35,21 @@ fn hash(value: impl std::hash::Hash) -> u64 {
     std::hash::Hasher::finish(&hasher)
 }
 
+/// Names of nodes that one test alone has: it finds nothing of what it left when it last ran.
+const OF_ONE_TEST: [&str; 5] = ["mesh-", "net-", "receipts-", "services-", "tasks-"];
+
+/// Ends a node with all that it has, and clears it away.
+fn clear(state: PathBuf) {
+    let old = System { state };
+    let machines = text(&old.vistara(&["ps", "-q"]).stdout);
+    for machine in machines.split_whitespace() {
+        old.vistara(&["rm", "-f", machine]);
+    }
+    old.vistara(&["node", "stop"]);
+    // Another test may be clearing the same away.
+    let _ = std::fs::remove_dir_all(&old.state);
+}
+
 /// A state directory for this build of the program, outside the target directory since paths of sockets are short. What
 /// earlier builds of the same checkout left is cleared away, machines and all.
 pub(crate) fn state_dir(name: &str) -> PathBuf {
@@ -46,19 +62,21 @@ pub(crate) fn state_dir(name: &str) -> PathBuf {
         // Another test's name may begin with this one's: what follows must be the build alone.
         let build = other.strip_prefix(&prefix);
         if build.is_some_and(|build| build.len() == 8 && !build.contains('-')) && other != own {
-            let old = System {
-                state: entry.path(),
-            };
-            let machines = text(&old.vistara(&["ps", "-q"]).stdout);
-            for machine in machines.split_whitespace() {
-                old.vistara(&["rm", "-f", machine]);
-            }
-            old.vistara(&["node", "stop"]);
-            // Another test may be clearing the same away.
-            let _ = std::fs::remove_dir_all(entry.path());
+            clear(entry.path());
         }
     }
-    std::env::temp_dir().join(own)
+    let state = std::env::temp_dir().join(own);
+    if OF_ONE_TEST.iter().any(|begin| name.starts_with(begin))
+        && let Ok(attempt) = std::env::var("NEXTEST_ATTEMPT_ID")
+    {
+        let stamp = state.join("test.attempt");
+        if state.exists() && std::fs::read_to_string(&stamp).ok().as_ref() != Some(&attempt) {
+            clear(state.clone());
+        }
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::write(stamp, attempt).unwrap();
+    }
+    state
 }
 
 impl System {

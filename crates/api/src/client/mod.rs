@@ -9,6 +9,7 @@ mod receipts;
 mod services;
 mod snapshots;
 mod streams;
+mod tasks;
 mod templates;
 mod volumes;
 

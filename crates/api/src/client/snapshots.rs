@@ -1,7 +1,10 @@
 //! Machines that are held still, captured, restored and forked.
 
 use super::{Client, ClientError, encode};
-use crate::types::{CreateSnapshotRequest, ForkRequest, Forked, Machine, RestoreRequest, Snapshot};
+use crate::types::{
+    CreateSnapshotRequest, ForkRequest, Forked, Machine, PackedSnapshot, RestoreRequest, Snapshot,
+    WantedSnapshot,
+};
 
 impl Client {
     /// Holds a machine still.
@@ -72,5 +75,33 @@ impl Client {
     pub async fn fork(&self, machine: &str, request: &ForkRequest) -> Result<Forked, ClientError> {
         self.post(&format!("/v1/machines/{}/fork", encode(machine)), request)
             .await
+    }
+
+    /// Has a snapshot made one file, whose bytes are then got as a blob's.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn pack_snapshot(&self, snapshot: &str) -> Result<PackedSnapshot, ClientError> {
+        self.post(&format!("/v1/snapshots/{}/pack", encode(snapshot)), &())
+            .await
+    }
+
+    /// How much of a snapshot the node lacks; it is given as a blob is.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn offer_snapshot(
+        &self,
+        packed: &PackedSnapshot,
+    ) -> Result<WantedSnapshot, ClientError> {
+        self.post("/v1/snapshots/offer", packed).await
+    }
+
+    /// Has the snapshot put in place whose file is all there.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn import_snapshot(&self, packed: &PackedSnapshot) -> Result<Snapshot, ClientError> {
+        self.post("/v1/snapshots/import", packed).await
     }
 }

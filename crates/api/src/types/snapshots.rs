@@ -37,6 +37,32 @@ pub struct Snapshot {
     pub problem: Option<String>,
 }
 
+/// A snapshot as one file, for another node: answer of `POST /v1/snapshots/{snapshot}/pack`, and what another node is offered.
+/// Its bytes are got by `GET /v1/blobs/{digest}` and given by `PUT /v1/blobs/{digest}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PackedSnapshot {
+    /// The snapshot's id, the same on each node.
+    pub id: String,
+    /// Its name there, or that which it is to have here.
+    pub name: Option<String>,
+    /// The image's id: a machine goes on from it only where that image is.
+    pub image_id: String,
+    /// SHA-256 of the file: `sha256:` and 64 hexadecimal digits.
+    pub digest: String,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// Answer of `POST /v1/snapshots/offer`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WantedSnapshot {
+    /// Whether the snapshot is there already.
+    pub is_here: bool,
+    /// How many bytes of the file are.
+    pub have_bytes: u64,
+}
+
 /// `POST /v1/snapshots/{snapshot}/restore`: what of the machine is not as it was. Its id never is, nor are its host name, its
 /// hardware address and its randomness.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]

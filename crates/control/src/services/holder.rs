@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! acquiring ── a majority grants ──► holding ── task ended ──► finishing ── a majority notes it ──► over
-//!     │ denied, or time is up           │ the lease runs out, or is denied      │ the lease runs out
-//!     ▼ Withdraw, Failed                ▼ Stop                                  ▼ Ended
+//!     │ denied, or time is up           │ the lease runs out, or is denied      │ none can: others were granted it
+//!     ▼ Withdraw, Failed                ▼ Stop                                  ▼ Ended(false)
 //!    over                              over                                    over
 //! ```
+//! That a task has ended is said until it is noted, with or without a lease: nothing runs any more, and what a node that
+//! was away knows is worth as much. So a node that has started again and finds the task's end finishes without having acquired.
 //! A holder that is over never comes back: another try is another holder, under a larger generation.
 
-use super::{Denied, FromKeeper, Keepers, Slot, Terms, ToKeeper};
+use super::{Denied, FromKeeper, Keepers, Outcome, Slot, Terms, ToKeeper};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use vistara_model::{Generation, NodeId};
@@ -27,7 +29,7 @@ pub enum HolderOutput {
     Failed(Generation),
     /// Stop the copy now: it must be gone within [`Terms::stop_time`].
     Stop,
-    /// The task's end is known to the keepers; or, where `false`, may not be.
+    /// The task's end is known to the keepers; or, where `false`, others were granted the slot and it counts no more.
     Ended(bool),
 }
 
@@ -35,7 +37,7 @@ pub enum HolderOutput {
 enum Phase {
     Acquiring,
     Holding,
-    Finishing,
+    Finishing(Outcome),
     Over,
 }
 
@@ -47,6 +49,8 @@ pub struct Holder {
     generation: Generation,
     keepers: Keepers,
     phase: Phase,
+    /// Whether the copy may have run: it is never said then that it did not.
+    began: bool,
     since: Duration,
     next_ask: Duration,
     number: u64,
@@ -58,6 +62,7 @@ pub struct Holder {
     carried: Option<Duration>,
     denied: BTreeSet<NodeId>,
     noted: BTreeSet<NodeId>,
+    superseded: BTreeSet<NodeId>,
     largest: Generation,
 }
 
@@ -76,6 +81,7 @@ impl Holder {
             generation,
             keepers,
             phase: Phase::Acquiring,
+            began: false,
             since: now,
             next_ask: now,
             number: 0,
@@ -84,7 +90,23 @@ impl Holder {
             carried: None,
             denied: BTreeSet::new(),
             noted: BTreeSet::new(),
+            superseded: BTreeSet::new(),
             largest: generation,
+        }
+    }
+
+    /// A node that has started again and finds the copy that it had before: it asks for the lease anew, and where there is none to
+    /// be had its copy has run all the same.
+    pub fn resumed(
+        terms: Terms,
+        slot: Slot,
+        generation: Generation,
+        keepers: Keepers,
+        now: Duration,
+    ) -> Holder {
+        Holder {
+            began: true,
+            ..Holder::new(terms, slot, generation, keepers, now)
         }
     }
 
@@ -101,6 +123,11 @@ impl Holder {
     /// Whether nothing more will come of it.
     pub fn is_over(&self) -> bool {
         self.phase == Phase::Over
+    }
+
+    /// Whether its program has ended, and not all that are to note it have.
+    pub fn is_finishing(&self) -> bool {
+        matches!(self.phase, Phase::Finishing(_))
     }
 
     /// Until when the lease is valid, by this node's clock: the time from which on fewer than a majority's grants count.
@@ -122,9 +149,8 @@ impl Holder {
     pub fn wake_at(&self) -> Duration {
         match self.phase {
             Phase::Acquiring => self.next_ask.min(self.since + self.terms.acquire),
-            Phase::Holding | Phase::Finishing => {
-                self.next_ask.min(self.stop_at().unwrap_or(Duration::ZERO))
-            }
+            Phase::Holding => self.next_ask.min(self.stop_at().unwrap_or(Duration::ZERO)),
+            Phase::Finishing(_) => self.next_ask,
             Phase::Over => Duration::MAX,
         }
     }
@@ -142,13 +168,16 @@ impl Holder {
                 outputs.push(HolderOutput::Stop);
                 return outputs;
             }
-            Phase::Finishing if self.valid_until().is_none_or(|until| now >= until) => {
-                self.phase = Phase::Over;
-                outputs.push(HolderOutput::Ended(false));
+            Phase::Finishing(outcome) if now >= self.next_ask => {
+                self.next_ask = now + self.terms.acquire / 2;
+                let slot = self.slot;
+                let done = ToKeeper::Done { slot, outcome };
+                let late = (self.keepers.nodes.iter()).filter(|one| !self.noted.contains(one));
+                outputs.extend(late.map(|keeper| HolderOutput::Send(*keeper, done.clone())));
                 return outputs;
             }
-            Phase::Acquiring | Phase::Holding | Phase::Finishing => {}
-            Phase::Over => return outputs,
+            Phase::Acquiring | Phase::Holding => {}
+            Phase::Finishing(_) | Phase::Over => return outputs,
         }
         if now >= self.next_ask {
             let (slot, generation) = (self.slot, self.generation);
@@ -159,20 +188,16 @@ impl Holder {
                 } else {
                     self.terms.acquire / 4
                 };
-            let question = if self.phase == Phase::Finishing {
-                ToKeeper::Done { slot, generation }
-            } else {
-                self.number += 1;
-                self.sent.insert(self.number, now);
-                if self.sent.len() > SENT_MAX {
-                    self.sent.pop_first();
-                }
-                ToKeeper::Ask {
-                    number: self.number,
-                    epoch: self.keepers.epoch,
-                    slot,
-                    generation,
-                }
+            self.number += 1;
+            self.sent.insert(self.number, now);
+            if self.sent.len() > SENT_MAX {
+                self.sent.pop_first();
+            }
+            let question = ToKeeper::Ask {
+                number: self.number,
+                epoch: self.keepers.epoch,
+                slot,
+                generation,
             };
             self.to_all(&question, &mut outputs);
         }
@@ -206,6 +231,7 @@ impl Holder {
                 let valid = self.stop_at().is_some_and(|at| now < at);
                 if self.phase == Phase::Acquiring && valid {
                     self.phase = Phase::Holding;
+                    self.began = true;
                     outputs.push(HolderOutput::Start);
                 }
             }
@@ -215,14 +241,25 @@ impl Holder {
                 why,
             } if (slot, generation) == self.what() => self.refused(now, from, why, &mut outputs),
             FromKeeper::DoneNoted(slot, generation) if (slot, generation) == self.what() => {
+                self.superseded.remove(&from);
                 self.noted.insert(from);
-                if self.phase == Phase::Finishing && self.noted.len() >= self.keepers.majority() {
+                let finishing = matches!(self.phase, Phase::Finishing(_));
+                if finishing && self.noted.len() >= self.keepers.majority() {
                     self.phase = Phase::Over;
                     outputs.push(HolderOutput::Ended(true));
                 }
             }
+            FromKeeper::Superseded(slot, generation) if (slot, generation) == self.what() => {
+                self.superseded.insert(from);
+                let finishing = matches!(self.phase, Phase::Finishing(_));
+                if finishing && self.is_beyond(&self.superseded) {
+                    self.phase = Phase::Over;
+                    outputs.push(HolderOutput::Ended(false));
+                }
+            }
             FromKeeper::Denied { .. }
             | FromKeeper::DoneNoted(..)
+            | FromKeeper::Superseded(..)
             | FromKeeper::LostNoted(..)
             | FromKeeper::Promised { .. }
             | FromKeeper::Sealed { .. } => {}
@@ -230,14 +267,30 @@ impl Holder {
         outputs
     }
 
-    /// The task has ended by itself.
-    pub fn finish(&mut self, now: Duration) -> Vec<HolderOutput> {
-        if self.phase != Phase::Holding {
-            return Vec::new();
+    /// The task has ended by itself, here, with this exit code.
+    pub fn finish(&mut self, now: Duration, here: NodeId, exit_code: u8) -> Vec<HolderOutput> {
+        match self.phase {
+            Phase::Acquiring | Phase::Holding => {}
+            Phase::Finishing(_) | Phase::Over => return Vec::new(),
         }
-        self.phase = Phase::Finishing;
+        self.phase = Phase::Finishing(Outcome {
+            node: here,
+            generation: self.generation,
+            exit_code,
+        });
         self.next_ask = now;
         self.poll(now)
+    }
+
+    /// The copy could not be made: whoever is next need neither wait nor take it for begun.
+    pub fn never_ran(&mut self) -> Vec<HolderOutput> {
+        let mut outputs = Vec::new();
+        self.began = false;
+        match self.phase {
+            Phase::Acquiring | Phase::Holding => self.give_up(&mut outputs),
+            Phase::Finishing(_) | Phase::Over => {}
+        }
+        outputs
     }
 
     /// The copy is gone: whoever is next need not wait for the lease's end.
@@ -257,7 +310,7 @@ impl Holder {
                 self.phase = Phase::Over;
                 outputs.push(HolderOutput::Stop);
             }
-            Phase::Finishing | Phase::Over => {}
+            Phase::Finishing(_) | Phase::Over => {}
         }
         outputs
     }
@@ -275,8 +328,14 @@ impl Holder {
             self.keepers = keepers;
             self.denied.clear();
             self.noted.clear();
+            self.superseded.clear();
             self.next_ask = now;
         }
+    }
+
+    /// So many say no that the others are no majority any more.
+    fn is_beyond(&self, no: &BTreeSet<NodeId>) -> bool {
+        no.len() + self.keepers.majority() > self.keepers.nodes.len()
     }
 
     fn what(&self) -> (Slot, Generation) {
@@ -301,15 +360,14 @@ impl Holder {
             Denied::Held | Denied::Closed => {}
         }
         self.denied.insert(from);
-        // So many deny that the others are no majority any more.
-        if self.denied.len() + self.keepers.majority() > self.keepers.nodes.len() {
+        if self.is_beyond(&self.denied) {
             match self.phase {
                 Phase::Acquiring => self.give_up(outputs),
                 Phase::Holding => {
                     self.phase = Phase::Over;
                     outputs.push(HolderOutput::Stop);
                 }
-                Phase::Finishing | Phase::Over => {}
+                Phase::Finishing(_) | Phase::Over => {}
             }
         }
     }
@@ -317,7 +375,12 @@ impl Holder {
     fn give_up(&mut self, outputs: &mut Vec<HolderOutput>) {
         self.phase = Phase::Over;
         let (slot, generation) = (self.slot, self.generation);
-        self.to_all(&ToKeeper::Withdraw { slot, generation }, outputs);
+        let parting = if self.began {
+            ToKeeper::Released { slot, generation }
+        } else {
+            ToKeeper::Withdraw { slot, generation }
+        };
+        self.to_all(&parting, outputs);
         outputs.push(HolderOutput::Failed(self.largest));
     }
 

@@ -3,7 +3,10 @@
 //! Invariants: a slot's generation never falls; while a grant is not over, nobody else is granted the slot; a keeper that is
 //! sealed grants and changes nothing; what is done or lost is never granted again.
 
-use super::{Ballot, Denied, FromKeeper, Keepers, REPLICAS_MAX, Semantics, Spec, Terms, ToKeeper};
+use super::{
+    Ballot, Denied, End, FromKeeper, Keepers, Outcome, REPLICAS_MAX, Semantics, Spec, Terms,
+    ToKeeper,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,9 +24,10 @@ pub struct Record {
     /// Until when, by the keeper's clock. Means nothing to others, nor to a later start.
     #[serde(skip)]
     pub until: Duration,
-    /// The task has ended.
-    pub done: bool,
-    /// The task was lost.
+    /// How the task has ended. (Bytes and files of earlier versions have `false` here: nothing ended then.)
+    #[serde(default)]
+    pub outcome: Option<Outcome>,
+    /// The task was lost, for as long as nobody says how it ended.
     pub lost: bool,
 }
 
@@ -38,16 +42,27 @@ impl Record {
         self.was_granted() && now < self.until
     }
 
+    /// What of it is over, if anything.
+    pub fn end(&self) -> Option<End> {
+        let lost = self.lost.then_some(End::Lost);
+        self.outcome.map(End::Done).or(lost)
+    }
+
     /// What remains when another keeper's record is taken in: the larger generation, and everything that forbids.
     fn merge(self, other: Record) -> Record {
         let differ = self.held.is_some() && other.held.is_some() && self.held != other.held;
         let contested = self.contested || other.contested || differ;
+        let later = |one: &Outcome| {
+            other
+                .outcome
+                .is_none_or(|other| one.generation >= other.generation)
+        };
         Record {
             largest: self.largest.max(other.largest),
             held: self.held.or(other.held).filter(|_| !contested),
             contested,
             until: self.until.max(other.until),
-            done: self.done || other.done,
+            outcome: self.outcome.filter(later).or(other.outcome),
             lost: self.lost || other.lost,
         }
     }
@@ -268,7 +283,11 @@ impl Keeper {
                 }
                 None
             }
-            ToKeeper::Done { slot, generation } | ToKeeper::Lose { slot, generation }
+            ToKeeper::Done {
+                slot,
+                outcome: Outcome { generation, .. },
+            }
+            | ToKeeper::Lose { slot, generation }
                 if self.moved.is_some() =>
             {
                 let why = Denied::Moved(self.keepers().clone());
@@ -278,20 +297,42 @@ impl Keeper {
                     why,
                 })
             }
-            ToKeeper::Done { slot, generation } => {
-                // One that was granted by others is as true; one that was replaced does not count any more.
-                let record = self.records.entry(slot.number).or_default();
-                let own = record.held == Some((generation, from));
-                if !own && generation <= record.largest {
+            ToKeeper::Done { slot, outcome } => {
+                let told = self.keepers.nodes.contains(&from);
+                if from != outcome.node && !told {
                     return None;
                 }
-                record.done = true;
-                record.largest = generation;
+                let generation = outcome.generation;
+                let record = self.records.entry(slot.number).or_default();
+                // What was handed over by several may not say who holds it: of the last generation only one had a majority.
+                let same = record.held == Some((generation, outcome.node))
+                    || record.outcome == Some(outcome)
+                    || (record.contested && generation == record.largest);
+                let later = |noted: Outcome| noted.generation > generation;
+                if record.outcome.is_some_and(later) {
+                    return Some(FromKeeper::Superseded(slot, generation));
+                }
+                // One that was replaced does not count any more.
+                if !same && generation <= record.largest {
+                    return Some(FromKeeper::Superseded(slot, generation));
+                }
+                // One that was granted by others is as true, but it is theirs to say: whoever may ask could say it himself.
+                if !same && !told {
+                    return None;
+                }
+                record.outcome = Some(outcome);
+                record.largest = record.largest.max(generation);
                 Some(FromKeeper::DoneNoted(slot, generation))
             }
             ToKeeper::Lose { slot, generation } => {
+                if !self.keepers.nodes.contains(&from) {
+                    return None;
+                }
                 let record = self.records.entry(slot.number).or_default();
-                if !record.done && !record.is_held(now) && record.largest <= generation {
+                if record.outcome.is_some() {
+                    return None;
+                }
+                if !record.is_held(now) && record.largest <= generation {
                     record.lost = true;
                 }
                 record
@@ -383,7 +424,7 @@ impl Keeper {
             return Err(Denied::Closed);
         }
         let record = self.records.entry(number).or_default();
-        if record.done || record.lost {
+        if record.end().is_some() {
             return Err(Denied::Closed);
         }
         if record.held != Some((generation, from)) {

@@ -72,6 +72,46 @@ pub enum Semantics {
     AtMostOnce,
 }
 
+/// How a task has ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Which node ran it to its end.
+    pub node: NodeId,
+    /// Under which generation.
+    pub generation: Generation,
+    /// The program's exit code, as a shell has it.
+    pub exit_code: u8,
+}
+
+/// What a keeper has noted of a task that is begun no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// It has ended by itself.
+    Done(Outcome),
+    /// It may have begun, and nobody knows how it went.
+    Lost,
+}
+
+/// How a task has ended, by what keepers of one epoch have noted. That it has ended is a fact, whoever knows it: its holder has
+/// seen it. That it is lost takes more than half of them: one alone may have missed that its holder renews. So what is
+/// lost is done after all where its holder comes back and knows how it ended.
+pub fn end_of(keepers: &Keepers, noted: impl IntoIterator<Item = End>) -> Option<End> {
+    let (mut done, mut lost): (Option<Outcome>, usize) = (None, 0);
+    for end in noted {
+        match end {
+            End::Done(outcome) => {
+                done = Some(
+                    done.filter(|one| one.generation >= outcome.generation)
+                        .unwrap_or(outcome),
+                );
+            }
+            End::Lost => lost += 1,
+        }
+    }
+    let lost = (lost >= keepers.majority()).then_some(End::Lost);
+    done.map(End::Done).or(lost)
+}
+
 /// What is looked after. Its owner signs it; the newest version counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
@@ -191,12 +231,12 @@ pub enum ToKeeper {
         /// Under which generation.
         generation: Generation,
     },
-    /// The task has ended.
+    /// The task has ended: its holder says so, or a keeper that has it noted.
     Done {
         /// Which.
         slot: Slot,
-        /// Under which generation it ran.
-        generation: Generation,
+        /// How.
+        outcome: Outcome,
     },
     /// Note that it is lost.
     Lose {
@@ -309,6 +349,8 @@ pub enum FromKeeper {
         /// What it knows.
         records: BTreeMap<u32, Record>,
     },
+    /// The task's end is not noted: the slot was granted to others since.
+    Superseded(Slot, Generation),
 }
 
 impl FromKeeper {
@@ -318,7 +360,8 @@ impl FromKeeper {
             FromKeeper::Granted { slot, .. }
             | FromKeeper::Denied { slot, .. }
             | FromKeeper::DoneNoted(slot, _)
-            | FromKeeper::LostNoted(slot, _) => slot.service,
+            | FromKeeper::LostNoted(slot, _)
+            | FromKeeper::Superseded(slot, _) => slot.service,
             FromKeeper::Promised { service, .. } | FromKeeper::Sealed { service, .. } => *service,
         }
     }

@@ -15,7 +15,7 @@ const LOOK: Duration = Duration::from_millis(500);
 const PAUSE_MIN: Duration = Duration::from_secs(3);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(20);
-/// After how many nodes that did not get an at-most-once task it is taken for granted to somebody: others know a grant that
+/// After how many nodes that got no lease for an at-most-once task it is taken for granted to somebody: others know a grant that
 /// was not withdrawn, though this keeper does not.
 const TRIES_MAX: u32 = 3;
 /// How long a keeper may be away before another takes its place.
@@ -58,6 +58,14 @@ struct Care {
     lost_told: bool,
 }
 
+/// A task's end, until all that keep have it noted.
+#[derive(Debug, Clone, Default)]
+struct News {
+    not_before: Duration,
+    pause: Duration,
+    heard: BTreeSet<NodeId>,
+}
+
 /// The look after one service.
 #[derive(Debug, Clone)]
 pub struct Overseer {
@@ -65,6 +73,7 @@ pub struct Overseer {
     next_look: Duration,
     next_announce: Duration,
     cares: BTreeMap<u32, Care>,
+    news: BTreeMap<u32, News>,
     away_since: BTreeMap<NodeId, Duration>,
     sealed_since: Option<Duration>,
 }
@@ -77,6 +86,7 @@ impl Overseer {
             next_look: now + LOOK,
             next_announce: now + ANNOUNCE,
             cares: BTreeMap::new(),
+            news: BTreeMap::new(),
             away_since: BTreeMap::new(),
             sealed_since: None,
         }
@@ -104,6 +114,7 @@ impl Overseer {
             return actions;
         }
         self.watch_keepers(now, keeper, &keepers, &lives, &mut actions);
+        self.spread_ends(now, keeper, &keepers, &mut actions);
         let first = (keepers.nodes.iter()).find(|node| **node == self.me || lives(**node));
         if first != Some(&self.me) || keeper.is_sealed() {
             return actions;
@@ -123,7 +134,7 @@ impl Overseer {
             .collect();
         for number in 0..spec.replicas {
             let record = keeper.record(number);
-            if record.done || record.is_held(now) {
+            if record.outcome.is_some() || record.is_held(now) {
                 self.cares.remove(&number);
                 continue;
             }
@@ -140,7 +151,6 @@ impl Overseer {
             care.largest = care.largest.max(record.largest);
             let once = spec.semantics == Semantics::AtMostOnce;
             let may_have_begun = record.was_granted() || care.tries >= TRIES_MAX;
-            care.tries += 1;
             if record.lost || (once && may_have_begun) {
                 if !care.lost_told {
                     let generation = care.largest;
@@ -173,20 +183,62 @@ impl Overseer {
                     }
                 }
             }
+            FromKeeper::DoneNoted(slot, _) | FromKeeper::Superseded(slot, _) => {
+                if let Some(news) = self.news.get_mut(&slot.number) {
+                    news.heard.insert(from);
+                }
+            }
             FromKeeper::LostNoted(..)
             | FromKeeper::Granted { .. }
             | FromKeeper::Denied { .. }
-            | FromKeeper::DoneNoted(..)
             | FromKeeper::Promised { .. }
             | FromKeeper::Sealed { .. } => {}
         }
         actions
     }
 
-    /// A node that was picked for a slot did not get it: larger generations than it asked for were granted.
+    /// A node that was picked for a slot does not run it. The largest generation that it saw is told where it got no lease,
+    /// and none (zero) where it got one and could not use it.
     pub fn failed(&mut self, slot: Slot, largest: Generation) {
         let care = self.cares.entry(slot.number).or_default();
+        // Where there is no room for it, or no machine could be made, nobody has begun it.
+        care.tries += u32::from(largest > Generation(0));
         care.largest = care.largest.max(largest);
+    }
+
+    /// Tells the other keepers of ended tasks: who has it noted may be fewer than the holder told, and one that was not
+    /// told would look for a node, or report it lost.
+    fn spread_ends(
+        &mut self,
+        now: Duration,
+        keeper: &Keeper,
+        keepers: &Keepers,
+        actions: &mut Vec<Action>,
+    ) {
+        let spec = keeper.spec();
+        for number in 0..spec.replicas {
+            let Some(outcome) = keeper.record(number).outcome else {
+                continue;
+            };
+            let slot = Slot {
+                service: spec.service,
+                number,
+            };
+            let news = self.news.entry(number).or_default();
+            if now < news.not_before {
+                continue;
+            }
+            let late: Vec<NodeId> = (keepers.nodes.iter().copied())
+                .filter(|node| *node != self.me && !news.heard.contains(node))
+                .collect();
+            news.pause = (news.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+            news.not_before = now + news.pause;
+            let done = ToKeeper::Done { slot, outcome };
+            actions.extend(
+                late.into_iter()
+                    .map(|node| Action::Send(node, done.clone())),
+            );
+        }
     }
 
     fn watch_keepers(

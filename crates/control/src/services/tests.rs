@@ -44,6 +44,21 @@ fn keeper(number: u8, semantics: Semantics) -> Keeper {
     )
 }
 
+fn outcome(node: u8, generation: u64) -> Outcome {
+    Outcome {
+        node: id(node),
+        generation: Generation(generation),
+        exit_code: 7,
+    }
+}
+
+fn done(node: u8, generation: u64) -> ToKeeper {
+    ToKeeper::Done {
+        slot: SLOT,
+        outcome: outcome(node, generation),
+    }
+}
+
 fn ask(keeper: &mut Keeper, now: Duration, from: u8, generation: u64) -> Result<(), Denied> {
     let question = ToKeeper::Ask {
         number: 1,
@@ -81,10 +96,7 @@ fn nobody_says_that_a_services_copy_is_done_or_lost() {
     let mut keeper = keeper(1, Semantics::Service);
     let generation = Generation(5);
     for question in [
-        ToKeeper::Done {
-            slot: SLOT,
-            generation,
-        },
+        done(11, 5),
         ToKeeper::Lose {
             slot: SLOT,
             generation,
@@ -129,11 +141,92 @@ fn a_task_that_has_a_lease_is_not_lost_and_one_that_is_done_is_not_begun() {
     ask(&mut keeper, NOW, 11, 1).unwrap();
     let lose = ToKeeper::Lose { slot, generation };
     assert_eq!(keeper.handle(NOW, id(1), lose), None);
-    let done = ToKeeper::Done { slot, generation };
-    assert_eq!(keeper.handle(NOW, id(12), done.clone()), None);
-    assert!(keeper.handle(NOW, id(11), done).is_some());
+    // Another node's word about it counts for nothing, and neither does an end under an earlier generation.
+    assert_eq!(keeper.handle(NOW, id(12), done(11, 1)), None);
+    let superseded = FromKeeper::Superseded(slot, generation);
+    assert_eq!(keeper.handle(NOW, id(12), done(12, 1)), Some(superseded));
+    // One that was never granted it here: that is for other keepers to say.
+    assert_eq!(keeper.handle(NOW, id(12), done(12, 9)), None);
+    assert_eq!(keeper.record(0).end(), None);
+    let mut other = self::keeper(2, Semantics::AtLeastOnce);
+    assert!(other.handle(NOW, id(1), done(11, 1)).is_some());
+    assert_eq!(other.record(0).end(), Some(End::Done(outcome(11, 1))));
+    let noted = FromKeeper::DoneNoted(slot, generation);
+    assert_eq!(keeper.handle(NOW, id(11), done(11, 1)), Some(noted));
+    assert_eq!(keeper.record(0).end(), Some(End::Done(outcome(11, 1))));
     let later = NOW + 100 * SECOND;
     assert_eq!(ask(&mut keeper, later, 12, 2), Err(Denied::Closed));
+}
+
+#[test]
+fn an_end_of_an_earlier_attempt_does_not_take_the_place_of_a_later_ones() {
+    let mut keeper = keeper(1, Semantics::AtLeastOnce);
+    let (slot, generation) = (SLOT, Generation(1));
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    // What another keeper has noted of the attempt after it comes first.
+    assert!(keeper.handle(NOW, id(1), done(12, 2)).is_some());
+    let late = keeper.handle(NOW, id(11), done(11, 1));
+    assert_eq!(late, Some(FromKeeper::Superseded(slot, generation)));
+    assert_eq!(keeper.record(0).end(), Some(End::Done(outcome(12, 2))));
+    assert_eq!(keeper.record(0).largest, Generation(2));
+}
+
+#[test]
+fn what_was_reported_lost_is_done_after_all_where_its_holder_comes_back_and_never_begun() {
+    let mut keeper = keeper(1, Semantics::AtMostOnce);
+    let (slot, generation) = (SLOT, Generation(1));
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    let later = NOW + 100 * SECOND;
+    let lose = ToKeeper::Lose { slot, generation };
+    assert_eq!(
+        keeper.handle(later, id(11), lose.clone()),
+        None,
+        "no keeper"
+    );
+    assert_eq!(keeper.record(0).end(), None);
+    assert!(keeper.handle(later, id(1), lose.clone()).is_some());
+    assert_eq!(keeper.record(0).end(), Some(End::Lost));
+    assert!(keeper.handle(later, id(11), done(11, 1)).is_some());
+    assert_eq!(keeper.record(0).end(), Some(End::Done(outcome(11, 1))));
+    assert_eq!(keeper.handle(later, id(1), lose), None);
+    assert_eq!(ask(&mut keeper, later, 11, 1), Err(Denied::Closed));
+    assert_eq!(ask(&mut keeper, later, 12, 2), Err(Denied::Closed));
+}
+
+#[test]
+fn an_end_is_kept_over_a_restart_and_by_those_that_take_over() {
+    let mut keeper = keeper(1, Semantics::AtLeastOnce);
+    ask(&mut keeper, NOW, 11, 1).unwrap();
+    keeper.handle(NOW, id(11), done(11, 1)).unwrap();
+    let file = serde_json::to_vec(&keeper.state()).unwrap();
+    let state: KeeperState = serde_json::from_slice(&file).unwrap();
+    let terms = Terms::default();
+    let restored = Keeper::restored(state, terms, NOW);
+    assert_eq!(restored.record(0).end(), Some(End::Done(outcome(11, 1))));
+    let mut all = BTreeMap::from([(0, Record::default())]);
+    let ToKeeper::Begin { records, .. } = restored.announcement() else {
+        panic!("another announcement");
+    };
+    merge_records(&mut all, records);
+    let spec = spec(Semantics::AtLeastOnce);
+    let mut fresh = Keeper::new(id(4), terms, spec, keepers(2, 3..=5), all, NOW);
+    let later = NOW + 100 * SECOND;
+    assert_eq!(ask(&mut fresh, later, 12, 2), Err(Denied::Closed));
+    // As a keeper of a service, or of before there were outcomes, has left it.
+    let old = r#"{"largest":3,"held":null,"contested":false,"done":false,"lost":false}"#;
+    let old: Record = serde_json::from_str(old).unwrap();
+    assert_eq!((old.largest, old.end()), (Generation(3), None));
+}
+
+#[test]
+fn an_end_counts_whoever_knows_it_and_a_loss_when_most_have_noted_it() {
+    let keepers = keepers(1, 1..=3);
+    let (first, second) = (End::Done(outcome(11, 1)), End::Done(outcome(12, 2)));
+    assert_eq!(end_of(&keepers, []), None);
+    assert_eq!(end_of(&keepers, [End::Lost]), None);
+    assert_eq!(end_of(&keepers, [End::Lost, End::Lost]), Some(End::Lost));
+    assert_eq!(end_of(&keepers, [End::Lost, first, End::Lost]), Some(first));
+    assert_eq!(end_of(&keepers, [second, first]), Some(second));
 }
 
 /// Carries a holder's questions to the keepers that hear, and their answers back at once.
@@ -190,6 +283,153 @@ fn a_copy_starts_with_a_majority_and_stops_before_its_lease_is_over() {
     assert!(holder.is_over());
     // By then no majority has let go of it.
     assert!(all.iter().filter(|one| one.record(0).is_held(now)).count() >= 2);
+}
+
+#[test]
+fn a_task_that_has_ended_is_said_to_be_until_most_have_noted_it_and_runs_nowhere_again() {
+    let semantics = Semantics::AtLeastOnce;
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();
+    let mut holder = holder();
+    let outputs = holder.poll(NOW);
+    carry(&mut holder, NOW, &mut all, outputs);
+    // One hears of it, and the lease is long over when the others do.
+    let outputs = holder.finish(NOW, id(11), 7);
+    assert_eq!(carry(&mut holder, NOW, &mut all[..1], outputs), []);
+    let late = NOW + 100 * SECOND;
+    assert!(holder.wake_at() <= late);
+    let outputs = holder.poll(late);
+    assert_eq!(
+        carry(&mut holder, late, &mut all[1..], outputs),
+        [HolderOutput::Ended(true)]
+    );
+    for keeper in &mut all {
+        let end = keeper.record(0).end();
+        assert_eq!(end, Some(End::Done(outcome(11, 1))));
+        assert_eq!(ask(keeper, late, 12, 2), Err(Denied::Closed));
+    }
+}
+
+#[test]
+fn a_node_that_starts_again_tells_how_a_task_has_ended_unless_it_was_given_to_others() {
+    let semantics = Semantics::AtLeastOnce;
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();
+    for keeper in &mut all {
+        ask(keeper, NOW, 11, 1).unwrap();
+    }
+    let late = NOW + 100 * SECOND;
+    let mut again = holder();
+    let outputs = again.finish(late, id(11), 7);
+    let mut told = all.clone();
+    assert_eq!(
+        carry(&mut again, late, &mut told, outputs),
+        [HolderOutput::Ended(true)]
+    );
+    for keeper in &mut all {
+        ask(keeper, late, 12, 2).unwrap();
+    }
+    let mut again = holder();
+    let outputs = again.finish(late, id(11), 7);
+    assert_eq!(
+        carry(&mut again, late, &mut all, outputs),
+        [HolderOutput::Ended(false)]
+    );
+    assert!(all.iter().all(|keeper| keeper.record(0).end().is_none()));
+}
+
+#[test]
+fn a_copy_that_could_not_be_made_is_begun_elsewhere_though_it_is_to_run_at_most_once() {
+    let semantics = Semantics::AtMostOnce;
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();
+    let mut holder = holder();
+    let outputs = holder.poll(NOW);
+    carry(&mut holder, NOW, &mut all, outputs);
+    let outputs = holder.never_ran();
+    carry(&mut holder, NOW, &mut all, outputs);
+    assert!(holder.is_over());
+    assert_eq!(ask(&mut all[0], NOW, 12, 2), Ok(()));
+}
+
+#[test]
+fn a_task_that_a_node_finds_when_it_starts_again_is_never_said_not_to_have_run() {
+    let semantics = Semantics::AtMostOnce;
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();
+    for keeper in &mut all {
+        ask(keeper, NOW, 11, 1).unwrap();
+    }
+    let terms = Terms::default();
+    let mut again = Holder::resumed(terms, SLOT, Generation(1), keepers(1, 1..=3), NOW);
+    // Nobody answers until it gives up.
+    again.poll(NOW);
+    let late = NOW + terms.acquire;
+    let outputs = again.poll(late);
+    assert!(outputs.contains(&HolderOutput::Failed(Generation(1))));
+    carry(&mut again, late, &mut all, outputs);
+    for keeper in &mut all {
+        assert_eq!(ask(keeper, late, 12, 2), Err(Denied::Closed));
+    }
+}
+
+#[test]
+fn a_task_that_nobody_can_take_waits_and_one_that_nobody_gets_a_lease_for_is_lost() {
+    let keeper = keeper(1, Semantics::AtMostOnce);
+    let mut overseer = Overseer::new(id(1), NOW);
+    let mut now = NOW;
+    let mut look = |failed: Generation| {
+        now += 30 * SECOND;
+        let mut actions = overseer.poll(now, &keeper, |_| true);
+        actions.retain(|action| !matches!(action, Action::Send(_, ToKeeper::Begin { .. })));
+        overseer.failed(SLOT, failed);
+        actions
+    };
+    // No node has room for it, or none can make its machine: whichever, it was never begun.
+    for round in 1..20 {
+        let actions = look(Generation(0));
+        let placed = |action: &Action| matches!(action, Action::Place { .. });
+        assert!(
+            actions.iter().all(placed) && !actions.is_empty(),
+            "{round}: {actions:?}"
+        );
+    }
+    // Others know of a grant that this keeper does not.
+    let lost = (0..4).find_map(|_| {
+        let actions = look(Generation(30));
+        let lose = |action: &Action| matches!(action, Action::Send(_, ToKeeper::Lose { .. }));
+        actions.iter().all(lose).then_some(actions.len())
+    });
+    assert_eq!(lost, Some(3));
+}
+
+#[test]
+fn keepers_tell_each_other_of_an_end_until_all_have_heard() {
+    let semantics = Semantics::AtMostOnce;
+    let mut all: Vec<Keeper> = (1..=3).map(|n| keeper(n, semantics)).collect();
+    for keeper in &mut all {
+        ask(keeper, NOW, 11, 1).unwrap();
+    }
+    // Only the last one has heard, which does not oversee.
+    all[2].handle(NOW, id(11), done(11, 1)).unwrap();
+    let mut overseer = Overseer::new(id(3), NOW);
+    let mut now = NOW;
+    for round in 0..3 {
+        now = (now + 30 * SECOND).max(overseer.wake_at());
+        let mut told = 0;
+        for action in overseer.poll(now, &all[2], |_| true) {
+            let Action::Send(to, question) = action else {
+                panic!("{action:?}");
+            };
+            told += 1;
+            // The first one is not reached at first.
+            let place = usize::from(to == id(2));
+            if place == 0 && round == 0 {
+                continue;
+            }
+            let answer = all[place].handle(now, id(3), question).unwrap();
+            overseer.handle(to, &answer, &keepers(1, 1..=3));
+        }
+        assert_eq!(told, [2, 1, 0][round]);
+    }
+    let ended = |keeper: &Keeper| keeper.record(0).end() == Some(End::Done(outcome(11, 1)));
+    assert!(all.iter().all(ended));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! sender has; who lacks that says so, or gets it along. What stands here is nobody's signed word: the connection proves who
 //! sent it, and the document, which its owner has signed, says what that one may.
 
-use super::{FromKeeper, KEEPERS, Keepers, REPLICAS_MAX, Record, ServiceId, Slot, ToKeeper};
+use super::{End, FromKeeper, KEEPERS, Keepers, REPLICAS_MAX, Record, ServiceId, Slot, ToKeeper};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -84,7 +84,7 @@ pub enum ToNode {
         slot: Slot,
         /// Under which generation it was tried.
         generation: Generation,
-        /// The largest generation that was seen.
+        /// The largest generation that was seen; none (zero) where there was a lease to be had, and it was not used.
         largest: Generation,
         /// Why, in words.
         why: String,
@@ -130,6 +130,14 @@ pub enum FromNode {
     },
     /// How it stands.
     Status(Status),
+    /// How it stands with a task: as with a service, and what has ended of it. What is said of services is as it was before
+    /// there were tasks.
+    Task {
+        /// As of a service.
+        status: Status,
+        /// The slots that the asked, as a keeper, has noted as over.
+        ends: BTreeMap<u32, End>,
+    },
 }
 
 /// How it stands with a service on one node.
@@ -228,7 +236,36 @@ fn are_records(records: &BTreeMap<u32, Record>) -> bool {
         *number < REPLICAS_MAX
             && is_generation(&record.largest)
             && held.is_none_or(|(generation, _)| is_generation(generation))
+            && (record.outcome.as_ref()).is_none_or(|one| is_generation(&one.generation))
     })
+}
+
+fn are_ends(ends: &BTreeMap<u32, End>) -> bool {
+    ends.iter().all(|(number, end)| {
+        *number < REPLICAS_MAX
+            && match end {
+                End::Done(outcome) => is_generation(&outcome.generation),
+                End::Lost => true,
+            }
+    })
+}
+
+fn is_status(status: &Status) -> bool {
+    let short = |text: &String| text.len() <= WORDS_MAX;
+    let most = REPLICAS_MAX as usize;
+    status.copies.len() <= most
+        && (status.copies.iter()).all(|copy| {
+            short(&copy.state)
+                && [&copy.machine, &copy.trouble]
+                    .into_iter()
+                    .flatten()
+                    .all(short)
+        })
+        && (status.keeping.as_ref()).is_none_or(|keeping| {
+            are_keepers(&keeping.keepers)
+                && keeping.slots.len() <= most
+                && (keeping.slots.iter()).all(|slot| slot.trouble.as_ref().is_none_or(short))
+        })
 }
 
 /// As many nodes as may keep, none of them twice.
@@ -249,9 +286,11 @@ fn is_question(question: &ToKeeper) -> bool {
         } => slot.number < REPLICAS_MAX && is_generation(generation) && *epoch < NUMBER_END,
         ToKeeper::Withdraw { slot, generation }
         | ToKeeper::Released { slot, generation }
-        | ToKeeper::Done { slot, generation }
         | ToKeeper::Lose { slot, generation } => {
             slot.number < REPLICAS_MAX && is_generation(generation)
+        }
+        ToKeeper::Done { slot, outcome } => {
+            slot.number < REPLICAS_MAX && is_generation(&outcome.generation)
         }
         ToKeeper::Prepare { epoch, .. } => *epoch < NUMBER_END,
         ToKeeper::Seal { next, .. } => are_keepers(next),
@@ -278,7 +317,8 @@ fn is_answer(answer: &FromKeeper) -> bool {
         }
         FromKeeper::Granted { generation, .. }
         | FromKeeper::DoneNoted(_, generation)
-        | FromKeeper::LostNoted(_, generation) => is_generation(generation),
+        | FromKeeper::LostNoted(_, generation)
+        | FromKeeper::Superseded(_, generation) => is_generation(generation),
         FromKeeper::Promised { before, .. } => {
             (before.as_ref()).is_none_or(|(_, keepers)| are_keepers(keepers))
         }
@@ -353,27 +393,11 @@ impl Answer {
     /// [`WireError`].
     pub fn decode(bytes: &[u8]) -> Result<Answer, WireError> {
         let answer: Answer = decode(bytes)?;
-        let short = |text: &String| text.len() <= WORDS_MAX;
         checked(match &answer.body {
             FromNode::Keeper(answer) => is_answer(answer),
-            FromNode::Refused(why) => short(why),
-            FromNode::Status(status) => {
-                let most = REPLICAS_MAX as usize;
-                status.copies.len() <= most
-                    && (status.copies.iter()).all(|copy| {
-                        short(&copy.state)
-                            && [&copy.machine, &copy.trouble]
-                                .into_iter()
-                                .flatten()
-                                .all(short)
-                    })
-                    && (status.keeping.as_ref()).is_none_or(|keeping| {
-                        are_keepers(&keeping.keepers)
-                            && keeping.slots.len() <= most
-                            && (keeping.slots.iter())
-                                .all(|slot| slot.trouble.as_ref().is_none_or(short))
-                    })
-            }
+            FromNode::Refused(why) => why.len() <= WORDS_MAX,
+            FromNode::Status(status) => is_status(status),
+            FromNode::Task { status, ends } => is_status(status) && are_ends(ends),
             FromNode::Nothing | FromNode::Unknown | FromNode::Offered { .. } => true,
         })?;
         Ok(answer)
@@ -383,7 +407,7 @@ impl Answer {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Ballot, Denied, Semantics, Spec};
+    use super::super::{Ballot, Denied, Outcome, Semantics, Spec};
     use super::*;
     use proptest::prelude::*;
 
@@ -558,6 +582,65 @@ mod tests {
             records.get_mut(&0).unwrap().largest = end;
         }
         assert!(Request::decode(&begun.encode().unwrap()).is_err());
+    }
+
+    #[test]
+    fn what_is_said_of_services_has_the_bytes_of_before_there_were_outcomes() {
+        let held = Some((Generation(7), id(9)));
+        let record = Record {
+            largest: Generation(8),
+            held,
+            ..Record::default()
+        };
+        // Largest generation, holder, contested, done, lost.
+        let before = (Generation(8), held, false, false, false);
+        let bytes = postcard::to_stdvec(&record).unwrap();
+        assert_eq!(bytes, postcard::to_stdvec(&before).unwrap());
+        assert_eq!(postcard::from_bytes::<Record>(&bytes).unwrap(), record);
+    }
+
+    #[test]
+    fn a_tasks_status_is_read_as_it_was_written_and_within_bounds() {
+        let outcome = |generation| Outcome {
+            node: id(3),
+            generation: Generation(generation),
+            exit_code: 255,
+        };
+        let answer = |number, end| Answer {
+            version: 1,
+            document: None,
+            body: FromNode::Task {
+                status: Status::default(),
+                ends: BTreeMap::from([(number, end)]),
+            },
+        };
+        for good in [
+            answer(0, End::Lost),
+            answer(0, End::Done(outcome(NUMBER_END - 1))),
+        ] {
+            assert_eq!(Answer::decode(&good.encode().unwrap()).unwrap(), good);
+        }
+        for bad in [
+            answer(REPLICAS_MAX, End::Lost),
+            answer(0, End::Done(outcome(NUMBER_END))),
+        ] {
+            assert!(Answer::decode(&bad.encode().unwrap()).is_err());
+        }
+        let slot = Slot {
+            service: SERVICE,
+            number: 0,
+        };
+        let done = |generation| Request {
+            service: SERVICE,
+            version: 1,
+            document: None,
+            body: ToNode::Keeper(ToKeeper::Done {
+                slot,
+                outcome: outcome(generation),
+            }),
+        };
+        assert!(Request::decode(&done(NUMBER_END - 1).encode().unwrap()).is_ok());
+        assert!(Request::decode(&done(NUMBER_END).encode().unwrap()).is_err());
     }
 
     #[test]

@@ -33,6 +33,15 @@ impl ImageStore {
     pub fn has_blob(&self, digest: &Digest) -> bool {
         self.files.blob_bytes(digest).is_some()
     }
+
+    /// Removes a blob that is no image's: one that came by itself, and was taken out. Blocks.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn drop_blob(&self, digest: &Digest) -> Result<(), ImageError> {
+        let path = self.files.blob(digest);
+        std::fs::remove_file(&path).map_err(|error| ImageError::io("remove", &path, error))
+    }
 }
 
 /// Asks for what an operation has added.

@@ -5,8 +5,9 @@
 //! configuration file; so whatever else a start of ours costs, it is ours. It has an API that nobody asks: without one, the
 //! same guest's kernel takes twice as long (`docs/performance.md`), and that would be held in our favour.
 
-use super::api::API_SOCKET;
+use super::api::{API_SOCKET, ApiError, SNAPSHOT_LIMIT};
 use super::configure::disk_name;
+use super::types::{MemoryBackend, SnapshotCreate, SnapshotLoad};
 use super::{Api, channel, find_program, io_error, state};
 use crate::boot::overlay::OverlayTemplates;
 use crate::{ChannelStream, VmmError};
@@ -14,11 +15,18 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 use vistara_host::files::clone_sparse;
 use vistara_model::Bytes;
 
 /// Name of the configuration file, in the directory where it works.
 const CONFIG: &str = "machine.json";
+/// What a capture of it consists of, beside its disks.
+const STATE: &str = "captured.state";
+const MEMORY: &str = "captured.memory";
+/// How long it may take until it listens at its API.
+const API_LIMIT: Duration = Duration::from_secs(10);
 /// What a configuration file has of what a running machine tells of itself; of the rest it is the output's place, which is
 /// ours, or nothing.
 const KEPT: [&str; 6] = [
@@ -40,6 +48,8 @@ pub struct RawFirecracker {
     program: PathBuf,
     dir: PathBuf,
     writable: Vec<(String, PathBuf)>,
+    read_only: Vec<String>,
+    restored: AtomicU32,
 }
 
 /// One that runs; it is ended when this is dropped.
@@ -47,6 +57,8 @@ pub struct RawFirecracker {
 pub struct RawRun {
     child: Child,
     dir: PathBuf,
+    /// Whether its directory is its own, and goes with it.
+    is_copy: bool,
 }
 
 impl RawFirecracker {
@@ -99,12 +111,13 @@ impl RawFirecracker {
                 copy(name)?;
             }
         }
-        let mut writable = Vec::new();
+        let (mut writable, mut read_only) = (Vec::new(), Vec::new());
         let drives = told["drives"].as_array().map_or(0, Vec::len);
         for index in 0..drives {
             let name = disk_name(index);
             if told["drives"][index]["is_read_only"] == true {
                 copy(&name)?;
+                read_only.push(name);
                 continue;
             }
             let at = sees.join(&name);
@@ -121,6 +134,8 @@ impl RawFirecracker {
             program,
             dir: dir.to_owned(),
             writable,
+            read_only,
+            restored: AtomicU32::new(0),
         })
     }
 
@@ -159,7 +174,81 @@ impl RawFirecracker {
         Ok(RawRun {
             child,
             dir: self.dir.clone(),
+            is_copy: false,
         })
+    }
+
+    /// Captures the one that runs, and ends it. Its disks stay as they are.
+    ///
+    /// # Errors
+    /// [`VmmError::Launch`].
+    pub async fn capture(&self, run: RawRun) -> Result<(), VmmError> {
+        let step = |error: ApiError| failed("capturing the bare guest")(error.to_string());
+        let api = Api::new(&run.dir);
+        api.pause().await.map_err(step)?;
+        let body = SnapshotCreate {
+            snapshot_type: "Full",
+            snapshot_path: STATE.to_owned(),
+            mem_file_path: MEMORY.to_owned(),
+        };
+        let created = api.put("/snapshot/create", &body, SNAPSHOT_LIMIT).await;
+        created.map_err(step)
+    }
+
+    /// A directory for one that goes on from the capture: links to its files, and a disk of its own. Blocks on files.
+    fn place(&self) -> Result<PathBuf, VmmError> {
+        let number = self.restored.fetch_add(1, Ordering::Relaxed);
+        let place = self.dir.join(format!("copy-{number}"));
+        fs::create_dir(&place).map_err(io_error("making", &place))?;
+        let shared = self.read_only.iter().map(String::as_str);
+        for name in shared.chain([STATE, MEMORY]) {
+            let from = self.dir.join(name);
+            fs::hard_link(&from, place.join(name)).map_err(io_error("linking to", &from))?;
+        }
+        for (name, _) in &self.writable {
+            let from = self.dir.join(name);
+            clone_sparse(&from, &place.join(name)).map_err(io_error("copying", &from))?;
+        }
+        Ok(place)
+    }
+
+    /// Starts one that goes on from the capture, with its files in a directory of its own. The moment is that of its start, after
+    /// its files were made.
+    ///
+    /// # Errors
+    /// [`VmmError::Launch`], [`VmmError::Io`].
+    pub async fn restore(&self) -> Result<(RawRun, Instant), VmmError> {
+        let dir = self.place()?;
+        let begin = Instant::now();
+        let child = Command::new(&self.program)
+            .args(["--api-sock", API_SOCKET])
+            .current_dir(&dir)
+            .stdin(Stdio::null())
+            .stdout(self.log()?)
+            .stderr(self.log()?)
+            .spawn()
+            .map_err(io_error("starting", &self.program))?;
+        let run = RawRun {
+            child,
+            dir,
+            is_copy: true,
+        };
+        let load = SnapshotLoad {
+            snapshot_path: STATE.to_owned(),
+            mem_backend: MemoryBackend {
+                backend_type: "File",
+                backend_path: MEMORY.to_owned(),
+            },
+            resume_vm: true,
+        };
+        let step = failed("restoring the bare guest");
+        let listening = tokio::time::timeout(API_LIMIT, Api::new(&run.dir).listening()).await;
+        let mut session = listening
+            .map_err(|_| step("its API does not listen".to_owned()))?
+            .map_err(|error| step(error.to_string()))?;
+        let loaded = session.put("/snapshot/load", &load, SNAPSHOT_LIMIT).await;
+        loaded.map_err(|error| step(error.to_string()))?;
+        Ok((run, begin))
     }
 
     fn log(&self) -> Result<fs::File, VmmError> {
@@ -171,6 +260,11 @@ impl RawFirecracker {
 }
 
 impl RawRun {
+    /// Its monitor's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Connects to the guest's agent as soon as it listens, with the tries and pauses of our own machines.
     ///
     /// # Errors
@@ -190,6 +284,9 @@ impl Drop for RawRun {
         // All can only fail where it has ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if self.is_copy {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
         for socket in [API_SOCKET, super::configure::CHANNEL_SOCKET] {
             let _ = fs::remove_file(self.dir.join(socket));
         }

@@ -2,6 +2,7 @@
 
 use super::{Mesh, lock, now_s};
 use crate::fault::{Answer, Fault};
+use crate::linger::Lingering;
 use crate::machine::Record;
 use serde::{Deserialize, Serialize};
 use std::future::Future;
@@ -260,7 +261,7 @@ type End = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A stream that breaks off when what it is served under ends.
 pub(crate) struct Guarded {
-    stream: MeshStream,
+    stream: Lingering<MeshStream>,
     end: Option<End>,
 }
 
@@ -270,7 +271,7 @@ impl Guarded {
         end: impl Future<Output = ()> + Send + 'static,
     ) -> Guarded {
         Guarded {
-            stream,
+            stream: Lingering::new(stream),
             end: Some(Box::pin(end)),
         }
     }

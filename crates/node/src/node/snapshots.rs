@@ -3,18 +3,19 @@
 use super::Node;
 use crate::fault::{Answer, Fault, blocking, chain};
 use crate::machine::{Command, Continues, Handle, OVERLAY, Origin, Record, disks, now_ns, plan};
-use crate::snapshots::{About, Listed, Moment, Room, Snapshots, Unusable};
+use crate::mesh::Asker;
+use crate::snapshots::{About, Listed, Moment, Reserved, Room, Snapshots, Unusable};
 use futures_util::StreamExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use vistara_api::{ErrorKind, ForkRequest, RestoreRequest};
+use vistara_api::{ErrorKind, ForkRequest, PackedSnapshot, RestoreRequest};
 use vistara_control::{MEMORY_MIN, lookup};
 use vistara_host::files::clone_sparse;
 use vistara_image::ProgressSink;
 use vistara_machine::{Capture, Start, Vm, VmmError};
 use vistara_model::{
-    Bytes, Generation, MachineId, MachineSpec, MachineState, Network, Payload, VmmKind,
+    Bytes, Digest, Generation, MachineId, MachineSpec, MachineState, Network, Payload, VmmKind,
 };
 
 /// Most forks of one request.
@@ -171,18 +172,9 @@ impl Node {
     ) -> Answer<Listed> {
         let snapshots = self.snapshots.clone();
         let mut reserved = None;
-        if let Some(name) = &name {
-            let _: vistara_model::MachineName = name
-                .parse()
-                .map_err(|error: vistara_model::IdError| Fault::user(error.to_string()))?;
-            let (all, wanted) = (snapshots.clone(), name.clone());
-            reserved = blocking(move || all.reserve(&wanted)).await?;
-            if reserved.is_none() {
-                return Err(
-                    Fault::conflict(format!("there is a snapshot named {name} already"))
-                        .hint(format!("vistara snapshot rm {name}, or another name")),
-                );
-            }
+        if let Some(name) = name.clone() {
+            let all = snapshots.clone();
+            reserved = Some(blocking(move || reserve(&all, &name)).await??);
         }
         let root = self.root_of(&handle.record()).await?;
         let id = random_id()?.to_string();
@@ -212,6 +204,83 @@ impl Node {
         self.snapshots.clone()
     }
 
+    /// Whether the snapshot with this id is here. Where it is not, whether it could have this name. Blocks on files.
+    pub(crate) fn offered_snapshot(&self, id: &str, name: Option<&str>) -> Answer<bool> {
+        let id = snapshot_id(id)?;
+        let all = self.snapshots.list();
+        if all.iter().any(|listed| listed.id == id.as_ref()) {
+            return Ok(true);
+        }
+        // Given back at once: what counts is that another has it now.
+        name.map(|name| reserve(&self.snapshots, name))
+            .transpose()?;
+        Ok(false)
+    }
+
+    /// Makes one file of a snapshot. Blocks on files for as long as some 100 MB take.
+    pub(crate) fn pack_snapshot(&self, typed: &str) -> Answer<PackedSnapshot> {
+        let listed = self.find_snapshot(typed)?;
+        let about = listed.about.map_err(|Unusable(why)| {
+            let shown = &listed.id;
+            Fault::new(
+                ErrorKind::Host,
+                format!("snapshot {shown} cannot be used: {why}"),
+            )
+        })?;
+        let packed = self.snapshots.pack(&listed.id).map_err(|error| {
+            let message = format!("snapshot {} could not be packed: {error}", listed.id);
+            Fault::new(ErrorKind::Host, message).hint("free some disk space")
+        })?;
+        Ok(PackedSnapshot {
+            id: listed.id,
+            name: about.name,
+            image_id: about.record.image_id.to_string(),
+            digest: packed.digest.to_string(),
+            bytes: packed.bytes,
+        })
+    }
+
+    /// Puts a snapshot in place whose file has come as a blob, and removes that.
+    pub(crate) async fn import_snapshot(
+        &self,
+        id: &str,
+        name: Option<String>,
+        file: Digest,
+    ) -> Answer<Listed> {
+        let id = snapshot_id(id)?;
+        let (images, snapshots) = (self.mechanisms.images.clone(), self.snapshots.clone());
+        blocking(move || {
+            let here = snapshots
+                .list()
+                .into_iter()
+                .find(|one| one.id == id.as_ref());
+            if let Some(listed) = here {
+                return Ok(listed);
+            }
+            let _reserved = name
+                .as_deref()
+                .map(|name| reserve(&snapshots, name))
+                .transpose()?;
+            let Some((packed, _)) = images.open_blob(&file)? else {
+                let message = format!("the snapshot's file {file} is not here");
+                return Err(Fault::new(ErrorKind::NotFound, message)
+                    .hint("send it first: vistara snapshot fetch"));
+            };
+            let fresh = snapshots.begin(id.to_string()).map_err(|error| {
+                let message = format!("the snapshot could not be written: {error}");
+                Fault::new(ErrorKind::Host, message)
+            })?;
+            let listed = fresh.arrive(packed, name).map_err(|Unusable(why)| {
+                let message = format!("snapshot {id} is not taken: {why}");
+                Fault::new(ErrorKind::Host, message)
+                    .hint("remove it where it came from, or free some disk space")
+            })?;
+            images.drop_blob(&file)?;
+            Ok(listed)
+        })
+        .await?
+    }
+
     /// The snapshot that a user typed. Blocks on files.
     pub(crate) fn find_snapshot(&self, typed: &str) -> Answer<Listed> {
         let all = self.snapshots.list();
@@ -231,6 +300,7 @@ impl Node {
         self: &Arc<Self>,
         typed: &str,
         request: &RestoreRequest,
+        asker: &Asker,
         zero: Instant,
     ) -> Answer<Arc<Handle>> {
         let (node, of) = (Arc::clone(self), typed.to_owned());
@@ -246,6 +316,9 @@ impl Node {
             ))
         };
         let about: About = listed.about.clone().map_err(unusable)?;
+        let records = || self.all().iter().map(|handle| handle.record()).collect();
+        // Held until the record is there, from which what the machine takes is counted.
+        let (owner, _held) = asker.claim(&about.record.spec, about.record.spec.memory, records)?;
         let root = self.root_of(&about.record).await?;
         let room = self.room(&about.record).await?;
         let (snapshots, id, disk) = (self.snapshots.clone(), listed.id.clone(), root.clone());
@@ -268,8 +341,11 @@ impl Node {
             auto_remove: request.auto_remove,
         };
         let parent = format!("snapshot {shown}");
-        self.go_on_from(&parts.about.record, parent, &changes, moment, zero)
-            .await
+        let from = Record {
+            owner,
+            ..parts.about.record
+        };
+        self.go_on_from(&from, parent, &changes, moment, zero).await
     }
 
     /// Copies of a machine that runs; they run, or have ended, when this returns.
@@ -442,6 +518,22 @@ impl Node {
         };
         self.begin(record(name, slot), origin).await
     }
+}
+
+fn snapshot_id(typed: &str) -> Answer<MachineId> {
+    let parsed = typed.parse();
+    parsed.map_err(|_| Fault::user(format!("{typed:?} is no snapshot's id")))
+}
+
+/// Keeps a name for a snapshot that is to be here. Blocks on files.
+fn reserve(snapshots: &Snapshots, name: &str) -> Answer<Reserved> {
+    let _: vistara_model::MachineName = name
+        .parse()
+        .map_err(|error: vistara_model::IdError| Fault::user(error.to_string()))?;
+    snapshots.reserve(name).ok_or_else(|| {
+        Fault::conflict(format!("there is a snapshot named {name} already"))
+            .hint(format!("vistara snapshot rm {name}, or another name"))
+    })
 }
 
 /// What of a machine that goes on is not as it was.

@@ -1,5 +1,6 @@
 //! A listener that knows how many of its connections are open: an open one keeps an idle node from leaving.
 
+use crate::linger::Lingering;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -58,7 +59,7 @@ impl axum::serve::Listener for CountingListener {
                     self.connections.0.open.fetch_add(1, Ordering::Relaxed);
                     return (
                         Counted {
-                            stream,
+                            stream: Lingering::new(stream),
                             connections: self.connections.clone(),
                         },
                         (),
@@ -79,7 +80,7 @@ impl axum::serve::Listener for CountingListener {
 
 /// A connection that is counted as long as it lives, also after it became a WebSocket.
 pub(super) struct Counted {
-    stream: UnixStream,
+    stream: Lingering<UnixStream>,
     connections: Connections,
 }
 

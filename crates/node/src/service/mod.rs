@@ -14,6 +14,7 @@ mod services;
 mod snapshots;
 mod streams;
 mod system;
+mod tasks;
 mod templates;
 mod volumes;
 
@@ -106,6 +107,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(snapshots::remove))
         .routes(routes!(snapshots::restore))
         .routes(routes!(snapshots::fork))
+        .routes(routes!(snapshots::pack))
+        .routes(routes!(snapshots::offer))
+        .routes(routes!(snapshots::import))
         .routes(routes!(machines::wait))
         .routes(routes!(receipts::show))
         .routes(routes!(receipts::verify))
@@ -154,6 +158,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(services::inspect, services::remove))
         .routes(routes!(services::scale))
         .routes(routes!(services::message))
+        .routes(routes!(tasks::list, tasks::create))
+        .routes(routes!(tasks::inspect, tasks::remove))
         .routes(routes!(volumes::list, volumes::create))
         .routes(routes!(volumes::remove))
 }

@@ -1,15 +1,19 @@
 //! Snapshots and forks: taking, listing, removing, going on from them.
 
 use super::App;
+use super::foreign::tame;
+use super::parts::digest;
 use crate::fault::{Answer, Fault, blocking};
 use crate::machine::Handle;
+use crate::mesh::Caller;
 use crate::view;
-use axum::Json;
 use axum::extract::{Path, State};
+use axum::{Extension, Json};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vistara_api::{
-    CreateSnapshotRequest, ErrorBody, ErrorKind, ForkRequest, Forked, Machine, RestoreRequest,
-    Snapshot,
+    CreateSnapshotRequest, ErrorBody, ErrorKind, ForkRequest, Forked, Machine, PackedSnapshot,
+    RestoreRequest, RunRequest, Snapshot, WantedSnapshot,
 };
 use vistara_model::MachineState;
 
@@ -96,13 +100,92 @@ pub(super) async fn remove(
 )]
 pub(super) async fn restore(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     Path(snapshot): Path<String>,
-    Json(request): Json<RestoreRequest>,
+    Json(mut request): Json<RestoreRequest>,
 ) -> Answer<Json<Machine>> {
     let zero = Instant::now();
-    let restored = tokio::spawn(async move { app.node.restore(&snapshot, &request, zero).await });
+    let asker = app.asker(&caller)?;
+    let mut like = RunRequest {
+        ports: std::mem::take(&mut request.ports),
+        ..RunRequest::default()
+    };
+    tame(&caller, &mut like)?;
+    request.ports = like.ports;
+    let restored =
+        tokio::spawn(async move { app.node.restore(&snapshot, &request, &asker, zero).await });
     let handle = restored.await.map_err(|error| Fault::internal(&error))??;
     Ok(Json(started(&handle).await?))
+}
+
+/// Makes one file of a snapshot, for another node. It stays as long as the snapshot.
+#[utoipa::path(
+    post,
+    path = "/v1/snapshots/{snapshot}/pack",
+    params(("snapshot" = String, Path, description = "Id, name, or unambiguous beginning of an id")),
+    responses((status = 200, body = PackedSnapshot), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn pack(
+    State(app): State<App>,
+    Path(snapshot): Path<String>,
+) -> Answer<Json<PackedSnapshot>> {
+    let packed = blocking(move || app.node.pack_snapshot(&snapshot));
+    Ok(Json(packed.await??))
+}
+
+/// Says how much of a packed snapshot is wanted.
+#[utoipa::path(
+    post,
+    path = "/v1/snapshots/offer",
+    request_body = PackedSnapshot,
+    responses((status = 200, body = WantedSnapshot), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn offer(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Json(packed): Json<PackedSnapshot>,
+) -> Answer<Json<WantedSnapshot>> {
+    let file = digest(&packed.digest)?;
+    let (node, offered) = (Arc::clone(&app.node), packed.clone());
+    if blocking(move || node.offered_snapshot(&offered.id, offered.name.as_deref())).await?? {
+        return Ok(Json(WantedSnapshot {
+            is_here: true,
+            have_bytes: packed.bytes,
+        }));
+    }
+    // Refused before a gigabyte is on its way.
+    let blobs = vec![(file.clone(), packed.bytes)];
+    app.mesh.may_bring(&app.node, &caller, blobs).await?;
+    let images = app.node.mechanisms().images;
+    let have_bytes = blocking(move || images.blob_bytes(&file)).await?;
+    Ok(Json(WantedSnapshot {
+        is_here: false,
+        // A beginning that is longer than the whole is another's mistake.
+        have_bytes: Some(have_bytes)
+            .filter(|have| *have <= packed.bytes)
+            .unwrap_or(0),
+    }))
+}
+
+/// Puts a snapshot in place whose file has come as a blob; the file goes.
+#[utoipa::path(
+    post,
+    path = "/v1/snapshots/import",
+    request_body = PackedSnapshot,
+    responses((status = 200, body = Snapshot), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn import(
+    State(app): State<App>,
+    Json(packed): Json<PackedSnapshot>,
+) -> Answer<Json<Snapshot>> {
+    let file = digest(&packed.digest)?;
+    // A task of its own: it is finished even if nobody waits any more.
+    let imported = tokio::spawn(async move {
+        let (id, name) = (packed.id, packed.name);
+        app.node.import_snapshot(&id, name, file).await
+    });
+    let listed = imported.await.map_err(|error| Fault::internal(&error))??;
+    Ok(Json(view::snapshot(&listed)))
 }
 
 /// Makes copies of a machine that runs; answers when each runs or has failed.

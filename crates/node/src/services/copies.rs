@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! asking ── lease ──► starting ──► up ── its program ends ──► resting ──► starting …
-//!    │                   │          │                            │
-//!    └── none to be had ─┴──────────┴── lease lost, not wanted ──┴──► stopping ──► gone
+//!    │                   │          │ │                          │
+//!    └── none to be had ─┴──────────┴─│ lease lost, not wanted ──┴──► stopping ──► gone
+//!                                     └ a task's program ends ──► ended ── most keepers know ──► gone
 //! ```
 //! A machine is there only between a lease that was granted and its end; the guard in its directory sees to the end where this
 //! node cannot. Each renewal puts the guard off. A node that starts again asks for the same slot under the same generation,
 //! and goes on with the machine that it finds.
 
-use super::{About, Event, Task};
+use super::{About, Event, Task, tasks};
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::{self, boottime};
 use crate::machine::{Command, CopyOf, Handle};
@@ -40,8 +41,11 @@ const RAN_WELL: Duration = Duration::from_secs(60);
 /// Longest that a copy that is not wanted any more gets to end by itself.
 const GRACE_MAX: Duration = Duration::from_secs(5);
 
+/// How a copy is that has no lease yet.
+pub(crate) const ASKING: &str = "asking";
+
 /// What there is of a copy.
-enum Body {
+pub(super) enum Body {
     /// Nothing yet.
     None,
     /// Its machine is being made.
@@ -50,16 +54,20 @@ enum Body {
     Up(Arc<Handle>),
     /// Its program has ended and is started again at this time.
     Resting(Duration),
+    /// The task is done; keepers are to know.
+    Ended,
 }
 
 /// A slot that this node was given.
 pub(super) struct Job {
-    holder: Holder,
+    pub(super) holder: Holder,
     /// Who gave it; nobody where it was taken over from an earlier start.
     given_by: Option<NodeId>,
     /// The offer that its first machine is made under.
     offer: Option<RequestId>,
-    body: Body,
+    pub(super) body: Body,
+    /// Whether its machine had been told to end before this node started: by whom is not known.
+    pub(super) end_found: bool,
     stopping: bool,
     /// What is to be told when it is gone.
     last_words: Vec<(NodeId, ToKeeper)>,
@@ -73,12 +81,13 @@ pub(super) struct Job {
 }
 
 impl Job {
-    fn new(holder: Holder, given_by: Option<NodeId>, offer: Option<RequestId>) -> Job {
+    pub(super) fn new(holder: Holder, given_by: Option<NodeId>, offer: Option<RequestId>) -> Job {
         Job {
             holder,
             given_by,
             offer,
             body: Body::None,
+            end_found: false,
             stopping: false,
             last_words: Vec::new(),
             failed: None,
@@ -93,7 +102,9 @@ impl Job {
     pub(super) fn wake_at(&self) -> Duration {
         match self.body {
             Body::Resting(at) if !self.stopping => self.holder.wake_at().min(at),
-            Body::None | Body::Starting | Body::Up(_) | Body::Resting(_) => self.holder.wake_at(),
+            Body::None | Body::Starting | Body::Up(_) | Body::Resting(_) | Body::Ended => {
+                self.holder.wake_at()
+            }
         }
     }
 
@@ -109,10 +120,11 @@ impl Job {
     pub(super) fn shown(&self) -> wire::Copy {
         let (state, machine) = match &self.body {
             _ if self.stopping => ("stopping".to_owned(), None),
-            Body::None => ("asking".to_owned(), None),
+            Body::None => (ASKING.to_owned(), None),
             Body::Starting => ("starting".to_owned(), None),
             Body::Up(handle) => (handle.state().to_string(), Some(handle.id.to_string())),
             Body::Resting(_) => ("resting".to_owned(), None),
+            Body::Ended => (MachineState::Ended.to_string(), None),
         };
         wire::Copy {
             number: self.holder.slot().number,
@@ -126,7 +138,12 @@ impl Job {
 }
 
 /// What a copy's machine is asked for with.
-fn request(document: &ServiceDocument, asker: &Asker, number: u32) -> Answer<RunRequest> {
+fn request(
+    document: &ServiceDocument,
+    asker: &Asker,
+    number: u32,
+    generation: Generation,
+) -> Answer<RunRequest> {
     let mut request: RunRequest = serde_json::from_slice(&document.request)
         .map_err(|error| Fault::user(format!("the service's request makes no sense: {error}")))?;
     // Where it runs is not its owner's host, whoever's it is: nothing of a host is a copy's.
@@ -142,6 +159,9 @@ fn request(document: &ServiceDocument, asker: &Asker, number: u32) -> Answer<Run
     if request.hostname.is_none() {
         request.hostname = Some(format!("{}-{number}", document.name));
     }
+    if let Some(task) = &document.task {
+        tasks::tell_program(&mut request.env, &task.key, generation.0);
+    }
     if let Asker::Foreign(foreign, _) = asker {
         tame(&Caller::Foreign(Arc::clone(foreign)), &mut request)?;
     }
@@ -149,7 +169,7 @@ fn request(document: &ServiceDocument, asker: &Asker, number: u32) -> Answer<Run
 }
 
 impl Task {
-    fn job(&mut self, slot: Slot) -> Option<&mut Job> {
+    pub(super) fn job(&mut self, slot: Slot) -> Option<&mut Job> {
         self.known
             .get_mut(&slot.service)?
             .jobs
@@ -203,11 +223,12 @@ impl Task {
             let Some(copy) = record.copy_of.clone() else {
                 continue;
             };
-            if record.state == MachineState::Ended {
-                continue;
-            }
             let number = u128::from_str_radix(&copy.service, 16).map(ServiceId);
             let known = number.ok().and_then(|id| self.known.get_mut(&id));
+            if record.state == MachineState::Ended {
+                self.take_over_ended(&handle);
+                continue;
+            }
             let keepers = known.as_ref().and_then(|known| known.keepers.clone());
             let (Some(known), Some(keepers)) = (known, keepers) else {
                 tracing::info!(machine = %handle.id, "a copy of a service that is not known here is ended");
@@ -227,9 +248,10 @@ impl Task {
                 acquire: RESUMED_ACQUIRE,
                 ..self.terms
             };
-            let holder = Holder::new(terms, slot, copy.generation, keepers, now);
+            let holder = Holder::resumed(terms, slot, copy.generation, keepers, now);
             let mut job = Job::new(holder, None, None);
             job.up_since = now;
+            job.end_found = record.end.is_some();
             job.body = Body::Up(Arc::clone(&handle));
             known.jobs.insert(copy.number, job);
             self.watch(slot, copy.generation, handle);
@@ -252,7 +274,11 @@ impl Task {
         let numbers: Vec<u32> = known.jobs.keys().copied().collect();
         for number in numbers {
             let slot = Slot { service, number };
-            if !stands {
+            // A program that has ended did so under the grant that it had: that is told to the end.
+            let finishing = (self.job(slot)).is_some_and(|job| job.holder.is_finishing());
+            if finishing {
+                // Nothing of it runs any more.
+            } else if !stands {
                 self.let_go(slot, "the owner's grant counts no more");
             } else if !named {
                 // The owner's own node acts for itself, whether it is named or not.
@@ -314,7 +340,7 @@ impl Task {
         }
     }
 
-    fn carry_out(&mut self, slot: Slot, outputs: Vec<HolderOutput>) {
+    pub(super) fn carry_out(&mut self, slot: Slot, outputs: Vec<HolderOutput>) {
         for output in outputs {
             match output {
                 HolderOutput::Send(to, question) => self.say(slot, to, question),
@@ -326,13 +352,13 @@ impl Task {
                 },
                 HolderOutput::Failed(largest) => {
                     if let Some(job) = self.job(slot) {
-                        let why = "no lease for the slot was to be had".to_owned();
-                        job.failed = Some((largest, why));
+                        let why = || (largest, "no lease for the slot was to be had".to_owned());
+                        job.failed.get_or_insert_with(why);
                     }
                     self.stop(slot);
                 }
                 HolderOutput::Stop => self.stop(slot),
-                HolderOutput::Ended(_) => {}
+                HolderOutput::Ended(noted) => self.told(slot, noted),
             }
         }
     }
@@ -345,7 +371,7 @@ impl Task {
         );
         if let Some(job) = self.job(slot)
             && parting
-            && !matches!(job.body, Body::None | Body::Resting(_))
+            && !matches!(job.body, Body::None | Body::Resting(_) | Body::Ended)
         {
             let Body::Up(handle) = &job.body else {
                 job.last_words.push((to, question));
@@ -384,7 +410,7 @@ impl Task {
             let made = async {
                 let document = document.document();
                 let asker = role?;
-                let mut request = request(document, &asker, slot.number)?;
+                let mut request = request(document, &asker, slot.number, generation)?;
                 let service = super::id_text(slot.service);
                 // The ended machines of this slot here: what they printed was there to be read until now.
                 for old in node.all() {
@@ -478,12 +504,12 @@ impl Task {
                 if job.stopping {
                     return self.gone(slot, generation);
                 }
-                self.let_go(slot, &why);
+                self.could_not(slot, why);
             }
         }
     }
 
-    /// A copy's machine has ended. It is started again, after a while, as long as the lease is there.
+    /// A copy's machine has ended. A service's is started again, after a while, as long as the lease is there.
     pub(super) fn ended(&mut self, slot: Slot, generation: Generation, machine: &MachineId) {
         let now = boottime();
         let Some(job) = self.job_of(slot, generation) else {
@@ -494,6 +520,12 @@ impl Task {
             return;
         }
         let record = handle.record();
+        if let Some(known) = self.known.get(&slot.service)
+            && known.document().task.is_some()
+        {
+            return self.task_ended(slot, record.end.as_ref());
+        }
+        let Some(job) = self.job(slot) else { return };
         let code = record.end.as_ref().map_or(125, |end| end.exit_code());
         let told = record.end.as_ref().and_then(|end| end.message());
         job.trouble = Some(match told {
@@ -508,8 +540,23 @@ impl Task {
         tracing::info!(service = super::id_text(slot.service), slot = slot.number, code, rest = ?job.rest, "a copy's program has ended");
     }
 
+    /// A copy's program was never begun here, for this reason: its lease was never used.
+    pub(super) fn could_not(&mut self, slot: Slot, why: String) {
+        let Some(job) = self.job(slot).filter(|job| !job.stopping) else {
+            return;
+        };
+        // No generation: there was a lease to be had.
+        job.failed.get_or_insert((Generation(0), why));
+        let outputs = job.holder.never_ran();
+        if outputs.is_empty() {
+            // Over already.
+            return self.stop(slot);
+        }
+        self.carry_out(slot, outputs);
+    }
+
     /// Gives a slot up, for this reason.
-    fn let_go(&mut self, slot: Slot, why: &str) {
+    pub(super) fn let_go(&mut self, slot: Slot, why: &str) {
         let Some(job) = self.job(slot).filter(|job| !job.stopping) else {
             return;
         };
@@ -546,7 +593,7 @@ impl Task {
         job.stopping = true;
         let generation = job.holder.generation();
         match &job.body {
-            Body::None | Body::Resting(_) => self.gone(slot, generation),
+            Body::None | Body::Resting(_) | Body::Ended => self.gone(slot, generation),
             // It is ended as soon as it is there.
             Body::Starting => {}
             Body::Up(_) => self.end_body(slot),
@@ -594,7 +641,7 @@ impl Task {
     }
 
     /// Ends and removes a machine that nobody has a lease for.
-    fn clear(&self, handle: Arc<Handle>, told: Option<Event>) {
+    pub(super) fn clear(&self, handle: Arc<Handle>, told: Option<Event>) {
         let (events, node) = (self.sender(), Arc::clone(&self.node));
         tokio::spawn(async move {
             if let Err(fault) = node.remove(&handle, true).await {

@@ -3,8 +3,9 @@
 use super::keeping::spec;
 use super::last_words::{self, LastWord};
 use super::store::{self, Stored, text};
+use super::tasks;
 use super::{
-    About, Event, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
+    About, Event, Kind, Known, SERVICES_MAX, SERVICES_OF_ONE_MAX, Shown, Task, VERDICT_KEPT,
     VERDICT_SHARE, Verdict,
 };
 use crate::fault::{Answer, Fault, blocking, chain};
@@ -19,7 +20,9 @@ use vistara_control::services::wire::ToNode;
 use vistara_control::services::{Keeper, Keepers, Overseer, ServiceId, ToKeeper, keepers_of};
 use vistara_control::{LookupError, Requirement, lookup};
 use vistara_mesh::Token;
-use vistara_mesh::service::{Eligible, Placement, SealedDocument, ServiceDocument};
+use vistara_mesh::service::{
+    self, Eligible, Placement, SealedDocument, ServiceDocument, TaskSemantics,
+};
 use vistara_model::{Bytes, Cpus, Digest, Hypervisor, NodeId, Right};
 
 /// How often nodes are given a document that they do not have.
@@ -27,9 +30,26 @@ const TELL_EVERY: Duration = Duration::from_secs(2);
 /// How often it is looked what can be forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
 
-/// A service that is to be.
+/// A task that is to be.
+pub(crate) struct DraftTask {
+    pub(crate) semantics: TaskSemantics,
+    /// Its number where there is none.
+    pub(crate) key: Option<String>,
+}
+
+/// A service or a task that was asked for.
+pub(crate) struct Made {
+    pub(crate) shown: Shown,
+    /// Whether there was a task of this key already.
+    pub(crate) known: bool,
+}
+
+/// A service or a task that is to be.
 pub(crate) struct Draft {
-    pub(crate) name: String,
+    /// One is made up for a task that has none.
+    pub(crate) name: Option<String>,
+    /// What a name that is made up begins with.
+    pub(crate) called: String,
     pub(crate) replicas: u32,
     pub(crate) image: Digest,
     pub(crate) memory: Bytes,
@@ -39,21 +59,22 @@ pub(crate) struct Draft {
     pub(crate) placement: Placement,
     /// Where copies may run; this node may be among them.
     pub(crate) nodes: Vec<NodeId>,
+    pub(crate) task: Option<DraftTask>,
 }
 
 /// What the owner of this node wants.
 pub(super) enum Order {
-    Create(Box<Draft>, oneshot::Sender<Answer<Shown>>),
+    Create(Box<Draft>, oneshot::Sender<Answer<Made>>),
     Scale(
         String,
         u32,
         Option<Vec<NodeId>>,
         oneshot::Sender<Answer<Shown>>,
     ),
-    Remove(String, oneshot::Sender<Answer<Shown>>),
+    Remove(Kind, String, oneshot::Sender<Answer<Shown>>),
     /// Who has not said that it has forgotten a service, by its number.
     Late(String, oneshot::Sender<Answer<BTreeSet<NodeId>>>),
-    Show(Option<String>, oneshot::Sender<Answer<Vec<Shown>>>),
+    Show(Kind, Option<String>, oneshot::Sender<Answer<Vec<Shown>>>),
 }
 
 /// For whom a node acts on a document: for itself, or for the owner under the grant that stands in it. Whether that grant
@@ -83,9 +104,13 @@ impl Task {
             Order::Scale(typed, replicas, nodes, reply) => {
                 drop(reply.send(self.scale(&typed, replicas, nodes).await));
             }
-            Order::Remove(typed, reply) => drop(reply.send(self.remove(&typed).await)),
+            Order::Remove(kind, typed, reply) => {
+                drop(reply.send(self.remove(kind, &typed).await));
+            }
             Order::Late(id, reply) => drop(reply.send(Ok(self.late(&id)))),
-            Order::Show(typed, reply) => drop(reply.send(self.show(typed.as_deref()))),
+            Order::Show(kind, typed, reply) => {
+                drop(reply.send(self.show(kind, typed.as_deref())));
+            }
         }
     }
 
@@ -122,36 +147,55 @@ impl Task {
         (document.seal(&open.identity)).map_err(|error| Fault::user(chain(&error)))
     }
 
-    async fn create(&mut self, draft: Draft) -> Answer<Shown> {
+    async fn create(&mut self, draft: Draft) -> Answer<Made> {
         let open = self.opened().await?;
         let own = open.identity.id();
+        if let Some(service) = self.known_by_key(own, &draft)? {
+            return Ok(Made {
+                shown: self.shown_one(service)?,
+                known: true,
+            });
+        }
         let wanted = self
             .known
             .values()
             .filter(|known| !known.document().removed && known.document().owner == own);
         if wanted.count() >= SERVICES_MAX {
             return Err(Fault::conflict(format!(
-                "this node has {SERVICES_MAX} services and takes no more"
-            )));
-        }
-        let same = |known: &Known| {
-            let document = known.document();
-            document.owner == own && document.name == draft.name && !document.removed
-        };
-        if self.known.values().any(same) {
-            return Err(Fault::conflict(format!(
-                "there is a service named {} already",
-                draft.name
+                "this node has {SERVICES_MAX} services and tasks and takes no more"
             ))
-            .hint(format!("vistara service rm {}", draft.name)));
+            .hint("`vistara service ls` and `vistara task ls` list them; remove some"));
         }
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| Fault::internal(&error))?;
+        let service = ServiceId(u128::from_le_bytes(random));
+        let (kind, id) = match draft.task {
+            None => (Kind::Service, text(service)),
+            Some(_) => (Kind::Task, text(service)),
+        };
+        let name = match draft.name {
+            Some(name) => name,
+            None => tasks::made_up(&draft.called, &id),
+        };
+        let same = |known: &Known| {
+            let document = known.document();
+            document.owner == own
+                && document.name == name
+                && Kind::of(document) == kind
+                && !document.removed
+        };
+        if self.known.values().any(same) {
+            let kind = kind.word();
+            return Err(
+                Fault::conflict(format!("there is a {kind} named {name} already"))
+                    .hint(format!("vistara {kind} rm {name}")),
+            );
+        }
         let document = ServiceDocument {
-            service: u128::from_le_bytes(random),
+            service: service.0,
             version: 1,
             owner: own,
-            name: draft.name,
+            name,
             replicas: draft.replicas,
             removed: false,
             image: draft.image,
@@ -161,10 +205,13 @@ impl Task {
             request: draft.request,
             placement: draft.placement,
             nodes: self.eligible(&open, draft.nodes)?,
+            task: draft.task.map(|task| service::Task {
+                semantics: task.semantics,
+                key: task.key.unwrap_or(id),
+            }),
         };
         let named: Vec<NodeId> = document.nodes.iter().map(|one| one.node).collect();
         let sealed = self.seal(&open, document)?;
-        let service = store::id(&sealed);
         // Those that are there now: one that is away would be missed from the beginning.
         let keepers = Keepers {
             epoch: 1,
@@ -189,11 +236,15 @@ impl Task {
             keepers: Some(keepers),
             keeper: None,
             late: Vec::new(),
+            settled: None,
         });
         // Before they are told anything.
         self.settle_partners(boottime());
         self.begin_keepers(service);
-        self.shown_one(service)
+        Ok(Made {
+            shown: self.shown_one(service)?,
+            known: false,
+        })
     }
 
     /// Tells the first keepers what they are.
@@ -214,9 +265,11 @@ impl Task {
         }
     }
 
-    /// The service of this owner that was typed: by its name, its number, or a beginning of that.
-    fn find(&self, typed: &str) -> Answer<ServiceId> {
+    /// What was typed: by its name, its number, or a beginning of that.
+    fn find(&self, kind: Kind, typed: &str) -> Answer<ServiceId> {
+        let of_kind = |known: &&Known| Kind::of(known.document()) == kind;
         let known: Vec<(String, String, ServiceId)> = (self.known.values())
+            .filter(of_kind)
             .filter(|known| !known.document().removed)
             .map(|known| (text(known.id()), known.document().name.clone(), known.id()))
             .collect();
@@ -226,10 +279,10 @@ impl Task {
         let found = lookup(typed, pairs).map_err(|error| match error {
             LookupError::NotFound(typed) => Fault::new(
                 ErrorKind::NotFound,
-                format!("there is no service {typed:?}"),
+                format!("there is no {} {typed:?}", kind.word()),
             )
-            .hint("`vistara service ls` lists them"),
-            error @ LookupError::Ambiguous { .. } => Fault::lookup(error, "service", "its name"),
+            .hint(format!("`vistara {} ls` lists them", kind.word())),
+            error @ LookupError::Ambiguous { .. } => Fault::lookup(error, kind.word(), "its name"),
         })?;
         let same = known.iter().find(|(id, ..)| id == found);
         same.map(|(_, _, service)| *service)
@@ -237,15 +290,16 @@ impl Task {
     }
 
     /// One that this node's owner may change.
-    fn find_own(&self, open: &Open, typed: &str) -> Answer<ServiceId> {
-        let service = self.find(typed)?;
+    fn find_own(&self, open: &Open, kind: Kind, typed: &str) -> Answer<ServiceId> {
+        let service = self.find(kind, typed)?;
         let document = self.known.get(&service).map(Known::document);
         match document {
             Some(document) if document.owner == open.identity.id() => Ok(service),
             Some(document) => Err(Fault::new(
                 ErrorKind::Denied,
                 format!(
-                    "the service {} belongs to the node {}: only there it can be changed",
+                    "the {} {} belongs to the node {}: only there it can be changed",
+                    kind.word(),
                     document.name,
                     document.owner.short()
                 ),
@@ -262,7 +316,7 @@ impl Task {
         nodes: Option<Vec<NodeId>>,
     ) -> Answer<Shown> {
         let open = self.opened().await?;
-        let service = self.find_own(&open, typed)?;
+        let service = self.find_own(&open, Kind::Service, typed)?;
         let mut document = self.document_of(service)?;
         document.version += 1;
         document.replicas = replicas;
@@ -274,9 +328,14 @@ impl Task {
         self.shown_one(service)
     }
 
-    async fn remove(&mut self, typed: &str) -> Answer<Shown> {
+    async fn remove(&mut self, kind: Kind, typed: &str) -> Answer<Shown> {
         let open = self.opened().await?;
-        let service = self.find_own(&open, typed)?;
+        let service = self.find_own(&open, kind, typed)?;
+        self.remove_one(service).await
+    }
+
+    pub(super) async fn remove_one(&mut self, service: ServiceId) -> Answer<Shown> {
+        let open = self.opened().await?;
         let mut document = self.document_of(service)?;
         let before = self.shown_one(service)?;
         let nodes: Vec<NodeId> = document.nodes.iter().map(|one| one.node).collect();
@@ -328,10 +387,11 @@ impl Task {
             .ok_or_else(|| Fault::internal(&std::fmt::Error))
     }
 
-    fn show(&self, typed: Option<&str>) -> Answer<Vec<Shown>> {
+    fn show(&self, kind: Kind, typed: Option<&str>) -> Answer<Vec<Shown>> {
         match typed {
-            Some(typed) => Ok(vec![self.shown_one(self.find(typed)?)?]),
+            Some(typed) => Ok(vec![self.shown_one(self.find(kind, typed)?)?]),
             None => (self.known.values())
+                .filter(|known| Kind::of(known.document()) == kind)
                 .filter(|known| !known.document().removed)
                 .map(|known| self.shown_one(known.id()))
                 .collect(),
@@ -348,6 +408,8 @@ impl Task {
             sealed: Arc::clone(&known.sealed),
             keepers: known.keepers.clone(),
             status: self.status(service),
+            ends: self.ends(known),
+            settled: known.settled,
             others: (named.into_iter())
                 .filter(|node| Some(*node) != own && self.lives(*node))
                 .collect(),
@@ -391,6 +453,9 @@ impl Task {
             care: Default::default(),
             jobs: BTreeMap::new(),
             verdict: Mutex::default(),
+            noted: BTreeMap::new(),
+            next_end: now,
+            settled: stored.settled,
             sealed: Arc::new(stored.document),
         };
         self.known.insert(service, known);
@@ -409,6 +474,12 @@ impl Task {
                 ));
             }
             Some(known) if known.document().version >= document.version => return Ok(()),
+            Some(known) if known.document().task != document.task => {
+                return Err(Fault::new(
+                    ErrorKind::Denied,
+                    "what was asked for as a service or a task does not become another",
+                ));
+            }
             Some(_) => {}
             None if self.damaged.contains(&store::id(&sealed)) => {
                 return Err(Fault::conflict(
@@ -462,6 +533,7 @@ impl Task {
                 keepers: None,
                 keeper: None,
                 late: Vec::new(),
+                settled: None,
             });
             self.settle_partners(boottime());
             return Ok(());
@@ -549,6 +621,7 @@ impl Task {
     /// Forgets services that were removed long ago, or of which everybody has heard.
     pub(super) async fn forget_old(&mut self, now: Duration) {
         self.forget_due = now + FORGET_EVERY;
+        self.forget_tasks().await;
         let own = self.own();
         let removed =
             (self.known.values()).filter(|known| known.document().removed && known.jobs.is_empty());

@@ -13,7 +13,7 @@ use vistara_control::services::{
     Action, Change, ChangeOutput, FromKeeper, KEEPERS, Keeper, Keepers, Overseer, Semantics,
     ServiceId, Spec, ToKeeper, keepers_of,
 };
-use vistara_mesh::service::ServiceDocument;
+use vistara_mesh::service::{ServiceDocument, TaskSemantics};
 use vistara_model::NodeId;
 
 /// How often a keeper asks the others whether they still keep.
@@ -25,7 +25,11 @@ pub(super) fn spec(document: &ServiceDocument) -> Spec {
         service: ServiceId(document.service),
         version: document.version,
         replicas: document.replicas,
-        semantics: Semantics::Service,
+        semantics: match document.task.as_ref().map(|task| task.semantics) {
+            None => Semantics::Service,
+            Some(TaskSemantics::AtMostOnce) => Semantics::AtMostOnce,
+            Some(TaskSemantics::AtLeastOnce) => Semantics::AtLeastOnce,
+        },
     }
 }
 
@@ -213,7 +217,10 @@ impl Task {
         match &answer {
             FromKeeper::Granted { slot, .. }
             | FromKeeper::Denied { slot, .. }
-            | FromKeeper::DoneNoted(slot, _) => {
+            | FromKeeper::DoneNoted(slot, _)
+            | FromKeeper::Superseded(slot, _) => {
+                // Keepers tell each other, too.
+                self.heard_noted(from, service, &answer);
                 if let FromKeeper::Denied {
                     why: vistara_control::services::Denied::Moved(keepers),
                     ..
@@ -229,15 +236,7 @@ impl Task {
                 }
                 self.granted(from, *slot, answer);
             }
-            FromKeeper::LostNoted(..) => {
-                let Some(known) = self.known.get_mut(&service) else {
-                    return;
-                };
-                if let (Some(overseer), Some(keeper)) = (&mut known.overseer, &known.keeper) {
-                    let actions = overseer.handle(from, &answer, keeper.keepers());
-                    self.oversee(service, actions);
-                }
-            }
+            FromKeeper::LostNoted(..) => self.heard_noted(from, service, &answer),
             FromKeeper::Promised { .. } | FromKeeper::Sealed { .. } => {
                 let change = self
                     .known
@@ -248,6 +247,16 @@ impl Task {
                     self.change(service, outputs);
                 }
             }
+        }
+    }
+
+    /// What another keeper has noted is its overseer's affair.
+    fn heard_noted(&mut self, from: NodeId, service: ServiceId, answer: &FromKeeper) {
+        if let Some(known) = self.known.get_mut(&service)
+            && let (Some(overseer), Some(keeper)) = (&mut known.overseer, &known.keeper)
+        {
+            let actions = overseer.handle(from, answer, keeper.keepers());
+            self.oversee(service, actions);
         }
     }
 
@@ -336,8 +345,15 @@ impl Task {
                 Action::Send(to, question) => {
                     self.send(service, to, About::Other, ToNode::Keeper(question));
                 }
-                // Services are not lost: they are placed again.
-                Action::Lost(..) => {}
+                // Who asked for it asks the keepers.
+                Action::Lost(slot, generation) => {
+                    tracing::warn!(
+                        service = super::id_text(service),
+                        slot = slot.number,
+                        generation = generation.0,
+                        "a task is lost: it may have begun, and is not begun again"
+                    );
+                }
                 Action::Replace { away } => self.hand_over(service, &away),
             }
         }

@@ -1,4 +1,4 @@
-//! Services: copies that run somewhere among nodes that trust one owner, whoever dies. What is decided is
+//! Services and tasks: copies that run somewhere among nodes that trust one owner, whoever dies. What is decided is
 //! `vistara_control::services`'; here one task carries it between nodes, disks and machines.
 //!
 //! ```text
@@ -15,6 +15,7 @@
 mod admission;
 mod copies;
 mod documents;
+mod endings;
 #[cfg(test)]
 mod fixtures;
 mod keeping;
@@ -23,10 +24,13 @@ mod partners;
 mod placing;
 mod post;
 mod store;
+mod tasks;
 
 pub(crate) use admission::{ARRIVAL_BOUND, Seat};
-pub(crate) use documents::Draft;
+pub(crate) use copies::ASKING;
+pub(crate) use documents::{Draft, DraftTask, Made};
 pub(crate) use store::text as id_text;
+pub(crate) use tasks::Settled;
 
 use crate::fault::{Answer, Fault, blocking};
 use crate::fence::boottime;
@@ -44,7 +48,7 @@ use tokio::sync::{mpsc, oneshot};
 use vistara_api::ErrorKind;
 use vistara_control::membership::Life;
 use vistara_control::services::wire::{self, FromNode, Status, ToNode};
-use vistara_control::services::{Change, Keeper, Keepers, Overseer, ServiceId, Slot, Terms};
+use vistara_control::services::{Change, End, Keeper, Keepers, Overseer, ServiceId, Slot, Terms};
 use vistara_mesh::service::{SealedDocument, ServiceDocument};
 use vistara_model::{Generation, MachineId, NodeId};
 
@@ -127,6 +131,34 @@ enum About {
     Keeper,
     /// It was asked who keeps now.
     Who,
+    /// It was asked how a task has ended.
+    End,
+}
+
+/// What is looked up by name: each has names of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Copies that are to run.
+    Service,
+    /// A program that is run to its end.
+    Task,
+}
+
+impl Kind {
+    fn of(document: &ServiceDocument) -> Kind {
+        match document.task {
+            None => Kind::Service,
+            Some(_) => Kind::Task,
+        }
+    }
+
+    /// As it is said, and as the commands about it begin.
+    fn word(self) -> &'static str {
+        match self {
+            Kind::Service => "service",
+            Kind::Task => "task",
+        }
+    }
 }
 
 /// A service, as it is known here.
@@ -154,6 +186,11 @@ struct Known {
     care: placing::Care,
     jobs: BTreeMap<u32, Job>,
     verdict: Mutex<Option<Verdict>>,
+    /// Of a task: what other keepers have noted of its end, and when they are asked again. The owner's.
+    noted: BTreeMap<NodeId, End>,
+    next_end: Duration,
+    /// How it has ended. The owner's.
+    settled: Option<Settled>,
 }
 
 /// Whether the owner's grant counts, as it was found.
@@ -187,6 +224,10 @@ pub(crate) struct Shown {
     pub(crate) keepers: Option<Keepers>,
     /// What this node itself knows.
     pub(crate) status: Status,
+    /// What this node, as a keeper, has noted as over.
+    pub(crate) ends: BTreeMap<u32, End>,
+    /// Of a task of this owner: how it has ended.
+    pub(crate) settled: Option<Settled>,
     /// The other nodes that are named in it, and live.
     pub(crate) others: Vec<NodeId>,
 }
@@ -279,8 +320,8 @@ impl Services {
         answer.await.map_err(|_| busy())?
     }
 
-    /// Makes a service known to itself and its first keepers; gives what it is.
-    pub(crate) async fn create(&self, draft: Draft) -> Answer<Shown> {
+    /// Makes a service or a task known to itself and its first keepers, unless there is a task of its key.
+    pub(crate) async fn create(&self, draft: Draft) -> Answer<Made> {
         self.order(|reply| documents::Order::Create(Box::new(draft), reply))
             .await
     }
@@ -298,16 +339,16 @@ impl Services {
     }
 
     /// Wants it no more.
-    pub(crate) async fn remove(&self, typed: &str) -> Answer<Shown> {
+    pub(crate) async fn remove(&self, kind: Kind, typed: &str) -> Answer<Shown> {
         let typed = typed.to_owned();
-        self.order(|reply| documents::Order::Remove(typed, reply))
+        self.order(|reply| documents::Order::Remove(kind, typed, reply))
             .await
     }
 
-    /// All services that are known here, or the one that was typed.
-    pub(crate) async fn show(&self, typed: Option<&str>) -> Answer<Vec<Shown>> {
+    /// All of a kind that are known here, or the one that was typed.
+    pub(crate) async fn show(&self, kind: Kind, typed: Option<&str>) -> Answer<Vec<Shown>> {
         let typed = typed.map(str::to_owned);
-        self.order(|reply| documents::Order::Show(typed, reply))
+        self.order(|reply| documents::Order::Show(kind, typed, reply))
             .await
     }
 
@@ -453,6 +494,7 @@ impl Task {
             self.tell(service, now);
             self.keep_on(service, now);
             self.hold_on(service, now);
+            self.wait_for_end(service, now).await;
         }
         if now >= self.forget_due {
             self.forget_old(now).await;
@@ -551,7 +593,13 @@ impl Task {
             ));
         }
         answer.body = match request.body {
-            ToNode::Status => FromNode::Status(self.status(service)),
+            ToNode::Status => match Kind::of(known.document()) {
+                Kind::Service => FromNode::Status(self.status(service)),
+                Kind::Task => FromNode::Task {
+                    ends: self.ends(known),
+                    status: self.status(service),
+                },
+            },
             ToNode::Release { request } => {
                 self.release(service, request);
                 FromNode::Nothing
@@ -641,6 +689,14 @@ impl Task {
             FromNode::Keeper(answer) => self.heard_keeper(from, service, answer).await,
             FromNode::Status(status) => match about {
                 About::Who => self.heard_who(from, service, status).await,
+                About::Other | About::Begin | About::Document | About::Keeper | About::End => {}
+            },
+            FromNode::Task { status, ends } => match about {
+                About::Who => self.heard_who(from, service, status).await,
+                About::End => {
+                    let end = ends.get(&0).copied();
+                    self.heard_end(from, service, status, end).await;
+                }
                 About::Other | About::Begin | About::Document | About::Keeper => {}
             },
             FromNode::Refused(why) => match about {
@@ -650,7 +706,7 @@ impl Task {
                 About::Begin => {
                     tracing::warn!(node = from.short(), why, "a node does not keep a service");
                 }
-                About::Other | About::Document | About::Who => {}
+                About::Other | About::Document | About::Who | About::End => {}
             },
             FromNode::Nothing => match about {
                 About::Keeper => {
@@ -659,7 +715,7 @@ impl Task {
                 About::Begin => {
                     known.to_begin.remove(&from);
                 }
-                About::Other | About::Document | About::Who => {}
+                About::Other | About::Document | About::Who | About::End => {}
             },
             FromNode::Unknown | FromNode::Offered { .. } => {}
         }
@@ -672,7 +728,7 @@ impl Task {
         };
         Status {
             keeping: self.keeping(known),
-            copies: known.jobs.values().map(Job::shown).collect(),
+            copies: self.shown_copies(known),
         }
     }
 }

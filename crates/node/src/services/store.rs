@@ -1,9 +1,11 @@
 //! What of services is on disk: `services/ID/` of the state directory.
 //!
 //! `document` is the newest sealed document; `keepers.json` who looks after the service, as far as this node has heard;
-//! `keeper.json` what this node knows as a keeper; `late.json` which nodes the owner has yet to tell that the service is removed. Each is replaced as a whole and forced to the disk before anybody is
+//! `keeper.json` what this node knows as a keeper; `late.json` which nodes the owner has yet to tell that the service is removed;
+//! `end.json` how the owner's task has ended. Each is replaced as a whole and forced to the disk before anybody is
 //! answered on the strength of it. A directory without a good document is nobody's. All of this blocks on files.
 
+use super::tasks::Settled;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -21,6 +23,7 @@ const DOCUMENT: &str = "document";
 const KEEPERS: &str = "keepers.json";
 const KEEPER: &str = "keeper.json";
 const LATE: &str = "late.json";
+const END: &str = "end.json";
 
 #[derive(Serialize, Deserialize)]
 struct Versioned<T> {
@@ -36,6 +39,8 @@ pub(super) struct Stored {
     pub(super) keeper: Option<KeeperState>,
     /// Of a removed service its owner tells these, which may not have heard.
     pub(super) late: Vec<NodeId>,
+    /// How the owner's task has ended.
+    pub(super) settled: Option<Settled>,
 }
 
 /// Where services are kept.
@@ -153,9 +158,13 @@ impl Store {
         write(&self.dir(service), LATE, late)
     }
 
+    pub(super) fn put_end(&self, service: ServiceId, settled: &Settled) -> io::Result<()> {
+        write(&self.dir(service), END, settled)
+    }
+
     /// The service is wanted no more: nothing but its last document stays, for those that have not heard.
     pub(super) fn strip(&self, service: ServiceId) -> io::Result<()> {
-        for name in [KEEPERS, KEEPER] {
+        for name in [KEEPERS, KEEPER, END] {
             match std::fs::remove_file(self.dir(service).join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -194,6 +203,7 @@ fn load(dir: &Path) -> io::Result<Option<Stored>> {
         keepers: read(dir, KEEPERS)?,
         keeper: read(dir, KEEPER)?,
         late: read(dir, LATE)?.unwrap_or_default(),
+        settled: read(dir, END)?,
     }))
 }
 
@@ -202,7 +212,7 @@ fn load(dir: &Path) -> io::Result<Option<Stored>> {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
-    use vistara_control::services::{Ballot, Record, Semantics, Spec};
+    use vistara_control::services::{Ballot, End, Outcome, Record, Semantics, Spec};
     use vistara_mesh::Identity;
     use vistara_mesh::service::{Eligible, Placement, ServiceDocument};
     use vistara_model::{Bytes, Cpus, Generation, Hypervisor};
@@ -226,6 +236,7 @@ mod tests {
                 node: identity.id(),
                 token: None,
             }],
+            task: None,
         };
         document.seal(&identity).unwrap()
     }
@@ -243,6 +254,11 @@ mod tests {
         let record = Record {
             largest: Generation(8),
             held: Some((Generation(8), node)),
+            outcome: Some(Outcome {
+                node,
+                generation: Generation(8),
+                exit_code: 3,
+            }),
             ..Record::default()
         };
         let state = KeeperState {
@@ -259,16 +275,22 @@ mod tests {
             accepted: Some((Ballot(5, node), keepers.clone())),
             moved: Some(keepers.clone()),
         };
+        let settled = Settled {
+            end: End::Lost,
+            heard_s: 5,
+        };
         let store = Store::new(dirs[1].path());
         assert!(store.is_empty() && store.all().services.is_empty());
         store.put_document(&document).unwrap();
         store.put_keepers(service, &keepers).unwrap();
         store.put_keeper(service, &state).unwrap();
+        store.put_end(service, &settled).unwrap();
         let all = store.all().services;
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].document, document);
         assert_eq!(all[0].keepers.as_ref(), Some(&keepers));
         assert_eq!(all[0].keeper.as_ref(), Some(&state));
+        assert_eq!(all[0].settled, Some(settled));
 
         let path = store.dir(service).join(KEEPER);
         let whole = std::fs::read(&path).unwrap();
@@ -277,7 +299,8 @@ mod tests {
         assert_eq!(store.all().damaged, BTreeSet::from([service]));
         store.strip(service).unwrap();
         store.put_late(service, &[node]).unwrap();
-        assert!(store.all().services[0].keeper.is_none());
+        let stripped = store.all().services;
+        assert!(stripped[0].keeper.is_none() && stripped[0].settled.is_none());
         assert_eq!(store.all().services[0].late, [node]);
         store.remove(service).unwrap();
         assert!(store.is_empty());

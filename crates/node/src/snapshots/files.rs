@@ -16,8 +16,15 @@ const FORMAT: u32 = 1;
 const ABOUT: &str = "snapshot.json";
 const CAPTURE: &str = "capture.json";
 const OVERLAY: &str = "overlay.img";
+/// All files of a snapshot; the descriptions first.
+pub(super) const ALL: [&str; 5] = [ABOUT, CAPTURE, "state", OVERLAY, "memory"];
 /// Most bytes of a description: a command line and an environment may be long.
 const ABOUT_MAX: u64 = 16 << 20;
+
+/// Whether a file of a snapshot may have gigabytes.
+pub(super) fn is_long(name: &str) -> bool {
+    name == OVERLAY || name == "memory"
+}
 
 /// What `snapshot.json` says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -116,26 +123,53 @@ pub(super) fn write(
             .and_then(|file| sparse_digest(&file))
             .map_err(io("the image's disk"))?,
     };
-    let text = seal(&about).map_err(io("its description"))?;
+    write_about(dir, &about).map_err(io("its description"))?;
+    Ok(about)
+}
+
+/// Writes what a snapshot is of, the last of it.
+fn write_about(dir: &Path, about: &About) -> io::Result<()> {
+    let text = seal(about)?;
     let fresh = dir.join("snapshot.json.new");
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, dir.join(ABOUT))?;
+    // The names are to be on the disk, too.
+    File::open(dir)?.sync_all()?;
+    match dir.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Where a file lies that comes from another node, until all of them are there.
+pub(super) fn arriving(dir: &Path, name: &str) -> PathBuf {
+    dir.join(name).with_extension("arriving")
+}
+
+/// Makes the snapshot whose files have arrived in `dir` one of this node, under this name.
+pub(super) fn adopt(dir: &Path, name: Option<String>) -> Result<About, Unusable> {
+    let sent = arriving(dir, ABOUT);
+    let mut about = read_about_at(dir, &sent)?;
+    about.name = name;
+    // A grant of the other node is none here.
+    about.record.owner = None;
     let written = || {
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&fresh)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, dir.join(ABOUT))?;
-        // The names are to be on the disk, too.
-        File::open(dir)?.sync_all()?;
-        match dir.parent() {
-            Some(parent) => File::open(parent)?.sync_all(),
-            None => Ok(()),
+        for name in ALL.iter().filter(|name| **name != ABOUT) {
+            std::fs::rename(arriving(dir, name), dir.join(name))?;
         }
+        std::fs::remove_file(sent)
     };
-    written().map_err(io("its description"))?;
+    let failed = |error: io::Error| Unusable(format!("it could not be written: {error}"));
+    written().map_err(failed)?;
+    read_info(dir, &about)?;
+    write_about(dir, &about).map_err(failed)?;
     Ok(about)
 }
 
@@ -176,12 +210,16 @@ pub(super) fn is_finished(dir: &Path) -> bool {
 
 /// What the snapshot in `dir` is of; its memory and disks are not looked at.
 pub(super) fn read_about(dir: &Path) -> Result<About, Unusable> {
+    read_about_at(dir, &dir.join(ABOUT))
+}
+
+fn read_about_at(dir: &Path, path: &Path) -> Result<About, Unusable> {
     #[derive(Deserialize)]
     struct Format {
         format: u32,
     }
     let damaged = |why: String| Unusable(format!("its description is damaged: {why}"));
-    let bytes = read_bounded(&dir.join(ABOUT)).map_err(|error| damaged(error.to_string()))?;
+    let bytes = read_bounded(path).map_err(|error| damaged(error.to_string()))?;
     let Format { format } =
         serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     if format != FORMAT {
@@ -275,7 +313,7 @@ pub(super) fn remove(dir: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::machine::now_ns;
     use std::os::unix::fs::FileExt;
@@ -334,7 +372,7 @@ mod tests {
     }
 
     /// A directory with a snapshot in it, and the root disk that goes with it.
-    fn made() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    pub(crate) fn made() -> (tempfile::TempDir, PathBuf, PathBuf) {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("0123");
         begin(&dir).unwrap();

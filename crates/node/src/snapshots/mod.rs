@@ -9,15 +9,19 @@
 //!   snapshot.json                 what it is of, with every digest; written last: a directory without it was never finished,
 //!                                 is never used, and is swept away by the next node
 //! ```
+//! For other nodes it is packed into one file beside these (`packed.zst`, and its digest in `packed.json`), which goes with it. What
+//! comes from another node has names that end in `.arriving` until all of it is here.
+//!
 //! A snapshot that is damaged, or of another version, is listed with its reason and stays: it is somebody's.
 
 mod files;
+mod packed;
 mod room;
 mod store;
 
 pub(crate) use files::{About, Unusable};
 pub(crate) use room::{Captures, Room};
-pub(crate) use store::{Listed, Snapshots};
+pub(crate) use store::{Listed, Reserved, Snapshots};
 
 use std::fs::File;
 use std::path::PathBuf;

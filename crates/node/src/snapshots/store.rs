@@ -1,6 +1,7 @@
 //! The snapshots that are there.
 
 use super::files::{self, About, Parts, Unusable, Words};
+use super::packed::{self, Packed};
 use crate::machine::{Record, now_ns};
 use std::collections::BTreeSet;
 use std::io;
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vistara_machine::Capture;
+use vistara_model::Digest;
 
 /// A snapshot as it is listed.
 #[derive(Debug, Clone)]
@@ -30,6 +32,8 @@ impl Listed {
 pub(crate) struct Snapshots {
     dir: PathBuf,
     names: Names,
+    /// One is packed at a time: it takes a processor.
+    packing: Arc<Mutex<()>>,
 }
 
 /// Names of snapshots that are being made.
@@ -104,10 +108,31 @@ impl Fresh {
     }
 }
 
+impl Fresh {
+    /// Makes it what another node has packed. Blocks on files for as long as some 100 MB take.
+    pub(crate) fn arrive(
+        mut self,
+        packed: impl io::Read,
+        name: Option<String>,
+    ) -> Result<Listed, Unusable> {
+        packed::unpack(packed, &self.dir)?;
+        let about = files::adopt(&self.dir, name)?;
+        self.finished = true;
+        Ok(Listed {
+            id: self.id.clone(),
+            about: Ok(about),
+            stored_bytes: files::size_on_disk(&self.dir),
+        })
+    }
+}
+
 impl Snapshots {
     pub(crate) fn new(dir: PathBuf) -> Snapshots {
-        let names = Names::default();
-        Snapshots { dir, names }
+        Snapshots {
+            dir,
+            names: Names::default(),
+            packing: Arc::default(),
+        }
     }
 
     /// Keeps a name for a snapshot that is to be made; nothing where there is one of it, or another is being made. Blocks on
@@ -180,6 +205,21 @@ impl Snapshots {
     /// Everything of a snapshot, every byte checked. Blocks on files for as long as some 100 MB take.
     pub(crate) fn read(&self, id: &str, root: &Path) -> Result<Parts, Unusable> {
         files::read(&self.dir.join(id), root)
+    }
+
+    /// Packs a snapshot for another node, once. Blocks on files for as long as some 100 MB take.
+    pub(crate) fn pack(&self, id: &str) -> io::Result<Packed> {
+        let _turn = self.packing.lock().unwrap_or_else(PoisonError::into_inner);
+        packed::pack(&self.dir.join(id))
+    }
+
+    /// The packed snapshot with this digest. Blocks on files.
+    pub(crate) fn packed(&self, digest: &Digest) -> Option<Packed> {
+        let entries = std::fs::read_dir(&self.dir).ok()?;
+        let mut all = entries
+            .flatten()
+            .filter_map(|entry| packed::packed(&entry.path()));
+        all.find(|packed| packed.digest == *digest)
     }
 
     /// Removes a snapshot. Machines restored from it go on. Blocks on files.

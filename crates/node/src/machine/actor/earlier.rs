@@ -48,14 +48,14 @@ impl Actor {
                     self.trouble = None;
                     self.hold_as_recorded(vm.as_ref()).await;
                     self.take_up(vm);
-                    if let Err(message) = guarded {
-                        self.end_unguarded(&message);
-                    }
                     let adopted = Event::Adopted {
                         signal: self.record.stop_signal,
                         grace: STOP_GRACE,
                     };
                     self.on(adopted).await;
+                    if let Err(message) = guarded {
+                        self.end_unguarded(message).await;
+                    }
                     if matches!(
                         self.record.state,
                         MachineState::Running | MachineState::Paused

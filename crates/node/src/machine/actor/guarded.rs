@@ -4,6 +4,7 @@ use super::Actor;
 use crate::fence;
 use std::sync::Arc;
 use std::time::Duration;
+use vistara_control::Event;
 
 /// Before a guard that is gone is replaced.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -39,14 +40,14 @@ impl Actor {
         // Who is killed again and again is not started in each moment.
         tokio::time::sleep(PAUSE).await;
         if let Err(message) = self.set_guard(None).await {
-            self.end_unguarded(&message);
+            self.end_unguarded(message).await;
         }
     }
 
     /// Ends a copy that nobody guards.
-    pub(super) fn end_unguarded(&mut self, message: &str) {
+    pub(super) async fn end_unguarded(&mut self, message: String) {
         tracing::error!(machine = %self.record.id, message, "a copy of a service is ended");
-        self.take_down(false);
+        self.on(Event::Forbidden(message)).await;
     }
 
     /// It has ended.
