@@ -148,11 +148,12 @@ impl Membership {
                 if !follows(&known, &news)
                     || (known.life == Life::Dead && news.life != Life::Dead) =>
             {
-                let member = self.members.get_mut(news.node);
-                if let Some(member) = member.filter(|_| until.is_some()) {
-                    if news.life == Life::Alive && known.life == Life::Dead {
-                        member.said_alive = member.said_alive.max(Some(news.incarnation));
-                    }
+                let raised = news.life == Life::Alive && known.life == Life::Dead;
+                if raised
+                    && until.is_some()
+                    && let Some(member) = self.members.get_mut(news.node)
+                {
+                    member.said_alive = member.said_alive.max(Some(news.incarnation));
                 }
                 self.doubt(news.node, from);
             }
