@@ -374,16 +374,27 @@ impl Membership {
         self.me
     }
 
-    /// When to [`Membership::poll`] next.
+    /// When to [`Membership::poll`] next: before that it would send nothing and change nothing. [`Duration::MAX`] where nothing will be
+    /// due until somebody is heard, joined or kept. What is handed in may bring it forward.
     pub fn wake_at(&self) -> Duration {
-        let mut at = self.next_probe.min(self.next_reach).min(self.next_sync);
-        if self.rumours.waiting() {
-            at = at.min(self.next_gossip);
-        }
-        if let Some((deadline, _)) = self.suspicions.first() {
-            at = at.min(*deadline);
-        }
-        (self.probes.iter()).fold(at, |at, probe| at.min(probe.next_at()))
+        let due = [
+            // Whom there is to ping, to tell, to try again, and to ask for a page.
+            (self.someone_to_ping(), self.next_probe),
+            (self.rumours.waiting() && self.alive > 0, self.next_gossip),
+            (!self.dead.is_empty(), self.next_reach),
+            (self.alive > 0, self.next_sync),
+        ];
+        let due = due.into_iter().filter(|(is_due, _)| *is_due);
+        (due.map(|(_, at)| at))
+            .chain(self.suspicions.first().map(|(deadline, _)| *deadline))
+            .chain(self.probes.iter().map(Probe::next_at))
+            .min()
+            .unwrap_or(Duration::MAX)
+    }
+
+    /// Whether [`Membership::probe`] has something to do.
+    fn someone_to_ping(&self) -> bool {
+        self.members.len() > self.dead.len() || !self.doubts.is_empty()
     }
 
     /// What is believed of each member.

@@ -68,6 +68,10 @@ impl Doubts {
         })
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.iter().all(VecDeque::is_empty)
+    }
+
     fn put(&mut self, urgent: bool, doubt: Doubt) {
         let doubts = &mut self.0[usize::from(!urgent)];
         let full = doubts.len() >= DOUBTS_MAX

@@ -20,6 +20,7 @@ struct Net {
     cut: BTreeSet<(NodeId, NodeId)>,
     flying: Vec<(Duration, NodeId, NodeId, Packet)>,
     changes: Vec<(Duration, NodeId, NodeId, Life)>,
+    polls: usize,
 }
 
 impl Net {
@@ -35,6 +36,7 @@ impl Net {
             cut: BTreeSet::new(),
             flying: Vec::new(),
             changes: Vec::new(),
+            polls: 0,
         };
         for number in 1..=count {
             let seed = u64::from(number);
@@ -86,9 +88,16 @@ impl Net {
             for node in ids {
                 let now = self.now;
                 let one = self.nodes.get_mut(&node).unwrap();
-                if one.wake_at() <= now && !self.deaf.contains(&node) {
+                if self.deaf.contains(&node) {
+                    continue;
+                }
+                if one.wake_at() <= now {
                     let outputs = one.poll(now);
+                    self.polls += 1;
                     self.carry(node, outputs);
+                } else {
+                    let outputs = one.clone().poll(now);
+                    assert_eq!(outputs, [], "before {:?}", one.wake_at());
                 }
             }
         }
@@ -1104,4 +1113,41 @@ fn who_is_to_be_known_is_suspected_until_it_answers_and_gets_a_place_in_a_full_t
     }
     let pinned = (node.members.values()).filter(|one| one.pinned).count();
     assert_eq!((pinned, node.members().count()), (4, 8));
+}
+
+#[test]
+fn who_knows_nobody_is_not_woken_and_who_hears_somebody_pings_within_a_period() {
+    let mut node = alone(Config::default());
+    node.state(1, Arc::from([1]));
+    assert_eq!(node.wake_at(), Duration::MAX);
+    node.handle(SECOND, id(2), packet(Body::Gossip, Vec::new()));
+    let period = Config::default().probe_period;
+    assert!(node.wake_at() <= SECOND + period, "{:?}", node.wake_at());
+    // It does not answer, and is tried each five seconds from when it is dead.
+    let mut woken = Vec::new();
+    let mut now = SECOND;
+    while now < 100 * SECOND {
+        now = now.max(node.wake_at());
+        node.poll(now);
+        woken.push(now);
+    }
+    assert_eq!(node.life(id(2)), Some(Life::Dead));
+    // A try, and the end of waiting for its answer.
+    let late = woken.iter().filter(|at| **at > 50 * SECOND).count();
+    assert!((18..=22).contains(&late), "{late} times in 50 s");
+    assert!(node.rumours.waiting(), "there is nobody to tell");
+    assert!(node.forget(id(2)));
+    node.poll(now + SECOND);
+    assert_eq!(node.wake_at(), Duration::MAX);
+}
+
+#[test]
+fn members_of_an_idle_network_are_woken_for_their_pings_and_a_page_each_half_minute() {
+    let mut net = Net::new(20);
+    // Until all know all, and have told each other so.
+    net.run(30 * SECOND);
+    net.polls = 0;
+    net.run(60 * SECOND);
+    let each = net.polls / 20;
+    assert!(each <= 60 * 2 + 2, "{each} times in 60 s");
 }
