@@ -19,7 +19,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use vistara_control::membership::{
     Body, Config, FACTS_BYTES_MAX, Life, Membership, News, Output, Packet, Stated, Tie,
@@ -137,6 +137,8 @@ pub(crate) struct Gossip {
     begun: Instant,
     state: Mutex<State>,
     memory: PathBuf,
+    /// The machine was given something to do by others than its task, which is to look when that is due.
+    stirred: Notify,
     stop: CancellationToken,
 }
 
@@ -203,6 +205,7 @@ impl Gossip {
                 written: now,
             }),
             memory,
+            stirred: Notify::new(),
             stop: CancellationToken::new(),
         });
         let weak = Arc::downgrade(&gossip);
@@ -252,18 +255,28 @@ impl Gossip {
         self.begun.elapsed()
     }
 
+    /// Waits until a time of the machine's, or for ever where that is beyond all clocks.
+    async fn until(&self, due: Duration) {
+        match self.begun.checked_add(due) {
+            Some(due) => tokio::time::sleep_until(due.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
     async fn run(self: Arc<Self>, mut heard: mpsc::Receiver<Heard>) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let due = self.begun + lock(&self.state).machine.wake_at();
+            let due = lock(&self.state).machine.wake_at();
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 one = heard.recv() => match one {
                     Some(one) => self.hear(one),
                     None => return,
                 },
-                () = tokio::time::sleep_until(due.into()) => {
+                // Something may be due earlier now.
+                () = self.stirred.notified() => {}
+                () = self.until(due) => {
                     for _ in 0..BEFORE_DUE {
                         match heard.try_recv() {
                             Ok(one) => self.hear(one),
@@ -496,6 +509,8 @@ impl Gossip {
         }
         let outputs = state.machine.join(node);
         self.carry_out(&mut state, outputs, &mut HashMap::new());
+        drop(state);
+        self.stirred.notify_one();
     }
 
     /// A node that was joined is not any more. It stays a member while it lives.
