@@ -30,7 +30,7 @@ use vistara_model::{NodeFacts, NodeId, OwnerTerms, Stock};
 
 const _: () = assert!(CARD_BYTES_MAX <= FACTS_BYTES_MAX);
 
-/// How often joined nodes that say nothing are greeted, and the dead are looked through.
+/// How often joined nodes, and those of shared services, that say nothing are greeted, and the dead are looked through.
 const TICK: Duration = Duration::from_secs(5);
 /// How often members are written down.
 const WRITE_EVERY: Duration = Duration::from_secs(60);
@@ -296,12 +296,17 @@ impl Gossip {
         lock(&self.open.peers).get(node).is_some()
     }
 
+    /// Whether this node has to know how it is: it was joined, or looks after a service with this one.
+    fn is_sought(&self, node: &NodeId) -> bool {
+        self.is_joined(node) || lock(&self.open.partners).contains(node)
+    }
+
     fn hear(&self, heard: Heard) {
         match heard {
             Heard::Connected(node) => {
                 let known = lock(&self.state).machine.life(node);
                 // Who was taken for dead hears so, and says that it lives.
-                if known == Some(Life::Dead) || (known.is_none() && self.is_joined(&node)) {
+                if known == Some(Life::Dead) || (known.is_none() && self.is_sought(&node)) {
                     self.greet(node);
                 }
             }
@@ -420,6 +425,14 @@ impl Gossip {
             // However it came into the table: the user named it.
             let met = lock(&self.state).machine.pin(node, true);
             let met = met || lock(&self.state).machine.life(node).is_some();
+            if !met && self.link.is_connected(&node) {
+                self.greet(node);
+            }
+        }
+        // Of a network that is larger than the table, who looks after a service with this node may be no member yet.
+        let partners: Vec<NodeId> = lock(&self.open.partners).iter().copied().collect();
+        for node in partners {
+            let met = lock(&self.state).machine.life(node).is_some();
             if !met && self.link.is_connected(&node) {
                 self.greet(node);
             }
