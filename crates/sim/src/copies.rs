@@ -6,12 +6,15 @@ use crate::world::World;
 use rand::RngExt;
 use std::collections::BTreeSet;
 use std::time::Duration;
-use vistara_control::membership::Life;
+use vistara_control::membership::{Life, Tie};
 use vistara_control::services::{
     Change, ChangeOutput, FromKeeper, HolderOutput, KEEPERS, Keeper, Overseer, Semantics,
     ServiceId, Slot, Terms, ToKeeper, keepers_of,
 };
 use vistara_model::NodeId;
+
+/// How often keepers that do not know each other try to.
+const MEETINGS: Duration = Duration::from_secs(2);
 
 impl World {
     pub(crate) fn keep(&mut self, node: usize, from: usize, question: ToKeeper) {
@@ -42,6 +45,28 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Keepers of a service have each other in their tables, however large the network is: who is the first that lives, and who
+    /// is to be replaced, each says by what it believes. As in the node, they speak to each other, and who has spoken stays.
+    pub(crate) fn meet_keepers(&mut self, node: usize) {
+        let local = self.local(node);
+        let one = &mut self.nodes[node];
+        if local < one.next_meeting {
+            return;
+        }
+        one.next_meeting = local + MEETINGS;
+        let own = id(node);
+        let keepers = (one.keepers.values())
+            .filter(|keeper| keeper.keepers().nodes.contains(&own))
+            .flat_map(|keeper| &keeper.keepers().nodes);
+        let mut outputs = Vec::new();
+        for keeper in keepers.filter(|keeper| **keeper != own) {
+            if one.membership.tie(*keeper) != Some(Tie::Pinned) {
+                outputs.extend(one.membership.keep(local, *keeper));
+            }
+        }
+        self.members(node, outputs);
     }
 
     pub(crate) fn kept(&mut self, node: usize, from: NodeId, answer: FromKeeper) {

@@ -44,6 +44,8 @@ pub(crate) struct Node {
     pub(crate) searches: BTreeMap<RequestId, (Search, (Spec, Slot, Generation))>,
     pub(crate) search_wakes: BTreeSet<(Duration, RequestId)>,
     pub(crate) wake: Option<Duration>,
+    /// When it next speaks to keepers that it does not know.
+    pub(crate) next_meeting: Duration,
     stated: Option<Stock>,
     stated_at: Duration,
     version: u64,
@@ -87,6 +89,7 @@ impl Node {
             searches: BTreeMap::new(),
             search_wakes: BTreeSet::new(),
             wake: None,
+            next_meeting: Duration::ZERO,
             stated: None,
             stated_at: Duration::ZERO,
             version: 0,

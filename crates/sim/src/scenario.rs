@@ -2,11 +2,12 @@
 
 use crate::net::{Cut, Weather};
 use crate::traffic::Traffic;
-use crate::wire::Wire;
+use crate::wire::{Wire, number};
 use crate::world::{EMPTY_MAX, GOSSIP_BYTES_MAX, World};
 use rand::RngExt;
 use std::fmt;
 use std::time::Duration;
+use vistara_control::membership::Life;
 use vistara_control::services::{Semantics, ServiceId, Slot, Spec};
 use vistara_model::Generation;
 
@@ -181,6 +182,20 @@ impl World {
         }
     }
 
+    /// Of those in nodes' tables that live, the share that is not believed to.
+    fn mistaken(&self) -> f64 {
+        let (mut mistaken, mut all) = (0_u32, 0_u32);
+        for node in self.nodes.iter().filter(|node| node.up) {
+            for (member, life, _) in node.membership.members() {
+                if self.nodes[number(member)].up {
+                    all += 1;
+                    mistaken += u32::from(life != Life::Alive);
+                }
+            }
+        }
+        f64::from(mistaken) / f64::from(all.max(1))
+    }
+
     pub(crate) fn report(self) -> Report {
         let seconds = self.queue.now().as_secs().max(1);
         let mut gossip: Vec<u64> = (self.nodes.iter())
@@ -191,6 +206,7 @@ impl World {
             .max_by_key(|traffic| traffic.all().bytes)
             .unwrap_or_default();
         gossip.sort_unstable();
+        let mistaken = self.mistaken();
         let mut traffic = Traffic::default();
         for node in &self.nodes {
             traffic += &node.traffic;
@@ -207,6 +223,7 @@ impl World {
             busiest,
             ended: self.checks.ended(),
             lost: self.checks.lost(),
+            mistaken,
             violations: self.checks.violations,
         }
     }
@@ -233,6 +250,8 @@ pub struct Report {
     pub ended: usize,
     /// Tasks that were reported lost.
     pub lost: usize,
+    /// Of those in nodes' tables that lived at the end, the share that was not believed to.
+    pub mistaken: f64,
     /// What was broken; nothing in a good run.
     pub violations: Vec<String>,
 }
@@ -267,6 +286,11 @@ impl fmt::Display for Report {
             part(&self.gaps, 1.0),
         )?;
         writeln!(f, "tasks: {} ended, {} lost", self.ended, self.lost)?;
+        writeln!(
+            f,
+            "believed to be gone at the end, of those that live: {:.2} %",
+            self.mistaken * 100.0
+        )?;
         writeln!(
             f,
             "membership, bytes a node and second: p50 {}, p99 {}, most {}",

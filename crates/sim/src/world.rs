@@ -70,10 +70,18 @@ impl World {
     }
 
     /// Runs to the end, or to the first violation.
-    pub fn run(mut self) -> Report {
+    pub fn run(self) -> Report {
+        self.run_and_tell(|_| {})
+    }
+
+    /// The same, telling the time of the world each second of it.
+    pub fn run_and_tell(mut self, mut tell: impl FnMut(Duration)) -> Report {
         let end = self.scenario.time;
         while let Some(event) = self.queue.next(end) {
             self.steps += 1;
+            if matches!(event, Event::Look) {
+                tell(self.queue.now());
+            }
             self.happen(event);
             if !self.checks.violations.is_empty() {
                 break;
@@ -326,13 +334,14 @@ impl World {
                 keepers,
             } => {
                 let now = self.queue.now();
-                // As a node does: a grant may have ended since the offer.
+                // Each request is looked at for itself: the grant may have ended since there was an offer.
                 let admits = self.admits(from, node);
                 let one = &mut self.nodes[node];
-                if !admits
-                    || one.jobs.contains_key(&slot)
-                    || one.book.begin(local, asker, request).is_err()
-                {
+                if !admits {
+                    one.book.decline(asker, request);
+                    return;
+                }
+                if one.jobs.contains_key(&slot) || one.book.begin(local, asker, request).is_err() {
                     return;
                 }
                 let holder = Holder::new(Terms::default(), slot, generation, keepers, local);
@@ -370,6 +379,7 @@ impl World {
             let outputs = one.membership.poll(local);
             self.members(node, outputs);
         }
+        self.meet_keepers(node);
         let one = &mut self.nodes[node];
         let due: Vec<_> = one
             .search_wakes

@@ -32,6 +32,7 @@
 //! The machine has no clock and no socket: [`Membership::handle`] and [`Membership::poll`] take the time, and answer with
 //! what is to be sent and what has changed. The caller polls at [`Membership::wake_at`]. Senders are authenticated.
 
+mod age;
 mod news;
 mod pages;
 mod probe;
@@ -40,6 +41,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use age::{Age, Told};
 use news::Doubts;
 use pages::{Pages, Strangers};
 use probe::Probe;
@@ -52,7 +54,7 @@ use std::time::Duration;
 use table::{Keys, Members};
 use vistara_model::NodeId;
 
-/// Bytes of one piece of news on the wire, at most: a key, a number, a state.
+/// Bytes of one piece of news on the wire, at most: a key, a number, a state, an age.
 pub const NEWS_BYTES: usize = 44;
 /// Bytes of a packet beside news and facts.
 pub const HEAD_BYTES: usize = 48;
@@ -78,7 +80,7 @@ pub struct Config {
     pub gossip_period: Duration,
     /// To how many.
     pub gossip_fanout: usize,
-    /// How often a dead member is tried, so that parts of a network find together again.
+    /// How often a dead member is tried at least, so that parts of a network find together again.
     pub reach_period: Duration,
     /// How often somebody is asked for a page of its table.
     pub sync_period: Duration,
@@ -216,7 +218,7 @@ pub struct Packet {
     /// What it is for.
     pub body: Body,
     /// What happened to others, and first of all to the sender.
-    pub news: Vec<News>,
+    pub news: Vec<Told>,
     /// What others state.
     pub facts: Vec<Stated>,
 }
@@ -248,7 +250,9 @@ pub enum Output {
 #[derive(Debug, Clone)]
 struct Member {
     news: News,
-    /// When a suspicion ends in death.
+    /// Until when this is passed on; nothing where it is not.
+    until: Option<Duration>,
+    /// When a suspicion ends in death; of the dead, since when they are.
     deadline: Duration,
     facts: Option<Stated>,
     /// How often the facts were passed on, while they are.
@@ -261,6 +265,8 @@ struct Member {
     pinned: bool,
     /// Whether others' word took back a suspicion since it answered last.
     denied: bool,
+    /// Up to which incarnation others have said that it lives, while it was dead here.
+    said_alive: Option<u64>,
 }
 
 /// One node's view of the network.
@@ -280,8 +286,8 @@ pub struct Membership {
     known: BTreeSet<table::Place>,
     pinned: usize,
     alive: usize,
-    /// The ranks of those that are believed to be gone.
-    dead: BTreeSet<table::Place>,
+    /// The ranks of those that are believed to be gone, and since when.
+    dead: BTreeSet<(Duration, table::Place)>,
     suspicions: BTreeSet<(Duration, NodeId)>,
     rumours: Rumours,
     /// Members with facts that are passed on, by how often they were.
@@ -297,11 +303,17 @@ pub struct Membership {
     strangers: Strangers,
     /// Up to when answers have used up what news they may carry.
     answers_until: Duration,
+    /// The same of its own facts, for which others ask.
+    asked_facts_until: Duration,
     next_probe: Duration,
     next_gossip: Duration,
     next_reach: Duration,
     next_sync: Duration,
 }
+
+/// Within which as many are tried as are dead, if that takes no more than a bare ping each quarter of a second: after a cut there are
+/// more than a hundred, most of which live.
+const REACHED_WITHIN: Duration = Duration::from_secs(20);
 
 /// Bits of an incarnation that count denials within one start of a node.
 const DENIAL_BITS: u32 = 24;
@@ -344,6 +356,7 @@ impl Membership {
             pages: Pages::default(),
             strangers: Strangers::default(),
             answers_until: Duration::ZERO,
+            asked_facts_until: Duration::ZERO,
             next_probe,
             next_gossip,
             next_reach,
@@ -361,16 +374,27 @@ impl Membership {
         self.me
     }
 
-    /// When to [`Membership::poll`] next.
+    /// When to [`Membership::poll`] next: before that it would send nothing and change nothing. [`Duration::MAX`] where nothing will be
+    /// due until somebody is heard, joined or kept. What is handed in may bring it forward.
     pub fn wake_at(&self) -> Duration {
-        let mut at = self.next_probe.min(self.next_reach).min(self.next_sync);
-        if self.rumours.waiting() {
-            at = at.min(self.next_gossip);
-        }
-        if let Some((deadline, _)) = self.suspicions.first() {
-            at = at.min(*deadline);
-        }
-        (self.probes.iter()).fold(at, |at, probe| at.min(probe.next_at()))
+        let due = [
+            // Whom there is to ping, to tell, to try again, and to ask for a page.
+            (self.someone_to_ping(), self.next_probe),
+            (self.rumours.waiting() && self.alive > 0, self.next_gossip),
+            (!self.dead.is_empty(), self.next_reach),
+            (self.alive > 0, self.next_sync),
+        ];
+        let due = due.into_iter().filter(|(is_due, _)| *is_due);
+        (due.map(|(_, at)| at))
+            .chain(self.suspicions.first().map(|(deadline, _)| *deadline))
+            .chain(self.probes.iter().map(Probe::next_at))
+            .min()
+            .unwrap_or(Duration::MAX)
+    }
+
+    /// Whether [`Membership::probe`] has something to do.
+    fn someone_to_ping(&self) -> bool {
+        self.members.len() > self.dead.len() || !self.doubts.is_empty()
     }
 
     /// What is believed of each member.
@@ -400,7 +424,7 @@ impl Membership {
         self.alive
     }
 
-    /// Takes up a node that the user named, [pins](Membership::pin) it, and asks it whom it knows.
+    /// Takes up a node that the user named, in a full table in another's place, [pins](Membership::pin) it, and asks it whom it knows.
     pub fn join(&mut self, node: NodeId) -> Vec<Output> {
         let mut outputs = Vec::new();
         let incarnation = 0;
@@ -414,10 +438,29 @@ impl Membership {
                 incarnation,
                 life,
             };
-            self.enter(self.now, news, (true, false), &mut outputs);
+            self.enter(self.now, news, (Tie::Pinned, None), &mut outputs);
         }
         self.pin(node, true);
         self.pull_anew(node, 0, &mut outputs);
+        outputs
+    }
+
+    /// Takes up a node whose life this one has to know, and [pins](Membership::pin) it, in a full table in another's place. Where nobody has
+    /// said that it lives it is suspected until it has answered, which it is asked next, and nobody is told so.
+    pub fn keep(&mut self, now: Duration, node: NodeId) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        self.now = self.now.max(now);
+        if node != self.me.node && self.life(node).is_none() {
+            let news = News {
+                node,
+                incarnation: 0,
+                life: Life::Suspect,
+            };
+            if self.enter(now, news, (Tie::Pinned, None), &mut outputs) {
+                self.doubt(node, self.me.node);
+            }
+        }
+        self.pin(node, true);
         outputs
     }
 
@@ -431,7 +474,7 @@ impl Membership {
         self.now = self.now.max(now);
         for news in members {
             if news.node != self.me.node && self.life(news.node).is_none() {
-                self.enter(now, news, (true, false), &mut outputs);
+                self.enter(now, news, (Tie::Heard, None), &mut outputs);
             }
         }
         outputs
@@ -473,7 +516,7 @@ impl Membership {
                 number: self.keys.number(),
                 version: 0,
             },
-            news: vec![self.me],
+            news: vec![self.me.into()],
             facts: Vec::new(),
         }
     }
@@ -515,11 +558,12 @@ impl Membership {
             _ => None,
         };
         let met = self.life(from).is_none();
-        for news in &packet.news {
-            let vouched = packet.facts.iter().any(|stated| stated.node == news.node);
-            self.hear(now, from, (*news, vouched), page, &mut outputs);
+        for told in &packet.news {
+            let about = told.news.node;
+            let vouched = packet.facts.iter().any(|stated| stated.node == about);
+            self.hear(now, from, (*told, vouched), page, &mut outputs);
         }
-        if !packet.news.iter().any(|news| news.node == from) {
+        if !packet.news.iter().any(|told| told.news.node == from) {
             // It speaks, so it lives.
             let incarnation = self.members.get(from).map_or(0, |one| one.news.incarnation);
             let news = News {
@@ -527,7 +571,7 @@ impl Membership {
                 incarnation,
                 life: Life::Alive,
             };
-            self.hear(now, from, (news, false), page, &mut outputs);
+            self.hear(now, from, (news.into(), false), page, &mut outputs);
         }
         self.heard(from);
         for stated in packet.facts {
@@ -535,8 +579,7 @@ impl Membership {
         }
         match packet.body {
             Body::Ping { number, version } => {
-                let newer = |own: &&Stated| own.version > version;
-                let own = self.own_facts.as_ref().filter(newer).cloned();
+                let own = self.facts_for(now, version);
                 let answer = self.answer(now, Body::Ack { number }, from, own);
                 outputs.push(Output::Send(from, answer));
             }
@@ -558,10 +601,9 @@ impl Membership {
                 }
             }
             Body::Page { next, .. } => {
-                let full = self.members.len() >= self.config.members_max;
-                // Members stand in pages by chance: where one says nothing new, the others hardly would.
+                // Who stands in a page was only heard of. Members stand in pages by chance: where one says nothing new, the others hardly would.
                 let new = outputs.iter().any(|one| matches!(one, Output::Changed(..)));
-                if let (Some(next), Some(left), false, true) = (next, pull, full, new) {
+                if let (Some(next), Some(left), false, true) = (next, pull, self.is_full(), new) {
                     self.pull(from, next, left, &mut outputs);
                 }
             }
@@ -582,9 +624,10 @@ impl Membership {
                 break;
             }
             self.suspicions.pop_first();
-            if let Some(news) = self.members.get(node).map(|one| one.news) {
+            if let Some((news, until)) = self.members.get(node).map(|one| (one.news, one.until)) {
+                // No younger than the suspicion.
                 let life = Life::Dead;
-                self.believe(now, News { life, ..news }, true, &mut outputs);
+                self.believe(now, News { life, ..news }, until, &mut outputs);
             }
         }
         self.poll_probes(now, &mut outputs);
@@ -601,10 +644,10 @@ impl Membership {
             }
         }
         if now >= self.next_reach {
-            self.next_reach = now + self.config.reach_period;
+            self.next_reach = now + self.reach_pause();
             self.rumours.forget(now);
             if let Some(node) = self.some_dead() {
-                self.doubt(node, self.me.node);
+                self.reach(now, node, &mut outputs);
             }
         }
         if now >= self.next_sync {
@@ -645,11 +688,24 @@ impl Membership {
         )
     }
 
+    /// How long until the next of the dead is tried: all of them within [`REACHED_WITHIN`], where there are that many.
+    fn reach_pause(&self) -> Duration {
+        let many = u32::try_from(self.dead.len()).unwrap_or(u32::MAX).max(1);
+        let least = self.config.gossip_period.min(self.config.reach_period);
+        (REACHED_WITHIN / many).clamp(least, self.config.reach_period)
+    }
+
+    /// One of the dead; every other time one of those that are pinned, if there are such.
     fn some_dead(&mut self) -> Option<NodeId> {
         if self.dead.is_empty() {
             return None;
         }
-        self.around_random_place(|member| member.news.life == Life::Dead, 1)
-            .pop()
+        let is_dead = |member: &Member| member.news.life == Life::Dead;
+        let pinned = self.rng.random::<bool>().then(|| {
+            self.around_random_place(|member| is_dead(member) && member.pinned, 1)
+                .pop()
+        });
+        let any = |this: &mut Membership| this.around_random_place(is_dead, 1).pop();
+        pinned.flatten().or_else(|| any(self))
     }
 }

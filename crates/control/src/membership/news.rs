@@ -2,17 +2,13 @@
 
 use super::pages::spend;
 use super::{
-    Body, DENIAL_BITS, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, Life, Membership, NEWS_BYTES, News,
-    Output, Packet, Stated,
+    Age, Body, DENIAL_BITS, FACTS_BYTES_MAX, FACTS_HEAD_BYTES, Life, Membership, NEWS_BYTES, News,
+    Output, Packet, Stated, Tie, Told,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
 use vistara_model::NodeId;
 
-/// How often a piece of news is sent on. Where each of n nodes tells `ln n + c` others by chance, nobody is missed with a
-/// probability of about `e^(-e^-c)` (Kermarrec, Massoulié, Ganesh 2003): this is c = 6, 99.75 %, for 2^14 nodes, and a death is told twice, as
-/// a suspicion and as a death. In smaller networks chance is less even, and it costs little there.
-const SENDS_MAX: usize = 16;
 /// Facts are passed on this often: they may be missed, the next ping asks for them.
 const FACTS_SENDS_MAX: u32 = 6;
 /// Others' facts twice, where this node knows a part of the network: few of those that it tells know whom they are about, and
@@ -22,28 +18,66 @@ const FACTS_SENDS_IN_PART: u32 = 2;
 /// once. Who is pinged more (many contradict each other about it, or somebody wants it to send much) says what it is asked.
 const ANSWERS_PERIOD: Duration = Duration::from_millis(250);
 const ANSWERS_BURST: u32 = 16;
-/// Most that are waiting to be tried because somebody contradicts: a minute's.
+/// Its own facts a node says eight times a second to those that have older ones, and 64 times at once. Who does not get them asks with
+/// its next ping. After a cut hundreds ping one node within seconds; and who asks for a large answer with a small question gets few.
+const ASKED_FACTS_PERIOD: Duration = Duration::from_millis(125);
+const ASKED_FACTS_BURST: u32 = 64;
+/// Most that are waiting to be tried because somebody contradicts, of each kind: two minutes' of the dead.
 const DOUBTS_MAX: usize = 256;
 /// Most of them on one peer's word: who contradicts everything delays the others by seconds.
 const DOUBTS_EACH_MAX: usize = 64;
+/// Up to which age others' ill word of a member is believed: it is told for as long again, so that the member hears it and can say
+/// that it lives. What is in a page is older.
+const ILL_BELIEVED: Age = Age(50);
 /// How far others' word may be ahead of the known incarnation within one start of a node. What is further, or of another
 /// start, only its node can say.
 const LEAP_MAX: u64 = 1 << 12;
 
-/// Members to be tried, and on whose word.
+/// A member to be tried.
+#[derive(Debug, Clone, Copy)]
+struct Doubt {
+    node: NodeId,
+    /// On whose word.
+    by: NodeId,
+    /// Whether it was believed to be gone.
+    dead: bool,
+}
+
+/// Members to be tried: those of whom others say just now that they may be gone, and the others. A cut leaves many of these, behind
+/// which nobody should wait who may have died just now.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Doubts(VecDeque<(NodeId, NodeId)>);
+pub(super) struct Doubts([VecDeque<Doubt>; 2]);
 
 impl Doubts {
-    pub(super) fn pop(&mut self) -> Option<NodeId> {
-        self.0.pop_front().map(|(node, _)| node)
+    /// The next, first of the urgent or of the others, about whom the same is believed as then.
+    pub(super) fn pop(
+        &mut self,
+        urgent: bool,
+        is_dead: impl Fn(NodeId) -> Option<bool>,
+    ) -> Option<NodeId> {
+        let [first, second] = &mut self.0;
+        let order = if urgent {
+            [first, second]
+        } else {
+            [second, first]
+        };
+        order.into_iter().find_map(|doubts| {
+            std::iter::from_fn(|| doubts.pop_front())
+                .find(|doubt| is_dead(doubt.node) == Some(doubt.dead))
+                .map(|doubt| doubt.node)
+        })
     }
 
-    fn put(&mut self, node: NodeId, by: NodeId) {
-        let full = self.0.len() >= DOUBTS_MAX
-            || self.0.iter().filter(|(_, one)| *one == by).count() >= DOUBTS_EACH_MAX;
-        if !full && !self.0.iter().any(|(one, _)| *one == node) {
-            self.0.push_back((node, by));
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.iter().all(VecDeque::is_empty)
+    }
+
+    fn put(&mut self, urgent: bool, doubt: Doubt) {
+        let doubts = &mut self.0[usize::from(!urgent)];
+        let full = doubts.len() >= DOUBTS_MAX
+            || doubts.iter().filter(|one| one.by == doubt.by).count() >= DOUBTS_EACH_MAX;
+        if !full && !doubts.iter().any(|one| one.node == doubt.node) {
+            doubts.push_back(doubt);
         }
     }
 }
@@ -73,10 +107,13 @@ impl Membership {
         &mut self,
         now: Duration,
         from: NodeId,
-        (news, vouched): (News, bool),
+        (told, vouched): (Told, bool),
         page: bool,
         outputs: &mut Vec<Output>,
     ) {
+        let news = told.news;
+        let age = if page { Age::OLD } else { told.age };
+        let until = age.until(now);
         if news.node == self.me.node {
             self.hear_of_me(news);
             return;
@@ -87,10 +124,17 @@ impl Membership {
             match known {
                 Some(known) if known == news => {}
                 _ if news.life == Life::Suspect => {}
-                Some(_) => self.believe(now, news, true, outputs),
+                Some(_) => {
+                    // Whom others have said to live they go on to tell of.
+                    let said = (self.members.get_mut(from)).and_then(|one| one.said_alive.take());
+                    let others_tell = said.is_some_and(|said| said >= news.incarnation);
+                    let until = Age::NEW.until(now).filter(|_| !others_tell);
+                    self.believe(now, news, until, outputs);
+                }
                 None => {
-                    if !self.enter(now, news, (true, true), outputs) {
-                        self.pass_on(news);
+                    let until = Age::NEW.until(now);
+                    if !self.enter(now, news, (Tie::Heard, until), outputs) {
+                        self.pass_on(news, until);
                     }
                 }
             }
@@ -108,19 +152,32 @@ impl Membership {
                 if !follows(&known, &news)
                     || (known.life == Life::Dead && news.life != Life::Dead) =>
             {
+                let raised = news.life == Life::Alive && known.life == Life::Dead;
+                if raised
+                    && until.is_some()
+                    && let Some(member) = self.members.get_mut(news.node)
+                {
+                    member.said_alive = member.said_alive.max(Some(news.incarnation));
+                }
                 self.doubt(news.node, from);
             }
-            Some(known) => self.hear_of(now, from, (known, news), page, outputs),
+            // It would not hear of that in time to deny it: it is asked.
+            Some(known)
+                if age > ILL_BELIEVED && known.life == Life::Alive && news.life != Life::Alive =>
+            {
+                let (node, by, dead) = (news.node, from, false);
+                self.doubts.put(false, Doubt { node, by, dead });
+            }
+            Some(known) => self.hear_of(now, from, (known, news), until, outputs),
             None if self.is_told(&news) => {}
             // Anybody can invent ids: one peer's word of strangers counts at a bounded rate, beyond what strangers have signed.
             None if !vouched && !self.strangers.may_tell(now, from) => {}
             // A stranger's end, or what may become one, is passed on, not entered.
             None if page && news.life != Life::Alive => {}
-            None if news.life != Life::Alive => self.pass_on(news),
+            None if news.life != Life::Alive => self.pass_on(news, until),
             None => {
-                let entered = self.enter(now, news, (false, !page), outputs);
-                if !entered && !page {
-                    self.pass_on(news);
+                if !self.enter(now, news, (Tie::Hearsay, until), outputs) {
+                    self.pass_on(news, until);
                 }
             }
         }
@@ -133,11 +190,18 @@ impl Membership {
 
     /// Passes on what is said of a stranger. That it lives is news only where something else was told of it: who knows a part
     /// of a network meets strangers all the time, and would have all others tell each other of each of them.
-    fn pass_on(&mut self, news: News) {
+    fn pass_on(&mut self, news: News, until: Option<Duration>) {
         let told = self.rumours.of(news.node);
         let newer = told.is_some_and(|told| news.outweighs(told));
         if newer || (told.is_none() && news.life != Life::Alive) {
-            self.rumours.put(news);
+            self.tell(news, until);
+        }
+    }
+
+    /// Has news told from now on, if they are to be.
+    fn tell(&mut self, news: News, until: Option<Duration>) {
+        if let Some(until) = until.filter(|until| self.now < *until) {
+            self.rumours.put(news, until);
         }
     }
 
@@ -147,7 +211,7 @@ impl Membership {
         now: Duration,
         from: NodeId,
         (known, news): (News, News),
-        page: bool,
+        until: Option<Duration>,
         outputs: &mut Vec<Output>,
     ) {
         let Some(member) = self.members.get_mut(news.node) else {
@@ -170,7 +234,7 @@ impl Membership {
         // A death that this node saw no sign of: its own three seconds first.
         let sudden = known.life == Life::Alive && news.life == Life::Dead;
         let life = if sudden { Life::Suspect } else { news.life };
-        self.believe(now, News { life, ..news }, !page, outputs);
+        self.believe(now, News { life, ..news }, until, outputs);
     }
 
     fn hear_of_me(&mut self, news: News) {
@@ -183,27 +247,30 @@ impl Membership {
         let denial = news.incarnation.saturating_add(1);
         if news.incarnation >= me.incarnation && same_start(me.incarnation, denial) {
             me.incarnation = denial;
-            self.rumours.put(*me);
+            let me = *me;
+            self.tell(me, Age::NEW.until(self.now));
         }
     }
 
-    /// Holds something for true of a member, and tells others: what stands in a page is no news. Enters it where it is not
-    /// known.
+    /// Holds something for true of a member, and tells others until then: what stands in a page is no news. Enters it where it is
+    /// not known.
     pub(super) fn believe(
         &mut self,
         now: Duration,
         news: News,
-        tell: bool,
+        until: Option<Duration>,
         outputs: &mut Vec<Output>,
     ) {
         let Some(member) = self.members.get_mut(news.node) else {
             // Whom this node believes something of without having it in its table has just spoken.
-            self.enter(now, news, (true, tell), outputs);
+            self.enter(now, news, (Tie::Heard, until), outputs);
             return;
         };
         let before = member.news.life;
+        self.dead.remove(&(member.deadline, member.rank));
         self.suspicions.remove(&(member.deadline, news.node));
         member.news = news;
+        member.until = until;
         if news.life == Life::Suspect {
             // Suspecting it again gives it no more time.
             if before != Life::Suspect {
@@ -211,24 +278,24 @@ impl Membership {
             }
             self.suspicions.insert((member.deadline, news.node));
         }
-        match (before, news.life) {
-            (_, Life::Dead) => self.dead.insert(member.rank),
-            (Life::Dead, Life::Alive | Life::Suspect) => self.dead.remove(&member.rank),
-            (Life::Alive | Life::Suspect, Life::Alive | Life::Suspect) => false,
-        };
+        if news.life == Life::Dead {
+            if before != Life::Dead {
+                member.deadline = now;
+            }
+            self.dead.insert((member.deadline, member.rank));
+        }
         self.alive -= usize::from(before == Life::Alive);
         self.alive += usize::from(news.life == Life::Alive);
         if before != news.life {
             outputs.push(Output::Changed(news.node, news.life));
         }
-        if tell {
-            self.rumours.put(news);
-        }
+        self.tell(news, until);
     }
 
     /// Tries it soon: somebody contradicts what is believed of it.
     pub(super) fn doubt(&mut self, node: NodeId, by: NodeId) {
-        self.doubts.put(node, by);
+        let dead = self.life(node) == Some(Life::Dead);
+        self.doubts.put(!dead, Doubt { node, by, dead });
     }
 
     /// Takes facts, if they are newer and about a member.
@@ -251,9 +318,10 @@ impl Membership {
     pub(super) fn bare(&self, body: Body, to: NodeId) -> Packet {
         // Most have room for a few more.
         let mut news = Vec::with_capacity(8);
-        news.push(self.me);
+        news.push(self.me.into());
         let believed = self.members.get(to).map(|member| member.news);
-        news.extend(believed.filter(|news| news.life != Life::Alive));
+        let ill = believed.filter(|news| news.life != Life::Alive);
+        news.extend(ill.map(Told::from));
         let facts = Vec::new();
         Packet { body, news, facts }
     }
@@ -263,9 +331,7 @@ impl Membership {
         let mut packet = self.bare(body, to);
         let reserved = room_for.map_or(0, |own| own.bytes.len() + FACTS_HEAD_BYTES);
         let room = (self.config.packet_bytes).saturating_sub(packet.bytes() + reserved);
-        // Remembered from the last gossip on: exact enough for a minute.
-        let now = self.next_gossip;
-        (self.rumours).take(room / NEWS_BYTES, SENDS_MAX, now, &mut packet.news);
+        (self.rumours).take(room / NEWS_BYTES, self.now, &mut packet.news);
         if !matches!(body, Body::Gossip) {
             self.add_facts(&mut packet, reserved);
         }
@@ -290,6 +356,15 @@ impl Membership {
         };
         packet.facts.splice(0..0, own);
         packet
+    }
+
+    /// Its own facts for one who has them of this version, if they are newer, and as often as [`ASKED_FACTS_PERIOD`] allows.
+    pub(super) fn facts_for(&mut self, now: Duration, version: u64) -> Option<Stated> {
+        let newer = |own: &&Stated| own.version > version;
+        let own = self.own_facts.as_ref().filter(newer)?;
+        let until = self.asked_facts_until;
+        self.asked_facts_until = spend(until, now, ASKED_FACTS_PERIOD, ASKED_FACTS_BURST)?;
+        Some(own.clone())
     }
 
     fn add_facts(&mut self, packet: &mut Packet, reserved: usize) {
@@ -346,7 +421,7 @@ impl Membership {
     pub(super) fn page(&self, number: u64, from: u64) -> Packet {
         let mut page = Packet {
             body: Body::Page { number, next: None },
-            news: vec![self.me],
+            news: vec![self.me.into()],
             facts: self.own_facts.iter().cloned().collect(),
         };
         let mut bytes = page.bytes();
@@ -359,7 +434,8 @@ impl Membership {
                 page.body = Body::Page { number, next };
                 break;
             }
-            page.news.push(member.news);
+            let (news, age) = (member.news, Age::OLD);
+            page.news.push(Told { news, age });
             page.facts.extend(facts.cloned());
         }
         page

@@ -4,7 +4,7 @@
 //! asking again, and helpers are for paths that are broken.
 
 use super::table::Place;
-use super::{Body, Life, Membership, News, Output};
+use super::{Age, Body, Life, Membership, News, Output};
 use std::time::Duration;
 use vistara_model::NodeId;
 
@@ -14,8 +14,9 @@ const OWN_MAX: usize = 64;
 const OTHERS_MAX: usize = 64;
 /// Most in the stead of one of them: it pings two others a second, and waits for one.
 const EACH_MAX: usize = 8;
-/// How many that are doubted are pinged in one period.
-const DOUBTS_A_PERIOD: usize = 2;
+
+/// Which of the doubted are pinged in one period, the urgent first or the others: with bare pings, 700 bytes a second.
+const DOUBTS_A_PERIOD: [bool; 4] = [true, false, false, false];
 
 /// A ping under way.
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub(super) struct Probe {
     /// Whether others were asked to ping in this node's stead, and who.
     helped: bool,
     helpers: Vec<NodeId>,
+    /// Whether who does not answer is suspected: not where it was dead when it was asked, once, and has spoken meanwhile.
+    suspects: bool,
     /// When it is sent again; nothing where it is not any more.
     again_at: Option<Duration>,
     /// When it has failed.
@@ -42,8 +45,11 @@ impl Probe {
 impl Membership {
     /// Pings whoever is next.
     pub(super) fn probe(&mut self, now: Duration, outputs: &mut Vec<Output>) {
-        for _ in 0..DOUBTS_A_PERIOD {
-            if let Some(node) = self.doubts.pop().filter(|node| self.life(*node).is_some()) {
+        // Some that are doubted: one of whom that was said just now, if there is one.
+        for urgent in DOUBTS_A_PERIOD {
+            let members = &self.members;
+            let is_dead = |node| Some(members.get(node)?.news.life == Life::Dead);
+            if let Some(node) = self.doubts.pop(urgent, is_dead) {
                 self.ping(now, node, None, true, outputs);
             }
         }
@@ -55,6 +61,11 @@ impl Membership {
             self.cursors[usize::from(hearsay)] = place;
             self.ping(now, place.1, None, false, outputs);
         }
+    }
+
+    /// Tries one that is dead, behind no doubts: there may be hundreds.
+    pub(super) fn reach(&mut self, now: Duration, node: NodeId, outputs: &mut Vec<Output>) {
+        self.ping(now, node, None, true, outputs);
     }
 
     /// Whether somebody is pinged who was only heard of: as often as there are such members, and every other time at most.
@@ -87,7 +98,7 @@ impl Membership {
             .map(|(place, _)| *place)
     }
 
-    fn ping(
+    pub(super) fn ping(
         &mut self,
         now: Duration,
         target: NodeId,
@@ -113,6 +124,7 @@ impl Membership {
             asked_by,
             helped: false,
             helpers: Vec::new(),
+            suspects: again,
             again_at: again.then(|| now + self.config.ack_wait),
             fails_at: now + self.config.probe_wait,
         });
@@ -173,7 +185,7 @@ impl Membership {
                 life,
                 ..member.news
             };
-            self.believe(now, news, false, outputs);
+            self.believe(now, news, None, outputs);
         }
     }
 
@@ -224,9 +236,10 @@ impl Membership {
                 let probe = self.probes.swap_remove(index);
                 let known = self.members.get(probe.target).map(|one| one.news);
                 match known {
-                    Some(news) if probe.asked_by.is_none() && news.life == Life::Alive => {
+                    Some(news) if probe.suspects && news.life == Life::Alive => {
                         let life = Life::Suspect;
-                        self.believe(now, News { life, ..news }, true, outputs);
+                        let until = Age::NEW.until(now);
+                        self.believe(now, News { life, ..news }, until, outputs);
                     }
                     _ => {}
                 }

@@ -3,12 +3,16 @@
 //! Places and ranks are keyed hashes, of two keys: pings and pages go by places, and so tell them; who stays in a full
 //! table goes by ranks, which nothing tells.
 
-use super::{Life, Member, Membership, News, Output};
+use super::{Life, Member, Membership, News, Output, Tie};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, Hasher};
 use std::ops::RangeBounds;
 use std::time::Duration;
 use vistara_model::NodeId;
+
+/// How long who is dead keeps its place. After a cut that takes less time a network is what it was; else each half would have
+/// filled its tables with its own, and who is in few tables is pinged by few, and missed late.
+const DEAD_STAY: Duration = Duration::from_secs(300);
 
 /// A member's place, or rank: a hash that only this node can compute, so that nobody can choose it.
 pub(super) type Place = (u64, NodeId);
@@ -249,9 +253,11 @@ impl Membership {
         self.members.len() >= most || self.hearsay.len() >= most.div_ceil(2)
     }
 
-    /// Who makes room for a newcomer that has spoken or not; nobody where none has to, an error where none does.
-    fn victim(&self, rank: Place, heard: bool) -> Result<Option<NodeId>, ()> {
+    /// Who makes room for a newcomer that is bound so; nobody where none has to, an error where none does.
+    fn victim(&self, rank: Place, tie: Tie) -> Result<Option<NodeId>, ()> {
         let most = self.config.members_max;
+        let heard = tie >= Tie::Heard;
+        let stays = tie == Tie::Pinned && self.pinned < most / 2;
         let crowded = !heard && self.hearsay.len() >= most.div_ceil(2);
         if self.members.len() < most && !crowded {
             return Ok(None);
@@ -260,29 +266,33 @@ impl Membership {
             let member = self.members.get(*node);
             member.is_some_and(|member| !member.pinned && (!crowded || !member.heard))
         };
-        if let Some((_, dead)) = self.dead.iter().rev().find(goes) {
+        let mut dead = (self.dead.iter())
+            .take_while(|(since, _)| *since + DEAD_STAY <= self.now)
+            .map(|(_, rank)| rank);
+        if let Some((_, dead)) = dead.find(goes) {
             return Ok(Some(*dead));
         }
         let last = self.hearsay.last();
         let gone = if heard {
             let known = self.known.last();
-            last.or(known.filter(|last| **last > rank))
+            last.or(known.filter(|last| stays || **last > rank))
         } else {
             last.filter(|last| **last > rank)
         };
         gone.map(|(_, node)| Some(*node)).ok_or(())
     }
 
-    /// Enters somebody new who has spoken or not, if there is a place; says whether.
+    /// Enters somebody new, if there is a place; says whether. It is not pinned yet.
     pub(super) fn enter(
         &mut self,
         now: Duration,
         news: News,
-        (heard, tell): (bool, bool),
+        (tie, until): (Tie, Option<Duration>),
         outputs: &mut Vec<Output>,
     ) -> bool {
         let rank = self.keys.rank(news.node);
-        match self.victim(rank, heard) {
+        let heard = tie >= Tie::Heard;
+        match self.victim(rank, tie) {
             Ok(None) => {}
             Ok(Some(gone)) => {
                 self.remove(gone);
@@ -303,16 +313,18 @@ impl Membership {
                     life: Life::Dead,
                     ..news
                 },
-                deadline: Duration::ZERO,
+                until,
+                deadline: now,
                 facts: None,
                 facts_sent: 0,
                 rank,
                 heard,
                 pinned: false,
                 denied: false,
+                said_alive: None,
             },
         );
-        self.believe(now, news, tell, outputs);
+        self.believe(now, news, until, outputs);
         true
     }
 
@@ -330,7 +342,7 @@ impl Membership {
 
     fn remove(&mut self, node: NodeId) {
         if let Some(member) = self.members.remove(self.keys.place(node)) {
-            self.dead.remove(&member.rank);
+            self.dead.remove(&(member.deadline, member.rank));
             self.alive -= usize::from(member.news.life == Life::Alive);
             self.pinned -= usize::from(member.pinned);
             self.hearsay.remove(&member.rank);

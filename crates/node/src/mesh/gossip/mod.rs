@@ -19,7 +19,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use vistara_control::membership::{
     Body, Config, FACTS_BYTES_MAX, Life, Membership, News, Output, Packet, Stated, Tie,
@@ -30,7 +30,7 @@ use vistara_model::{NodeFacts, NodeId, OwnerTerms, Stock};
 
 const _: () = assert!(CARD_BYTES_MAX <= FACTS_BYTES_MAX);
 
-/// How often joined nodes that say nothing are greeted, and the dead are looked through.
+/// How often joined nodes, and those of shared services, that say nothing are greeted, and the dead are looked through.
 const TICK: Duration = Duration::from_secs(5);
 /// How often members are written down.
 const WRITE_EVERY: Duration = Duration::from_secs(60);
@@ -137,6 +137,8 @@ pub(crate) struct Gossip {
     begun: Instant,
     state: Mutex<State>,
     memory: PathBuf,
+    /// The machine was given something to do by others than its task, which is to look when that is due.
+    stirred: Notify,
     stop: CancellationToken,
 }
 
@@ -203,6 +205,7 @@ impl Gossip {
                 written: now,
             }),
             memory,
+            stirred: Notify::new(),
             stop: CancellationToken::new(),
         });
         let weak = Arc::downgrade(&gossip);
@@ -252,18 +255,28 @@ impl Gossip {
         self.begun.elapsed()
     }
 
+    /// Waits until a time of the machine's, or for ever where that is beyond all clocks.
+    async fn until(&self, due: Duration) {
+        match self.begun.checked_add(due) {
+            Some(due) => tokio::time::sleep_until(due.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
     async fn run(self: Arc<Self>, mut heard: mpsc::Receiver<Heard>) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let due = self.begun + lock(&self.state).machine.wake_at();
+            let due = lock(&self.state).machine.wake_at();
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 one = heard.recv() => match one {
                     Some(one) => self.hear(one),
                     None => return,
                 },
-                () = tokio::time::sleep_until(due.into()) => {
+                // Something may be due earlier now.
+                () = self.stirred.notified() => {}
+                () = self.until(due) => {
                     for _ in 0..BEFORE_DUE {
                         match heard.try_recv() {
                             Ok(one) => self.hear(one),
@@ -283,12 +296,17 @@ impl Gossip {
         lock(&self.open.peers).get(node).is_some()
     }
 
+    /// Whether this node has to know how it is: it was joined, or looks after a service with this one.
+    fn is_sought(&self, node: &NodeId) -> bool {
+        self.is_joined(node) || lock(&self.open.partners).contains(node)
+    }
+
     fn hear(&self, heard: Heard) {
         match heard {
             Heard::Connected(node) => {
                 let known = lock(&self.state).machine.life(node);
                 // Who was taken for dead hears so, and says that it lives.
-                if known == Some(Life::Dead) || (known.is_none() && self.is_joined(&node)) {
+                if known == Some(Life::Dead) || (known.is_none() && self.is_sought(&node)) {
                     self.greet(node);
                 }
             }
@@ -308,7 +326,7 @@ impl Gossip {
                 let met = state.machine.life(from).is_none();
                 let outputs = state.machine.handle(self.now(), from, packet);
                 self.carry_out(&mut state, outputs, &mut cards);
-                if met && state.machine.life(from).is_some() {
+                if met {
                     let outputs = self.met(&mut state, from);
                     self.carry_out(&mut state, outputs, &mut cards);
                 } else if state.machine.tie(from) == Some(Tie::Heard) && self.is_joined(&from) {
@@ -319,13 +337,14 @@ impl Gossip {
         }
     }
 
-    /// A node has spoken for the first time: it stays a member if it was joined, or is known otherwise.
+    /// A node has spoken that is, or was, no member: it stays one if it was joined, or is known otherwise, also where the table had
+    /// no place for it.
     fn met(&self, state: &mut State, node: NodeId) -> Vec<Output> {
         if self.is_joined(&node) {
             return state.machine.join(node);
         }
         if self.open.knows(&node) {
-            state.machine.pin(node, true);
+            return state.machine.keep(self.now(), node);
         }
         Vec::new()
     }
@@ -406,6 +425,14 @@ impl Gossip {
             // However it came into the table: the user named it.
             let met = lock(&self.state).machine.pin(node, true);
             let met = met || lock(&self.state).machine.life(node).is_some();
+            if !met && self.link.is_connected(&node) {
+                self.greet(node);
+            }
+        }
+        // Of a network that is larger than the table, who looks after a service with this node may be no member yet.
+        let partners: Vec<NodeId> = lock(&self.open.partners).iter().copied().collect();
+        for node in partners {
+            let met = lock(&self.state).machine.life(node).is_some();
             if !met && self.link.is_connected(&node) {
                 self.greet(node);
             }
@@ -495,6 +522,8 @@ impl Gossip {
         }
         let outputs = state.machine.join(node);
         self.carry_out(&mut state, outputs, &mut HashMap::new());
+        drop(state);
+        self.stirred.notify_one();
     }
 
     /// A node that was joined is not any more. It stays a member while it lives.

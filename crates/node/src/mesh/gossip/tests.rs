@@ -97,3 +97,40 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
     assert_eq!(kept, BTreeSet::from([joined, heard]));
     link.close().await;
 }
+
+/// A node that takes part and looks after a service with others; it lets all in.
+async fn partner() -> (tempfile::TempDir, Arc<Open>, Link, Arc<Gossip>) {
+    let dir = tempfile::tempdir().unwrap();
+    let open = Arc::new(Open::read(dir.path()).ok().unwrap());
+    let (link, _accepted) = Link::open(LinkOptions {
+        identity: open.identity.clone(),
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        knows: Arc::new(|_| true),
+        relays: Vec::new(),
+    })
+    .await
+    .unwrap();
+    let memory = dir.path().join("members.json");
+    let gossip = Gossip::begin(Arc::clone(&open), link.clone(), memory).unwrap();
+    (dir, open, link, gossip)
+}
+
+#[tokio::test]
+async fn nodes_that_look_after_a_service_together_become_members_that_stay_though_neither_has_joined()
+ {
+    let (_dir, open, link, gossip) = partner().await;
+    let (_other_dir, other_open, other_link, other_gossip) = partner().await;
+    let (id, other) = (open.identity.id(), other_open.identity.id());
+    lock(&open.partners).insert(other);
+    lock(&other_open.partners).insert(id);
+    link.keep(other, other_link.addresses()).unwrap();
+    let tie = |gossip: &Gossip, of: &NodeId| lock(&gossip.state).machine.tie(*of);
+    let pinned = Some(Tie::Pinned);
+    while tie(&gossip, &other) != pinned || tie(&other_gossip, &id) != pinned {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    gossip.end(false).await;
+    other_gossip.end(false).await;
+    link.close().await;
+    other_link.close().await;
+}

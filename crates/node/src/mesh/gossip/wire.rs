@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use vistara_control::membership::{Body, Life, News, Packet, Stated};
+use vistara_control::membership::{Age, Body, Life, News, Packet, Stated, Told};
 use vistara_model::NodeId;
 
-/// The first byte of each packet. Others are thrown away.
-const VERSION: u8 = 1;
+/// The first byte of each packet. Others are thrown away. Before 2, news had no ages.
+const VERSION: u8 = 2;
 
 type Key = [u8; 32];
 
@@ -33,6 +33,7 @@ struct WireNews {
     node: Key,
     incarnation: u64,
     life: WireLife,
+    age: u8,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -104,10 +105,11 @@ fn life_in(life: WireLife) -> Life {
 
 /// A packet's bytes; nothing only where the encoder fails, which it does for no packet.
 pub(super) fn encode(packet: &Packet) -> Option<Vec<u8>> {
-    let news = |news: &News| WireNews {
-        node: *news.node.as_bytes(),
-        incarnation: news.incarnation,
-        life: life_out(news.life),
+    let news = |told: &Told| WireNews {
+        node: *told.news.node.as_bytes(),
+        incarnation: told.news.incarnation,
+        life: life_out(told.news.life),
+        age: told.age.0,
     };
     let wire = Wire {
         body: body_out(packet.body),
@@ -129,10 +131,13 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Packet> {
         return None;
     };
     let (wire, rest) = postcard::take_from_bytes::<Wire<'_>>(bytes).ok()?;
-    let news = |news: WireNews| News {
-        node: NodeId::from_bytes(news.node),
-        incarnation: news.incarnation,
-        life: life_in(news.life),
+    let news = |news: WireNews| Told {
+        news: News {
+            node: NodeId::from_bytes(news.node),
+            incarnation: news.incarnation,
+            life: life_in(news.life),
+        },
+        age: Age(news.age),
     };
     rest.is_empty().then(|| Packet {
         body: body_in(wire.body),
@@ -176,10 +181,13 @@ mod tests {
                 next: Some(number),
             },
         ];
-        let news = [Life::Alive, Life::Suspect, Life::Dead].map(|life| News {
-            node: target,
-            incarnation: number,
-            life,
+        let news = [Life::Alive, Life::Suspect, Life::Dead].map(|life| Told {
+            news: News {
+                node: target,
+                incarnation: number,
+                life,
+            },
+            age: Age::OLD,
         });
         let facts = vec![Stated {
             node: target,
