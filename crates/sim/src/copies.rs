@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use vistara_control::membership::{Life, Tie};
 use vistara_control::services::{
-    Change, ChangeOutput, FromKeeper, HolderOutput, KEEPERS, Keeper, Overseer, Semantics,
-    ServiceId, Slot, Terms, ToKeeper, keepers_of,
+    Change, ChangeOutput, FromKeeper, HolderOutput, Keeper, Overseer, Semantics, ServiceId, Slot,
+    Terms, ToKeeper, choose_keepers,
 };
 use vistara_model::NodeId;
 
@@ -203,15 +203,21 @@ impl World {
             return;
         }
         let present = keeper.keepers().clone();
-        let mut next: Vec<NodeId> = (present.nodes.iter().copied())
-            .filter(|keeper| !away.contains(keeper))
-            .collect();
-        let others = (one.membership.members())
+        let alive: BTreeSet<NodeId> = (one.membership.members())
             .filter(|(_, life, _)| *life == Life::Alive)
             .map(|(member, ..)| member)
-            .filter(|member| !present.nodes.contains(member));
-        let more = keepers_of(service, others);
-        next.extend(more.into_iter().take(KEEPERS.saturating_sub(next.len())));
+            .collect();
+        let named = alive.iter().chain(&present.nodes).copied();
+        let next = choose_keepers(service, &present.nodes, named, |node| {
+            match present.nodes.contains(&node) {
+                true => !away.contains(&node),
+                false => alive.contains(&node),
+            }
+        });
+        let same = |one: &[NodeId]| one.iter().copied().collect::<BTreeSet<_>>();
+        if next.is_empty() || same(&next) == same(&present.nodes) {
+            return;
+        }
         one.rounds += 1;
         // Larger than any round before, those of earlier starts included.
         let round = (one.boot << 32) + one.rounds;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use vistara_control::membership::{Life, Output};
 use vistara_control::placement::SearchInput;
 use vistara_control::services::{
-    Holder, Keepers, ServiceId, Slot, Spec, Terms, ToKeeper, keepers_of,
+    Holder, Keepers, ServiceId, Slot, Spec, Terms, ToKeeper, choose_keepers,
 };
 use vistara_control::{Question, Requirement, Standing, authorize};
 use vistara_model::{GrantId, GrantLimits, GrantTerms, NodeId, Right, Stock};
@@ -474,7 +474,7 @@ impl World {
         let up = (self.nodes.iter().enumerate()).filter(|(_, one)| one.up);
         let keepers = Keepers {
             epoch: 1,
-            nodes: keepers_of(service, up.map(|(number, _)| id(number))),
+            nodes: choose_keepers(service, &[], up.map(|(number, _)| id(number)), |_| true),
         };
         for number in 0..spec.replicas {
             self.checks.wanted(now, Slot { service, number });

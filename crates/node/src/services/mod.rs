@@ -261,16 +261,28 @@ impl Task {
             tracing::error!(error = fault.0.message, "services cannot be looked after");
         }
         loop {
-            let due = self.wake_at().saturating_sub(boottime()).min(TICK);
-            match tokio::time::timeout(due, heard.recv()).await {
-                Ok(Some(event)) => self.happen(event).await,
+            let event = match self.is_idle() {
+                true => heard.recv().await.map(Some),
+                false => {
+                    let due = self.wake_at().saturating_sub(boottime()).min(TICK);
+                    let event = tokio::time::timeout(due, heard.recv()).await;
+                    event.map_or(Some(None), |event| event.map(Some))
+                }
+            };
+            match event {
+                Some(Some(event)) => self.happen(event).await,
+                Some(None) => {}
                 // Its own sender keeps it open.
-                Ok(None) => return,
-                Err(_) => {}
+                None => return,
             }
             self.act().await;
             self.say_to_itself().await;
         }
+    }
+
+    /// Whether nothing comes due by itself: a node without services is not to be woken for them.
+    fn is_idle(&self) -> bool {
+        self.known.is_empty() && self.partners.is_empty() && self.inner.is_empty()
     }
 
     /// The key, and all that is kept.
