@@ -24,6 +24,9 @@ pub(crate) enum SnapshotCommand {
         /// Name for the snapshot
         #[arg(long)]
         name: Option<String>,
+        /// Keep only what differs from this snapshot, which has to stay as long as the new one does
+        #[arg(long, value_name = "SNAPSHOT")]
+        base: Option<String>,
         /// The snapshot's id and nothing else
         #[arg(short, long)]
         quiet: bool,
@@ -118,11 +121,15 @@ pub(crate) async fn snapshot(client: &Client, command: &SnapshotCommand) -> Resu
     match command {
         SnapshotCommand::Create {
             name,
+            base,
             quiet,
             json,
             machine,
         } => {
-            let request = CreateSnapshotRequest { name: name.clone() };
+            let request = CreateSnapshotRequest {
+                name: name.clone(),
+                base: base.clone(),
+            };
             let made = client.create_snapshot(machine, &request).await?;
             if *json {
                 print_json(&made)?;
@@ -201,7 +208,7 @@ fn list(snapshots: &[Snapshot], form: Form) -> Result<u8, Failure> {
     let now = jiff::Timestamp::now();
     let text = |text: &Option<String>| visible(text.as_deref().unwrap_or("-"), false);
     let head = [
-        "ID", "NAME", "MACHINE", "IMAGE", "MEMORY", "STORED", "CREATED", "PROBLEM",
+        "ID", "NAME", "MACHINE", "IMAGE", "MEMORY", "STORED", "BASE", "CREATED", "PROBLEM",
     ];
     listing::list(
         snapshots,
@@ -216,6 +223,10 @@ fn list(snapshots: &[Snapshot], form: Form) -> Result<u8, Failure> {
                 text(&snapshot.image),
                 Bytes(snapshot.memory_bytes).to_string(),
                 Bytes(snapshot.stored_bytes).to_string(),
+                match &snapshot.base {
+                    Some(base) => short_id(base).to_owned(),
+                    None => "-".to_owned(),
+                },
                 snapshot
                     .created_at
                     .as_deref()

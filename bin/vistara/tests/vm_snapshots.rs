@@ -328,3 +328,47 @@ fn a_node_killed_in_a_snapshot_leaves_a_machine_that_goes_on_and_no_half_snapsho
         ok(&system, &["rm", "-f", other]);
     }
 }
+
+#[test]
+fn an_incremental_snapshot_takes_little_and_is_restored_with_its_base() {
+    let Some(system) = System::ready_as("snap-incremental") else {
+        return;
+    };
+    let machine = system.machine(&["-m", "128m", "--network", "none"], &["sleep", "1000"]);
+    let id = machine.id.as_str();
+    let made = |more: &[&str]| -> serde_json::Value {
+        let words = [&["snapshot", "create", "--json"], more, &[id]].concat();
+        serde_json::from_str(&ok(&system, &words)).unwrap()
+    };
+    let whole = made(&["--name", "whole"]);
+    ok(
+        &system,
+        &["exec", id, "sh", "-c", "echo later > /root/file"],
+    );
+    let less = made(&["--name", "less", "--base", "whole"]);
+    println!(
+        "{} bytes on a base of {}",
+        less["stored_bytes"], whole["stored_bytes"]
+    );
+    assert_eq!(less["base"], whole["id"]);
+    let bytes = |made: &serde_json::Value| made["stored_bytes"].as_u64().unwrap();
+    assert!(bytes(&less) < bytes(&whole) / 2, "{less} {whole}");
+
+    let removed = system.vistara(&["snapshot", "rm", "whole"]);
+    let told = text(&removed.stderr);
+    assert!(
+        !removed.status.success() && told.contains("rest on whole: less"),
+        "{told}"
+    );
+    let refused = system.vistara(&["snapshot", "create", "--base", "nothing", id]);
+    assert!(text(&refused.stderr).contains("nothing"), "{refused:?}");
+
+    let restored = ok(&system, &["snapshot", "restore", "less"]);
+    let copy = system.adopt(restored.trim());
+    assert_eq!(
+        ok(&system, &["exec", &copy.id, "cat", "/root/file"]),
+        "later\n"
+    );
+    ok(&system, &["snapshot", "rm", "less"]);
+    ok(&system, &["snapshot", "rm", "whole"]);
+}

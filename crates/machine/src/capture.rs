@@ -258,6 +258,16 @@ impl Capture {
     /// # Errors
     /// Any [`CaptureError`]; `NotFound` inside [`CaptureError::Io`] where there is none.
     pub fn read(dir: &Path) -> Result<Capture, CaptureError> {
+        let path = dir.join(MEMORY);
+        let memory = File::open(&path).map_err(io_error("open", &path))?;
+        Capture::read_with(dir, &memory)
+    }
+
+    /// As [`Capture::read`], with the memory out of another file: one that was put together from several.
+    ///
+    /// # Errors
+    /// As [`Capture::read`].
+    pub fn read_with(dir: &Path, file: &File) -> Result<Capture, CaptureError> {
         let about = read_about(dir)?;
         let damaged = |reason: String| CaptureError::Damaged {
             path: dir.to_owned(),
@@ -271,7 +281,6 @@ impl Capture {
             ));
         }
         let path = dir.join(MEMORY);
-        let file = File::open(&path).map_err(io_error("open", &path))?;
         let len = file.metadata().map_err(io_error("read", &path))?.len();
         if len != about.info.memory.0 {
             return Err(damaged(format!(
@@ -280,7 +289,7 @@ impl Capture {
             )));
         }
         let memory = files::sealable_memory_file(len).map_err(io_error("make", &path))?;
-        let (digest, _) = copy_memory(&file, &memory, len).map_err(io_error("read", &path))?;
+        let (digest, _) = copy_memory(file, &memory, len).map_err(io_error("read", &path))?;
         if digest.to_hex().as_str() != about.memory_blake3 {
             return Err(damaged("its memory is not what was written".to_owned()));
         }

@@ -194,6 +194,7 @@ pub(crate) fn snapshot(listed: &crate::snapshots::Listed) -> vistara_api::Snapsh
         image: record.map(|record| record.spec.image.familiar()),
         memory_bytes: record.map_or(0, |record| record.spec.memory.0),
         created_at: about.ok().map(|about| time(about.created_ns)),
+        base: about.ok().and_then(|about| about.base.clone()),
         pause_ms: about.map_or(0.0, |about| about.pause_us as f64 / 1000.0),
         stored_bytes: listed.stored_bytes,
         problem: about.err().map(|unusable| unusable.0.clone()),

@@ -95,7 +95,7 @@ async fn copies_run_apart_and_follow_their_number_and_nothing_is_left() {
         return;
     };
     let created = network.create("web", 3, &["sleep", "1000"]).await;
-    assert_eq!((created.epoch, created.keepers.len()), (1, 4));
+    assert_eq!((created.epoch, created.keepers.len()), (1, 3));
     let service = network.until_running(0, "web", 3).await;
     let on: BTreeSet<String> = holders(&service)
         .into_values()
@@ -261,8 +261,13 @@ async fn keepers_are_replaced_when_one_dies() {
     let service = network.create("kept", 1, &["sleep", "1000"]).await;
     assert_eq!(service.epoch, 1);
     let service = network.until_running(0, "kept", 1).await;
+    assert_eq!(service.keepers.len(), 3, "{service:?}");
     let holder = network.index(&holders(&service)[&0].0);
-    let other = (1..4).find(|index| *index != holder).unwrap();
+    let keepers = service.keepers.iter();
+    let mut keepers = keepers.map(|node| network.index(&node.id));
+    let other = keepers
+        .find(|index| *index != holder && *index != 0)
+        .unwrap();
     network.kill(other);
     let dead = network.ids[other].clone();
     let client = network.node(0).client.clone();
@@ -275,12 +280,19 @@ async fn keepers_are_replaced_when_one_dies() {
         later.keepers.iter().all(|node| node.id != dead),
         "{later:?}"
     );
+    assert_eq!(later.keepers.len(), 3, "the fourth has its place");
     assert_eq!(holders(&later), holders(&service), "the copy has not moved");
-    // Who is back may keep again, and hears of the others.
+    // Who is back hears of the others, and takes the place of the next that dies.
     network.rise(other).await;
-    until("all four keep", async || {
+    let next = later.keepers.iter().map(|node| network.index(&node.id));
+    let next = { next }.find(|index| *index != holder && *index != 0);
+    let next = next.unwrap();
+    network.kill(next);
+    let gone = network.ids[next].clone();
+    until("it keeps again", async || {
         let service = client.service("kept").await.unwrap();
-        service.keepers.len() == 4 && service.running == 1
+        let keeps = |id: &str| service.keepers.iter().any(|node| node.id == id);
+        keeps(&dead) && !keeps(&gone) && service.keepers.len() == 3 && service.running == 1
     })
     .await;
     network.node(0).client.remove_service("kept").await.unwrap();

@@ -89,6 +89,7 @@ async fn a_paused_machine_stays_so_over_a_nodes_death_and_says_what_to_type() {
 fn named(name: &str) -> CreateSnapshotRequest {
     CreateSnapshotRequest {
         name: Some(name.to_owned()),
+        base: None,
     }
 }
 

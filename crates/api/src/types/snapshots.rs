@@ -10,6 +10,10 @@ use utoipa::ToSchema;
 pub struct CreateSnapshotRequest {
     /// Its name; none where absent.
     pub name: Option<String>,
+    /// A snapshot of this node, by id, name or beginning of its id: only what differs from it is kept, and it stays as long as
+    /// this one does. Everything is kept where absent.
+    #[serde(default)]
+    pub base: Option<String>,
 }
 
 /// A machine at one moment, kept on the node's disk.
@@ -29,6 +33,9 @@ pub struct Snapshot {
     pub memory_bytes: u64,
     /// When it was taken.
     pub created_at: Option<String>,
+    /// The snapshot that has what is not kept with this one, by its id; absent where this one is whole.
+    #[serde(default)]
+    pub base: Option<String>,
     /// How long the machine was held still for it, in milliseconds.
     pub pause_ms: f64,
     /// What it takes on the node's disk.

@@ -164,13 +164,21 @@ impl Node {
         Ok(images.root_disk(&image, &ProgressSink::none()).await?.path)
     }
 
-    /// Writes a snapshot of a machine that runs, and lets it go on.
+    /// Writes a snapshot of a machine that runs, and lets it go on; with a base, only what differs from that snapshot.
     pub(crate) async fn create_snapshot(
         self: &Arc<Self>,
         handle: &Arc<Handle>,
         name: Option<String>,
+        base: Option<String>,
     ) -> Answer<Listed> {
         let snapshots = self.snapshots.clone();
+        let base = match base {
+            Some(typed) => {
+                let (node, record) = (Arc::clone(self), handle.record());
+                Some(blocking(move || node.base(&typed, &record)).await??)
+            }
+            None => None,
+        };
         let mut reserved = None;
         if let Some(name) = name.clone() {
             let all = snapshots.clone();
@@ -191,7 +199,7 @@ impl Node {
         let (capture, pause, record) = (taken.capture, taken.pause, taken.record);
         let room = taken.room;
         let finished = blocking(move || {
-            let finished = fresh.finish(&capture, &root, name, pause, record);
+            let finished = fresh.finish(&capture, &root, (name, base), pause, record);
             drop(capture);
             vistara_host::memory::give_back();
             drop((reserved, room));
@@ -279,6 +287,24 @@ impl Node {
             Ok(listed)
         })
         .await?
+    }
+
+    /// The snapshot of which one of this machine is to keep only what differs. Blocks on files.
+    fn base(&self, typed: &str, of: &Record) -> Answer<String> {
+        let listed = self.find_snapshot(typed)?;
+        let about = listed.about.map_err(|Unusable(why)| {
+            let message = format!("snapshot {typed} cannot be a base: {why}");
+            Fault::new(ErrorKind::Host, message).hint("leave --base out")
+        })?;
+        let (theirs, ours) = (about.record.spec.memory, of.spec.memory);
+        if theirs != ours {
+            return Err(Fault::conflict(format!(
+                "snapshot {typed} is of a machine with {theirs} of memory, and machine {} has {ours}",
+                of.name
+            ))
+            .hint("take a snapshot of the same machine as the base, or leave --base out"));
+        }
+        Ok(listed.id)
     }
 
     /// The snapshot that a user typed. Blocks on files.

@@ -6,6 +6,7 @@ use super::parts::digest;
 use crate::fault::{Answer, Fault, blocking};
 use crate::machine::Handle;
 use crate::mesh::Caller;
+use crate::snapshots::Stays;
 use crate::view;
 use axum::extract::{Path, State};
 use axum::{Extension, Json};
@@ -52,7 +53,8 @@ pub(super) async fn create(
     // A task of its own: it is finished even if nobody waits any more.
     let created = tokio::spawn(async move {
         let node = &app.node;
-        node.create_snapshot(&handle, request.name).await
+        node.create_snapshot(&handle, request.name, request.base)
+            .await
     });
     let listed = created.await.map_err(|error| Fault::internal(&error))??;
     Ok(Json(view::snapshot(&listed)))
@@ -81,7 +83,13 @@ pub(super) async fn remove(
         let listed = app.node.find_snapshot(&snapshot)?;
         match app.node.snapshots().remove(&listed.id) {
             Ok(()) => Ok(listed.id),
-            Err(error) => {
+            Err(Stays::Needed(by)) => {
+                let shown = listed.name().unwrap_or(&listed.id);
+                let by = by.join(", ");
+                Err(Fault::conflict(format!("snapshots rest on {shown}: {by}"))
+                    .hint(format!("remove those first: vistara snapshot rm {by}")))
+            }
+            Err(Stays::Io(error)) => {
                 let message = format!("snapshot {} could not be removed: {error}", listed.id);
                 Err(Fault::new(ErrorKind::Host, message))
             }

@@ -1,29 +1,35 @@
 //! A snapshot's directory: what is written to it, and what is believed of it when it is read. All of this blocks on files.
 
+use super::delta;
 use crate::fault::chain;
 use crate::machine::Record;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use vistara_guest_client::PROTOCOL_VERSION;
-use vistara_machine::{Capture, CaptureInfo, sparse_digest};
+use vistara_machine::{Capture, CaptureInfo, sparse_digest, sparse_pieces};
 
 /// Version of `snapshot.json`.
 const FORMAT: u32 = 1;
 const ABOUT: &str = "snapshot.json";
 const CAPTURE: &str = "capture.json";
 const OVERLAY: &str = "overlay.img";
+const MEMORY: &str = "memory";
 /// All files of a snapshot; the descriptions first.
-pub(super) const ALL: [&str; 5] = [ABOUT, CAPTURE, "state", OVERLAY, "memory"];
+pub(super) const ALL: [&str; 5] = [ABOUT, CAPTURE, "state", OVERLAY, MEMORY];
+/// What lies beside each long file of an incremental snapshot ([`delta`]).
+const SAME: &str = "same";
+/// How many snapshots one may rest on: each is read anew for it.
+const BASES_MAX: usize = 8;
 /// Most bytes of a description: a command line and an environment may be long.
 const ABOUT_MAX: u64 = 16 << 20;
 
 /// Whether a file of a snapshot may have gigabytes.
 pub(super) fn is_long(name: &str) -> bool {
-    name == OVERLAY || name == "memory"
+    name == OVERLAY || name == MEMORY
 }
 
 /// What `snapshot.json` says.
@@ -39,6 +45,9 @@ pub(crate) struct About {
     pub(crate) protocol: u8,
     /// The machine as it was.
     pub(crate) record: Record,
+    /// The snapshot of this node that has what is not kept here, where it is an incremental one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) base: Option<String>,
     /// BLAKE3 of `capture.json`, which has those of memory and state.
     pub(crate) capture_blake3: String,
     /// [`sparse_digest`] of the writable disk.
@@ -89,6 +98,8 @@ pub(super) struct Words {
     pub(super) created_ns: u64,
     pub(super) pause_us: u64,
     pub(super) record: Record,
+    /// Of which only what differs is kept.
+    pub(super) base: Option<String>,
 }
 
 /// Writes all of a snapshot whose writable disk lies in `dir` already.
@@ -117,14 +128,116 @@ pub(super) fn write(
         agent: agent_version(),
         protocol: PROTOCOL_VERSION,
         record,
+        base: words.base,
         capture_blake3: whole_digest(&dir.join(CAPTURE)).map_err(io("its description"))?,
         overlay_blake3: sparse_digest(&overlay).map_err(io("its disk"))?,
         root_blake3: File::open(root)
             .and_then(|file| sparse_digest(&file))
             .map_err(io("the image's disk"))?,
     };
+    if let Some(base) = &about.base {
+        share(dir, base).map_err(|Unusable(why)| why)?;
+    }
     write_about(dir, &about).map_err(io("its description"))?;
     Ok(about)
+}
+
+/// Leaves out of a snapshot that is not finished what its base has.
+fn share(dir: &Path, base: &str) -> Result<(), Unusable> {
+    let of_base = dir.with_file_name(base);
+    // One more is to rest on it.
+    if bases(&of_base)?.len() >= BASES_MAX {
+        return Err(Unusable(format!(
+            "snapshot {base} rests on {BASES_MAX} others; make a whole one, without a base"
+        )));
+    }
+    for name in ALL.into_iter().filter(|name| is_long(name)) {
+        let failed = |error: io::Error| Unusable(format!("{name} could not be written: {error}"));
+        let theirs = whole_file(&of_base, name)?;
+        let path = dir.join(name);
+        let opened = File::options().read(true).write(true).open(&path);
+        let same = opened
+            .and_then(|file| {
+                let same = delta::leave_out(&file, &theirs)?;
+                file.sync_all()?;
+                Ok(same)
+            })
+            .map_err(failed)?;
+        let written = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path.with_extension(SAME))
+            .and_then(|mut file| {
+                file.write_all(&same)?;
+                file.sync_all()
+            });
+        written.map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The snapshots that one rests on, the nearest first.
+fn bases(dir: &Path) -> Result<Vec<PathBuf>, Unusable> {
+    let mut all: Vec<PathBuf> = Vec::new();
+    let mut next = read_about(dir)?.base;
+    while let Some(id) = next {
+        let base = dir.with_file_name(&id);
+        // A number of digits, and none of those that were met: the description was sealed by somebody, perhaps elsewhere.
+        let is_id = id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if !is_id || all.len() >= BASES_MAX || all.contains(&base) || base == *dir {
+            return Err(Unusable("what it rests on makes no sense".to_owned()));
+        }
+        let about = read_about(&base).map_err(|Unusable(why)| {
+            Unusable(format!("snapshot {id}, on which it rests: {why}"))
+        })?;
+        next = about.base;
+        all.push(base);
+    }
+    Ok(all)
+}
+
+/// One of the long files with all that is in it, whatever it rests on; not to be written to.
+pub(super) fn whole_file(dir: &Path, name: &str) -> Result<File, Unusable> {
+    let failed = |error: io::Error| Unusable(format!("{name} cannot be read: {error}"));
+    let bases = bases(dir)?;
+    let Some(first) = bases.last() else {
+        return File::open(dir.join(name)).map_err(failed);
+    };
+    let whole = || {
+        // A name for a moment: its room goes with whoever has it open.
+        let path = dir.join(name).with_extension("whole");
+        let whole = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)?;
+        std::fs::remove_file(&path)?;
+        let from = File::open(first.join(name))?;
+        whole.set_len(from.metadata()?.len())?;
+        sparse_pieces(&from, |place, piece| whole.write_all_at(piece, place))?;
+        let later = bases.iter().rev().skip(1).map(PathBuf::as_path);
+        for dir in later.chain([dir]) {
+            let same = read_same(&dir.join(name).with_extension(SAME))?;
+            delta::lay_over(&whole, &File::open(dir.join(name))?, same)?;
+        }
+        Ok(whole)
+    };
+    whole().map_err(failed)
+}
+
+fn read_same(path: &Path) -> io::Result<Vec<u8>> {
+    // A bit for each page: a terabyte has 32 MiB of them.
+    const SAME_MAX: u64 = 256 << 20;
+    let file = File::open(path)?;
+    if file.metadata()?.len() > SAME_MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(SAME_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Writes what a snapshot is of, the last of it.
@@ -160,6 +273,8 @@ pub(super) fn adopt(dir: &Path, name: Option<String>) -> Result<About, Unusable>
     about.name = name;
     // A grant of the other node is none here.
     about.record.owner = None;
+    // What was sent is whole.
+    about.base = None;
     let written = || {
         for name in ALL.iter().filter(|name| **name != ABOUT) {
             std::fs::rename(arriving(dir, name), dir.join(name))?;
@@ -277,14 +392,16 @@ pub(super) fn read(dir: &Path, root: &Path) -> Result<Parts, Unusable> {
             "the image's disk is not the one that its guest knows".to_owned(),
         ));
     }
-    let (overlay_blake3, overlay) = digest_of(&overlay_in(dir))
-        .map_err(|error| Unusable(format!("its writable disk: {error}")))?;
+    let overlay = whole_file(dir, OVERLAY)?;
+    let overlay_blake3 =
+        sparse_digest(&overlay).map_err(|error| Unusable(format!("its writable disk: {error}")))?;
     if overlay_blake3 != about.overlay_blake3 {
         return Err(Unusable(
             "its writable disk is not what was written".to_owned(),
         ));
     }
-    let capture = Capture::read(dir).map_err(|error| Unusable(chain(&error)))?;
+    let memory = whole_file(dir, MEMORY)?;
+    let capture = Capture::read_with(dir, &memory).map_err(|error| Unusable(chain(&error)))?;
     Ok(Parts {
         about,
         capture,
@@ -402,9 +519,90 @@ pub(super) mod tests {
             created_ns: now_ns(),
             pause_us: 1,
             record: record(),
+            base: None,
         };
         write(&dir, &capture, &root, words).unwrap();
         (parent, dir, root)
+    }
+
+    /// One more in the same place, of which only what differs from `base` is kept.
+    pub(crate) fn made_on(base: &Path, root: &Path, id: &str, memory: &[u8]) -> PathBuf {
+        let dir = base.with_file_name(id);
+        begin(&dir).unwrap();
+        let mut overlay = vec![7; 100_000];
+        overlay[50_000] = id.as_bytes()[0];
+        std::fs::write(overlay_in(&dir), overlay).unwrap();
+        let info = Capture::read_info(base).unwrap();
+        let capture = Capture::of_bytes(info, memory, b"other").unwrap();
+        let words = Words {
+            id: id.to_owned(),
+            name: None,
+            created_ns: now_ns(),
+            pause_us: 1,
+            record: record(),
+            base: Some(base.file_name().unwrap().to_str().unwrap().to_owned()),
+        };
+        write(&dir, &capture, root, words).unwrap();
+        dir
+    }
+
+    #[test]
+    fn an_incremental_snapshot_is_whole_with_its_bases_and_no_bit_of_them_may_be_another() {
+        let (_parent, dir, root) = made();
+        let memory = [b"memory".to_vec(), vec![5; 200_000]].concat();
+        let second = made_on(&dir, &root, "4567", &memory);
+        let third = made_on(
+            &second,
+            &root,
+            "89ab",
+            &[memory.as_slice(), b"more"].concat(),
+        );
+        assert!(size_on_disk(&third) < size_on_disk(&second));
+        for (dir, byte) in [(&second, b'4'), (&third, b'8')] {
+            let parts = read(dir, &root).unwrap();
+            let mut overlay = vec![0; 100_000];
+            parts.overlay.read_exact_at(&mut overlay, 0).unwrap();
+            assert_eq!((overlay[0], overlay[50_000]), (7, byte));
+        }
+        // Whole again, it is what was captured.
+        let whole = whole_file(&third, MEMORY).unwrap();
+        let mut bytes = vec![0; memory.len() + 5];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [memory.as_slice(), b"more\0"].concat());
+
+        // Of the first one's memory nothing is needed: what it has there is another's in both.
+        for path in [
+            dir.join(OVERLAY),
+            second.join(MEMORY),
+            second.join("memory.same"),
+            third.join("overlay.same"),
+        ] {
+            let kept = std::fs::read(&path).unwrap();
+            let mut other = kept.clone();
+            other[0] ^= 2;
+            std::fs::write(&path, other).unwrap();
+            assert!(read(&third, &root).is_err(), "{path:?}");
+            std::fs::remove_file(&path).unwrap();
+            assert!(read(&third, &root).is_err(), "{path:?} gone");
+            std::fs::write(&path, kept).unwrap();
+        }
+        assert!(read(&third, &root).is_ok());
+        std::fs::remove_dir_all(&second).unwrap();
+        let why = reason(&third, &root);
+        assert!(why.contains("4567, on which it rests"), "{why}");
+    }
+
+    #[test]
+    fn a_base_that_is_no_snapshots_number_or_goes_in_a_circle_is_not_followed() {
+        let (_parent, dir, root) = made();
+        let second = made_on(&dir, &root, "4567", b"memory");
+        for base in ["../4567", "4567"] {
+            let mut about = read_about(&second).unwrap();
+            about.base = Some(base.to_owned());
+            std::fs::write(second.join(ABOUT), seal(&about).unwrap()).unwrap();
+            let why = reason(&second, &root);
+            assert!(why.contains("makes no sense"), "{why}");
+        }
     }
 
     fn reason(dir: &Path, root: &Path) -> String {

@@ -9,11 +9,15 @@
 //!   snapshot.json                 what it is of, with every digest; written last: a directory without it was never finished,
 //!                                 is never used, and is swept away by the next node
 //! ```
+//! An incremental one rests on another, its base, and keeps only what differs; `memory.same` and `overlay.same` say where. A base
+//! stays as long as something rests on it.
+//!
 //! For other nodes it is packed into one file beside these (`packed.zst`, and its digest in `packed.json`), which goes with it. What
 //! comes from another node has names that end in `.arriving` until all of it is here.
 //!
 //! A snapshot that is damaged, or of another version, is listed with its reason and stays: it is somebody's.
 
+mod delta;
 mod files;
 mod packed;
 mod room;
@@ -21,7 +25,7 @@ mod store;
 
 pub(crate) use files::{About, Unusable};
 pub(crate) use room::{Captures, Room};
-pub(crate) use store::{Listed, Reserved, Snapshots};
+pub(crate) use store::{Listed, Reserved, Snapshots, Stays};
 
 use std::fs::File;
 use std::path::PathBuf;

@@ -130,7 +130,10 @@ fn write_packed(dir: &Path, making: &Path) -> io::Result<Packed> {
     let mut to = zstd::Encoder::new(to, LEVEL)?;
     to.write_all(MAGIC)?;
     for name in files::ALL {
-        let file = File::open(dir.join(name))?;
+        let file = match files::is_long(name) {
+            true => files::whole_file(dir, name).map_err(|Unusable(why)| io::Error::other(why))?,
+            false => File::open(dir.join(name))?,
+        };
         to.write_all(&file.metadata()?.len().to_le_bytes())?;
         sparse_pieces(&file, |place, bytes| {
             let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -270,6 +273,19 @@ mod tests {
         assert_eq!(parts.about.record.owner, None);
         let names = std::fs::read_dir(&there).unwrap().count();
         assert_eq!(names, files::ALL.len());
+    }
+
+    #[test]
+    fn an_incremental_one_is_packed_whole() {
+        let (_parent, base, root) = made();
+        let dir = files::tests::made_on(&base, &root, "4567", b"other memory");
+        let bytes = std::fs::read(pack(&dir).unwrap().path).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::new(elsewhere.path().to_owned());
+        let fresh = snapshots.begin("4567".to_owned()).unwrap();
+        let listed = fresh.arrive(bytes.as_slice(), None).unwrap();
+        assert_eq!(listed.about.unwrap().base, None);
+        files::read(&elsewhere.path().join("4567"), &root).unwrap();
     }
 
     #[test]

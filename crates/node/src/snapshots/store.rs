@@ -34,6 +34,17 @@ pub(crate) struct Snapshots {
     names: Names,
     /// One is packed at a time: it takes a processor.
     packing: Arc<Mutex<()>>,
+    /// Held while one is made that rests on another, and while one is removed.
+    resting: Arc<Mutex<()>>,
+}
+
+/// Why a snapshot is not removed.
+#[derive(Debug)]
+pub(crate) enum Stays {
+    /// These rest on it.
+    Needed(Vec<String>),
+    /// The disk does not let it go.
+    Io(io::Error),
 }
 
 /// Names of snapshots that are being made.
@@ -64,6 +75,7 @@ pub(crate) struct Fresh {
     id: String,
     dir: PathBuf,
     finished: bool,
+    resting: Arc<Mutex<()>>,
 }
 
 impl Drop for Fresh {
@@ -82,21 +94,26 @@ impl Fresh {
         files::overlay_in(&self.dir)
     }
 
-    /// Writes the rest. Blocks on files for as long as some 100 MB take.
+    /// Writes the rest; with a base, only what differs from that. Blocks on files for as long as some 100 MB take.
     pub(crate) fn finish(
         mut self,
         capture: &Capture,
         root: &Path,
-        name: Option<String>,
+        (name, base): (Option<String>, Option<String>),
         pause: Duration,
         record: Record,
     ) -> Result<Listed, String> {
+        // The base is not removed meanwhile.
+        let _resting = base
+            .is_some()
+            .then(|| self.resting.lock().unwrap_or_else(PoisonError::into_inner));
         let words = Words {
             id: self.id.clone(),
             name,
             created_ns: now_ns(),
             pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
             record,
+            base,
         };
         let about = files::write(&self.dir, capture, root, words)?;
         self.finished = true;
@@ -132,6 +149,7 @@ impl Snapshots {
             dir,
             names: Names::default(),
             packing: Arc::default(),
+            resting: Arc::default(),
         }
     }
 
@@ -178,6 +196,7 @@ impl Snapshots {
             id,
             dir,
             finished: false,
+            resting: Arc::clone(&self.resting),
         })
     }
 
@@ -222,9 +241,21 @@ impl Snapshots {
         all.find(|packed| packed.digest == *digest)
     }
 
-    /// Removes a snapshot. Machines restored from it go on. Blocks on files.
-    pub(crate) fn remove(&self, id: &str) -> io::Result<()> {
-        files::remove(&self.dir.join(id))
+    /// Removes a snapshot on which none rests. Machines restored from it go on. Blocks on files.
+    pub(crate) fn remove(&self, id: &str) -> Result<(), Stays> {
+        let _resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
+        let rests = |listed: &Listed| {
+            let about = listed.about.as_ref();
+            about.is_ok_and(|about| about.base.as_deref() == Some(id))
+        };
+        let all = self.list().into_iter().filter(rests);
+        let needed: Vec<String> = all
+            .map(|listed| listed.name().unwrap_or(&listed.id).to_owned())
+            .collect();
+        if !needed.is_empty() {
+            return Err(Stays::Needed(needed));
+        }
+        files::remove(&self.dir.join(id)).map_err(Stays::Io)
     }
 }
 
