@@ -106,14 +106,6 @@ impl Hypervisor {
         }
     }
 
-    /// Whether running machines can be copied.
-    fn forks_running_machines(self) -> bool {
-        match self {
-            Hypervisor::Qemu => true,
-            Hypervisor::Firecracker => false,
-        }
-    }
-
     /// What ours have for a network. A bare Firecracker would need a tap made for it, so there neither has one.
     fn network(self) -> Option<String> {
         match self {
@@ -501,9 +493,6 @@ async fn fork_rounds(
             }
             // What is made in its place must not be in front of what is measured next.
             bench.stocked(1).await?;
-        }
-        if !bench.hypervisor.forks_running_machines() {
-            continue;
         }
         let begin = Instant::now();
         let forked = bench

@@ -83,6 +83,11 @@ pub(super) async fn snapshot(
     quiet.await?;
     let begin = Instant::now();
     if let Err(error) = inner.api.pause().await {
+        // One that answered too late may be held all the same.
+        if let Err(error) = inner.api.resume().await {
+            tracing::debug!(%error, "a machine that was not held for its snapshot");
+        }
+        vm.close_channel();
         return Err(vm.control(OPERATION, error).await);
     }
     let cgroup = Cgroup::from_dirs(inner.parts.backend.cgroup.clone());
