@@ -25,7 +25,7 @@ struct Burst {
     stocked_ms: Option<f64>,
     from_stock: u32,
     /// Milliseconds until all copies of a running machine ran; absent where the monitor makes none.
-    live_ms: Option<f64>,
+    live_ms: f64,
     /// Machines in a second, by ours, with the stock, and by the raw ones.
     run_per_s: f64,
     stocked_per_s: Option<f64>,
@@ -104,17 +104,14 @@ async fn one_burst(bench: &Bench<'_>, source: &Machine, size: u32) -> Result<Bur
         // Until it is whole again it would be filled beside what is measured next.
         bench.stocked(size).await?;
     }
-    let mut live_time = None;
-    if bench.hypervisor.forks_running_machines() {
-        let request = ForkRequest {
-            count: size,
-            ..ForkRequest::default()
-        };
-        let begin = Instant::now();
-        let forked = bench.client.fork(&source.id, &request).await?;
-        live_time = Some(begin.elapsed());
-        remove_all(bench, &forked.machines).await?;
-    }
+    let request = ForkRequest {
+        count: size,
+        ..ForkRequest::default()
+    };
+    let begin = Instant::now();
+    let forked = bench.client.fork(&source.id, &request).await?;
+    let live_time = begin.elapsed();
+    remove_all(bench, &forked.machines).await?;
     let seconds = |time: std::time::Duration| time.as_secs_f64().max(f64::MIN_POSITIVE);
     Ok(Burst {
         machines: size,
@@ -122,7 +119,7 @@ async fn one_burst(bench: &Bench<'_>, source: &Machine, size: u32) -> Result<Bur
         run_ms: millis(run_time),
         stocked_ms: stocked_time.map(millis),
         from_stock,
-        live_ms: live_time.map(millis),
+        live_ms: millis(live_time),
         run_per_s: f64::from(size) / seconds(run_time),
         stocked_per_s: stocked_time.map(|time| f64::from(size) / seconds(time)),
         raw_per_s: f64::from(size) / seconds(raw_time),
@@ -208,7 +205,7 @@ fn burst_table(report: &BurstReport) -> String {
                 burst.run_ms,
                 burst.stocked_ms.map_or_else(String::new, |ms| format!("{ms:.0}")),
                 burst.from_stock,
-                burst.live_ms.map_or_else(String::new, |ms| format!("{ms:.0}")),
+                format!("{:.0}", burst.live_ms),
                 burst.raw_per_s,
                 burst.run_per_s,
                 burst.stocked_per_s.map_or_else(String::new, |rate| format!("{rate:.1}")),
