@@ -24,7 +24,7 @@ struct Burst {
     /// none. Of the machines so many were from the stock.
     stocked_ms: Option<f64>,
     from_stock: u32,
-    /// Milliseconds until all copies of a running machine ran; absent where the monitor makes none.
+    /// Milliseconds until all copies of a running machine ran.
     live_ms: f64,
     /// Machines in a second, by ours, with the stock, and by the raw ones.
     run_per_s: f64,
