@@ -75,6 +75,8 @@ pub struct Overseer {
     cares: BTreeMap<u32, Care>,
     news: BTreeMap<u32, News>,
     away_since: BTreeMap<NodeId, Duration>,
+    /// Who was to be replaced when that was last said, and when.
+    replaced: (BTreeSet<NodeId>, Duration),
     sealed_since: Option<Duration>,
 }
 
@@ -88,6 +90,7 @@ impl Overseer {
             cares: BTreeMap::new(),
             news: BTreeMap::new(),
             away_since: BTreeMap::new(),
+            replaced: (BTreeSet::new(), now),
             sealed_since: None,
         }
     }
@@ -268,12 +271,12 @@ impl Overseer {
             self.sealed_since = None;
             false
         };
-        if stuck || (!away.is_empty() && first == Some(&self.me)) {
-            // Not each time it looks.
+        // Not each time it looks; all that are away at once, whenever each of them has gone.
+        let (told, at) = &self.replaced;
+        let due = *told != away || now >= *at + REPLACE_AFTER;
+        if stuck || (due && !away.is_empty() && first == Some(&self.me)) {
             self.sealed_since = keeper.is_sealed().then_some(now);
-            for node in &away {
-                self.away_since.insert(*node, now);
-            }
+            self.replaced = (away.clone(), now);
             actions.push(Action::Replace { away });
         }
     }

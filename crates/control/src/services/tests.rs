@@ -556,6 +556,43 @@ fn keepers_are_the_same_for_all_and_few_change_when_a_node_goes() {
 }
 
 #[test]
+fn keepers_that_went_at_different_times_are_replaced_together() {
+    let keeper = Keeper::new(
+        id(1),
+        Terms::default(),
+        spec(Semantics::Service),
+        keepers(1, 1..=5),
+        BTreeMap::new(),
+        NOW,
+    );
+    let mut overseer = Overseer::new(id(1), NOW);
+    let mut replaced = Vec::new();
+    for half_seconds in 0..120u32 {
+        let since = Duration::from_millis(500) * half_seconds;
+        let lives = |node: NodeId| {
+            let gone_after = match node {
+                node if node == id(4) => 0,
+                node if node == id(5) => 7,
+                _ => 1000,
+            };
+            since < Duration::from_secs(gone_after)
+        };
+        for action in overseer.poll(NOW + since, &keeper, lives) {
+            if let Action::Replace { away } = action {
+                replaced.push((since.as_secs(), away));
+            }
+        }
+    }
+    let both = BTreeSet::from([id(4), id(5)]);
+    assert_eq!(replaced[0].1, BTreeSet::from([id(4)]));
+    // The second one as soon as it is its time, and then now and then.
+    assert_eq!(replaced[1].1, both, "{replaced:?}");
+    assert!(replaced[1].0 < 30, "{replaced:?}");
+    assert!((3..5).contains(&replaced.len()), "{replaced:?}");
+    assert!(replaced[2..].iter().all(|(_, away)| *away == both));
+}
+
+#[test]
 fn keepers_are_odd_in_number_and_one_that_is_away_makes_them_so() {
     let nodes = |numbers: &[u8]| numbers.iter().copied().map(id).collect::<Vec<_>>();
     let sorted = |mut nodes: Vec<NodeId>| {

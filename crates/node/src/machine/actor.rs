@@ -5,6 +5,8 @@ mod earlier;
 mod guarded;
 mod hold;
 
+pub(super) use hold::set_clock;
+
 use super::handle::{COMMANDS_MAX, Shared};
 use super::prepare::{Launched, go_on, go_on_warm, prepare};
 use super::record::now_ns;

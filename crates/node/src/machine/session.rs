@@ -205,11 +205,8 @@ impl Session {
                 self.shared.to_thaw.store(true, Ordering::SeqCst);
                 return Over::Lost(error);
             }
-            // It stood meanwhile.
-            if let Err(error) = agent.set_clock(now_ns()).await {
-                return Over::Lost(error);
-            }
             self.tell(News::Thawed).await;
+            super::actor::set_clock(agent).await;
         }
         let highest = welcome
             .processes

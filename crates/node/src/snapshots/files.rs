@@ -205,16 +205,8 @@ pub(super) fn whole_file(dir: &Path, name: &str) -> Result<File, Unusable> {
         return File::open(dir.join(name)).map_err(failed);
     };
     let whole = || {
-        // A name for a moment: its room goes with whoever has it open.
-        let path = dir.join(name).with_extension("whole");
-        let whole = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)?;
-        std::fs::remove_file(&path)?;
+        // Without a name: its room goes with whoever has it open, and no two readers meet.
+        let whole = tempfile::tempfile_in(dir)?;
         let from = File::open(first.join(name))?;
         whole.set_len(from.metadata()?.len())?;
         sparse_pieces(&from, |place, piece| whole.write_all_at(piece, place))?;

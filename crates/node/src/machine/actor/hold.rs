@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use vistara_api::ErrorKind;
 use vistara_control::Event;
+use vistara_guest_client::Agent;
 use vistara_machine::Vm;
 use vistara_model::{MachineName, MachineState, Payload};
 
@@ -48,10 +49,7 @@ impl Shared {
             }
             match tokio::time::timeout(THAW_BOUND, agent.thaw()).await {
                 Ok(Ok(())) => {
-                    // It stood meanwhile.
-                    if let Err(error) = agent.set_clock(now_ns()).await {
-                        tracing::debug!(%error, "a guest's clock was not set after a snapshot");
-                    }
+                    set_clock(&agent).await;
                     return true;
                 }
                 Ok(Err(error)) => {
@@ -66,6 +64,15 @@ impl Shared {
             let _ = tokio::time::timeout(THAW_PAUSE, sessions.changed()).await;
         }
         false
+    }
+}
+
+/// Sets a guest's clock after it has stood still. One that does not answer goes on with the time that it has.
+pub(in crate::machine) async fn set_clock(agent: &Agent) {
+    match tokio::time::timeout(THAW_BOUND, agent.set_clock(now_ns())).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a guest's clock was not set after a snapshot"),
+        Err(_) => tracing::debug!("a guest's clock was not set in time after a snapshot"),
     }
 }
 
