@@ -9,7 +9,7 @@ use std::time::Duration;
 use vistara_control::membership::{Life, Tie};
 use vistara_control::services::{
     Change, ChangeOutput, FromKeeper, HolderOutput, Keeper, Overseer, Semantics, ServiceId, Slot,
-    Terms, ToKeeper, choose_keepers,
+    Terms, ToKeeper, next_keepers,
 };
 use vistara_model::NodeId;
 
@@ -208,16 +208,10 @@ impl World {
             .map(|(member, ..)| member)
             .collect();
         let named = alive.iter().chain(&present.nodes).copied();
-        let next = choose_keepers(service, &present.nodes, named, |node| {
-            match present.nodes.contains(&node) {
-                true => !away.contains(&node),
-                false => alive.contains(&node),
-            }
-        });
-        let same = |one: &[NodeId]| one.iter().copied().collect::<BTreeSet<_>>();
-        if next.is_empty() || same(&next) == same(&present.nodes) {
+        let lives = |node| alive.contains(&node);
+        let Some(next) = next_keepers(service, &present.nodes, away, named, lives) else {
             return;
-        }
+        };
         one.rounds += 1;
         // Larger than any round before, those of earlier starts included.
         let round = (one.boot << 32) + one.rounds;

@@ -238,6 +238,25 @@ pub fn choose_keepers(
     next
 }
 
+/// Who is to look after a service in place of the present keepers: those of them that are not `away` stay, though they may not be
+/// alive at this moment, and of the others that are named only who `lives` comes in. Nothing where that is the same nodes, or nobody.
+pub fn next_keepers(
+    service: ServiceId,
+    present: &[NodeId],
+    away: &BTreeSet<NodeId>,
+    named: impl IntoIterator<Item = NodeId>,
+    lives: impl Fn(NodeId) -> bool,
+) -> Option<Vec<NodeId>> {
+    let counted_on = |node| match present.contains(&node) {
+        true => !away.contains(&node),
+        false => lives(node),
+    };
+    let next = choose_keepers(service, present, named, counted_on);
+    let same = next.iter().all(|node| present.contains(node))
+        && present.iter().all(|node| next.contains(node));
+    (!next.is_empty() && !same).then_some(next)
+}
+
 /// A proposal's number: larger ones win, and no two proposers use the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Ballot(pub u64, pub NodeId);

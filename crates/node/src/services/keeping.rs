@@ -11,7 +11,7 @@ use vistara_api::ErrorKind;
 use vistara_control::services::wire::{self, Keeping, SlotState, Status, ToNode};
 use vistara_control::services::{
     Action, Change, ChangeOutput, FromKeeper, Keeper, Keepers, Overseer, Semantics, ServiceId,
-    Spec, ToKeeper, choose_keepers,
+    Spec, ToKeeper, next_keepers,
 };
 use vistara_mesh::service::{ServiceDocument, TaskSemantics};
 use vistara_model::NodeId;
@@ -52,12 +52,6 @@ fn may_name(known: &Known, from: NodeId) -> bool {
     ];
     let mut sets = sets.into_iter().flatten().peekable();
     sets.peek().is_none() || sets.any(|keepers| keepers.nodes.contains(&from))
-}
-
-/// Whether they are the same nodes, in whatever order.
-fn same(one: &[NodeId], other: &[NodeId]) -> bool {
-    let set = |nodes: &[NodeId]| nodes.iter().copied().collect::<BTreeSet<_>>();
-    set(one) == set(other)
 }
 
 impl Task {
@@ -331,7 +325,7 @@ impl Task {
         // Those that are away have some time to come back.
         let away = BTreeSet::new();
         let next = self.next_keepers(known, present, &away);
-        (!same(&next, present)).then_some(Action::Replace { away })
+        next.map(|_| Action::Replace { away })
     }
 
     /// Whether a node lives, as far as is known here, and has not said that it does not keep.
@@ -339,21 +333,16 @@ impl Task {
         self.lives(node) && !known.refusing.contains(&node)
     }
 
-    /// Who would look after a service best, where those that do and are not away go on.
+    /// Who would look after a service better than those that do.
     fn next_keepers(
         &self,
         known: &Known,
         present: &[NodeId],
         away: &BTreeSet<NodeId>,
-    ) -> Vec<NodeId> {
+    ) -> Option<Vec<NodeId>> {
         let nodes = known.document().nodes.iter().map(|one| one.node);
         let named = nodes.filter(|node| present.contains(node) || !known.refusing.contains(node));
-        choose_keepers(known.id(), present, named, |node| {
-            match present.contains(&node) {
-                true => !away.contains(&node),
-                false => self.lives(node),
-            }
-        })
+        next_keepers(known.id(), present, away, named, |node| self.lives(node))
     }
 
     pub(super) fn oversee(&mut self, service: ServiceId, actions: Vec<Action>) {
@@ -393,10 +382,9 @@ impl Task {
             return;
         };
         let present = keeper.keepers().clone();
-        let next = self.next_keepers(known, &present.nodes, away);
-        if next.is_empty() || same(&next, &present.nodes) {
+        let Some(next) = self.next_keepers(known, &present.nodes, away) else {
             return;
-        }
+        };
         self.rounds += 1;
         // Larger than any round before, those of earlier starts included.
         let round = (open.identity.generation() << 32) + self.rounds;

@@ -261,19 +261,15 @@ impl Task {
             tracing::error!(error = fault.0.message, "services cannot be looked after");
         }
         loop {
-            let event = match self.is_idle() {
-                true => heard.recv().await.map(Some),
-                false => {
-                    let due = self.wake_at().saturating_sub(boottime()).min(TICK);
-                    let event = tokio::time::timeout(due, heard.recv()).await;
-                    event.map_or(Some(None), |event| event.map(Some))
-                }
+            let due = match self.is_idle() {
+                true => Duration::MAX,
+                false => self.wake_at().saturating_sub(boottime()).min(TICK),
             };
-            match event {
-                Some(Some(event)) => self.happen(event).await,
-                Some(None) => {}
+            match tokio::time::timeout(due, heard.recv()).await {
+                Ok(Some(event)) => self.happen(event).await,
                 // Its own sender keeps it open.
-                None => return,
+                Ok(None) => return,
+                Err(_) => {}
             }
             self.act().await;
             self.say_to_itself().await;
