@@ -145,15 +145,16 @@ pub(super) fn write(
 /// Leaves out of a snapshot that is not finished what its base has.
 fn share(dir: &Path, base: &str) -> Result<(), Unusable> {
     let of_base = dir.with_file_name(base);
+    let under = bases(&of_base, &read_about(&of_base)?)?;
     // One more is to rest on it.
-    if bases(&of_base)?.len() >= BASES_MAX {
+    if under.len() >= BASES_MAX {
         return Err(Unusable(format!(
             "snapshot {base} rests on {BASES_MAX} others; make a whole one, without a base"
         )));
     }
     for name in ALL.into_iter().filter(|name| is_long(name)) {
         let failed = |error: io::Error| Unusable(format!("{name} could not be written: {error}"));
-        let theirs = whole_file(&of_base, name)?;
+        let theirs = whole_file(&of_base, &under, name)?;
         let path = dir.join(name);
         let opened = File::options().read(true).write(true).open(&path);
         let same = opened
@@ -177,10 +178,10 @@ fn share(dir: &Path, base: &str) -> Result<(), Unusable> {
     Ok(())
 }
 
-/// The snapshots that one rests on, the nearest first.
-fn bases(dir: &Path) -> Result<Vec<PathBuf>, Unusable> {
+/// The snapshots that the one in `dir` rests on, the nearest first.
+pub(super) fn bases(dir: &Path, about: &About) -> Result<Vec<PathBuf>, Unusable> {
     let mut all: Vec<PathBuf> = Vec::new();
-    let mut next = read_about(dir)?.base;
+    let mut next = about.base.clone();
     while let Some(id) = next {
         let base = dir.with_file_name(&id);
         // A number of digits, and none of those that were met: the description was sealed by somebody, perhaps elsewhere.
@@ -197,10 +198,9 @@ fn bases(dir: &Path) -> Result<Vec<PathBuf>, Unusable> {
     Ok(all)
 }
 
-/// One of the long files with all that is in it, whatever it rests on; not to be written to.
-pub(super) fn whole_file(dir: &Path, name: &str) -> Result<File, Unusable> {
+/// One of the long files with all that is in it and in its [`bases`]; not to be written to.
+pub(super) fn whole_file(dir: &Path, bases: &[PathBuf], name: &str) -> Result<File, Unusable> {
     let failed = |error: io::Error| Unusable(format!("{name} cannot be read: {error}"));
-    let bases = bases(dir)?;
     let Some(first) = bases.last() else {
         return File::open(dir.join(name)).map_err(failed);
     };
@@ -384,7 +384,8 @@ pub(super) fn read(dir: &Path, root: &Path) -> Result<Parts, Unusable> {
             "the image's disk is not the one that its guest knows".to_owned(),
         ));
     }
-    let overlay = whole_file(dir, OVERLAY)?;
+    let bases = bases(dir, &about)?;
+    let overlay = whole_file(dir, &bases, OVERLAY)?;
     let overlay_blake3 =
         sparse_digest(&overlay).map_err(|error| Unusable(format!("its writable disk: {error}")))?;
     if overlay_blake3 != about.overlay_blake3 {
@@ -392,7 +393,7 @@ pub(super) fn read(dir: &Path, root: &Path) -> Result<Parts, Unusable> {
             "its writable disk is not what was written".to_owned(),
         ));
     }
-    let memory = whole_file(dir, MEMORY)?;
+    let memory = whole_file(dir, &bases, MEMORY)?;
     let capture = Capture::read_with(dir, &memory).map_err(|error| Unusable(chain(&error)))?;
     Ok(Parts {
         about,
@@ -557,7 +558,9 @@ pub(super) mod tests {
             assert_eq!((overlay[0], overlay[50_000]), (7, byte));
         }
         // Whole again, it is what was captured.
-        let whole = whole_file(&third, MEMORY).unwrap();
+        let under = bases(&third, &read_about(&third).unwrap()).unwrap();
+        assert_eq!(under, [second.clone(), dir.clone()]);
+        let whole = whole_file(&third, &under, MEMORY).unwrap();
         let mut bytes = vec![0; memory.len() + 5];
         whole.read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(bytes, [memory.as_slice(), b"more\0"].concat());

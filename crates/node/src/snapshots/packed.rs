@@ -128,10 +128,13 @@ fn write_packed(dir: &Path, making: &Path) -> io::Result<Packed> {
         bytes: 0,
     };
     let mut to = zstd::Encoder::new(to, LEVEL)?;
+    let unusable = |Unusable(why)| io::Error::other(why);
+    let bases = files::read_about(dir).and_then(|about| files::bases(dir, &about));
+    let bases = bases.map_err(unusable)?;
     to.write_all(MAGIC)?;
     for name in files::ALL {
         let file = match files::is_long(name) {
-            true => files::whole_file(dir, name).map_err(|Unusable(why)| io::Error::other(why))?,
+            true => files::whole_file(dir, &bases, name).map_err(unusable)?,
             false => File::open(dir.join(name))?,
         };
         to.write_all(&file.metadata()?.len().to_le_bytes())?;
