@@ -33,7 +33,9 @@
 //! what is to be sent and what has changed. The caller polls at [`Membership::wake_at`]. Senders are authenticated.
 
 mod age;
+mod chance;
 mod news;
+mod packet;
 mod pages;
 mod probe;
 mod rumours;
@@ -43,6 +45,7 @@ mod tests;
 
 pub use age::{Age, Told};
 use news::Doubts;
+pub use packet::{Body, News, Packet, Stated};
 use pages::{Pages, Strangers};
 use probe::Probe;
 use rand::rngs::SmallRng;
@@ -136,104 +139,6 @@ pub enum Tie {
     Pinned,
 }
 
-/// One piece of news.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct News {
-    /// About whom.
-    pub node: NodeId,
-    /// Which of its lives and denials: only the node itself makes it larger.
-    pub incarnation: u64,
-    /// What is said.
-    pub life: Life,
-}
-
-impl News {
-    /// Whether this replaces the other, both about one node.
-    fn outweighs(&self, other: &News) -> bool {
-        (self.incarnation, self.life) > (other.incarnation, other.life)
-    }
-}
-
-/// What a node states about itself, signed by it; opaque here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stated {
-    /// Who.
-    pub node: NodeId,
-    /// Grows with each statement. It stands within what is signed, and the caller has compared them.
-    pub version: u64,
-    /// What, with its signature.
-    pub bytes: Arc<[u8]>,
-}
-
-/// What a packet is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Body {
-    /// Answer this. Says which version of the receiver's facts the sender has.
-    Ping {
-        /// Comes back in the answer.
-        number: u64,
-        /// The newest version of the receiver's facts that the sender has.
-        version: u64,
-    },
-    /// An answer.
-    Ack {
-        /// The ping's number.
-        number: u64,
-    },
-    /// Ping this one in my stead.
-    PingFor {
-        /// Comes back in the answer.
-        number: u64,
-        /// Whom.
-        target: NodeId,
-    },
-    /// It answered you.
-    AckFor {
-        /// The number of the `PingFor`.
-        number: u64,
-        /// Who answered.
-        target: NodeId,
-    },
-    /// News only.
-    Gossip,
-    /// Send a page of your table, from here on.
-    Pull {
-        /// Comes back with the page.
-        number: u64,
-        /// A place in the table: a number that only its owner understands.
-        from: u64,
-    },
-    /// A page.
-    Page {
-        /// The number of the `Pull`.
-        number: u64,
-        /// Where the next one begins, if there is one.
-        next: Option<u64>,
-    },
-}
-
-/// What goes from one node to another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Packet {
-    /// What it is for.
-    pub body: Body,
-    /// What happened to others, and first of all to the sender.
-    pub news: Vec<Told>,
-    /// What others state.
-    pub facts: Vec<Stated>,
-}
-
-impl Packet {
-    /// Bytes on the wire, at most.
-    pub fn bytes(&self) -> usize {
-        let facts = self
-            .facts
-            .iter()
-            .map(|one| one.bytes.len() + FACTS_HEAD_BYTES);
-        HEAD_BYTES + self.news.len() * NEWS_BYTES + facts.sum::<usize>()
-    }
-}
-
 /// What is to be done, or has changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
@@ -310,10 +215,6 @@ pub struct Membership {
     next_reach: Duration,
     next_sync: Duration,
 }
-
-/// Within which as many are tried as are dead, if that takes no more than a bare ping each quarter of a second: after a cut there are
-/// more than a hundred, most of which live.
-const REACHED_WITHIN: Duration = Duration::from_secs(20);
 
 /// Bits of an incarnation that count denials within one start of a node.
 const DENIAL_BITS: u32 = 24;
@@ -658,54 +559,5 @@ impl Membership {
             }
         }
         outputs
-    }
-
-    /// The members from a random place on that pass, once around.
-    fn around_random_place(&mut self, pass: impl Fn(&Member) -> bool, most: usize) -> Vec<NodeId> {
-        let Some((last, _)) = self.members.last_place() else {
-            return Vec::new();
-        };
-        let mut found: Vec<NodeId> = Vec::with_capacity(most);
-        for _ in 0..most {
-            let start = (self.rng.random_range(0..=last), NodeId::from_bytes([0; 32]));
-            let around = (self.members.range(start..)).chain(self.members.range(..start));
-            let next = around
-                .map(|(_, member)| member)
-                .find(|member| pass(member) && !found.contains(&member.news.node));
-            match next {
-                Some(member) => found.push(member.news.node),
-                None => break,
-            }
-        }
-        found
-    }
-
-    fn some_alive(&mut self, most: usize, but: NodeId) -> Vec<NodeId> {
-        let most = most.min(self.alive);
-        self.around_random_place(
-            |member| member.news.life == Life::Alive && member.news.node != but,
-            most,
-        )
-    }
-
-    /// How long until the next of the dead is tried: all of them within [`REACHED_WITHIN`], where there are that many.
-    fn reach_pause(&self) -> Duration {
-        let many = u32::try_from(self.dead.len()).unwrap_or(u32::MAX).max(1);
-        let least = self.config.gossip_period.min(self.config.reach_period);
-        (REACHED_WITHIN / many).clamp(least, self.config.reach_period)
-    }
-
-    /// One of the dead; every other time one of those that are pinned, if there are such.
-    fn some_dead(&mut self) -> Option<NodeId> {
-        if self.dead.is_empty() {
-            return None;
-        }
-        let is_dead = |member: &Member| member.news.life == Life::Dead;
-        let pinned = self.rng.random::<bool>().then(|| {
-            self.around_random_place(|member| is_dead(member) && member.pinned, 1)
-                .pop()
-        });
-        let any = |this: &mut Membership| this.around_random_place(is_dead, 1).pop();
-        pinned.flatten().or_else(|| any(self))
     }
 }
