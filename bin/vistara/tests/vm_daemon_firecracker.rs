@@ -8,6 +8,7 @@ mod vm;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use vm::two::said;
 use vm::{System, text, until};
 
 const BUSYBOX: &str = "busybox";
@@ -149,15 +150,7 @@ fn a_machine_in_firecracker_is_forked_and_restored_and_goes_on_itself() {
     let started = system.vistara(&["run", "-d", BUSYBOX, "sh", "-c", script]);
     assert!(started.status.success(), "{}", text(&started.stderr));
     let parent = system.adopt(text(&started.stdout).trim());
-    let said = |words: &[&str]| {
-        let output = system.vistara(words);
-        assert!(
-            output.status.success(),
-            "{words:?}: {}",
-            text(&output.stderr)
-        );
-        text(&output.stdout).trim().to_owned()
-    };
+    let said = |words: &[&str]| said(&system, words);
     let exec = |machine: &str, script: &str| said(&["exec", machine, "sh", "-c", script]);
     exec(
         &parent.id,

@@ -9,18 +9,8 @@ mod vm;
 
 use std::io::Write;
 use std::process::Output;
+use vm::two::said;
 use vm::{IMAGE, System, state_dir, target, text};
-
-/// What a command printed, which must have gone well.
-fn said(system: &System, words: &[&str]) -> String {
-    let output = system.vistara(words);
-    assert!(
-        output.status.success(),
-        "{words:?}: {}",
-        text(&output.stderr)
-    );
-    text(&output.stdout).trim().to_owned()
-}
 
 /// Nodes that leave when the test ends.
 struct Nodes(Vec<System>);

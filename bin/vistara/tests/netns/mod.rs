@@ -5,7 +5,7 @@
 // Helpers outside a test function: a failure is the test's. Each file of tests uses a part of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
-use crate::vm::{System, finish, state_dir, text};
+use crate::vm::{System, finish, state_dir, text, until};
 use std::process::{Command, Output, Stdio};
 
 /// Runs a command of the host, which must go well.
@@ -163,4 +163,22 @@ pub(crate) fn three_on_a_switch(name: &str, network: &str) -> (Space, Vec<Space>
         space.cable(&own, &switch, None, &format!("v{index}"));
     }
     (switch, spaces)
+}
+
+/// A node in each of these spaces, of which the first and the third have joined the second, as `b`, and hear of each other by it.
+pub(crate) fn two_that_joined_b<'a>(
+    spaces: &'a [Space],
+    name: &str,
+    address: &str,
+) -> [Node<'a>; 3] {
+    let nodes =
+        [0, 1, 2].map(|index: usize| Node::new(&spaces[index], &format!("net-{name}{index}")));
+    let [a, b, c] = &nodes;
+    a.join(b, "b", address);
+    c.join(b, "b", address);
+    let [a_id, c_id] = [a, c].map(|node| node.said(&["id"]));
+    until("that who joined one hears of the other", || {
+        a.life_of(&c_id) == "alive" && c.life_of(&a_id) == "alive"
+    });
+    nodes
 }

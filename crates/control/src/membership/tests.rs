@@ -915,6 +915,14 @@ fn doubts_about_the_living_do_not_wait_behind_those_about_the_dead() {
     assert!(first.contains(&id(4)), "and one of the dead: {first:?}");
 }
 
+/// Nodes of a higher rank than any of 2 to 9: a full table of these has no place for them.
+fn of_higher_ranks(node: &Membership) -> impl Iterator<Item = NodeId> + use<> {
+    let last = (2..=9).map(|number| node.keys.rank(id(number))).max();
+    let all = (100..10_000).map(invented);
+    let higher = all.filter(|one| Some(node.keys.rank(*one)) > last);
+    higher.collect::<Vec<_>>().into_iter()
+}
+
 /// A cut once had each half fill its tables with its own: afterwards a node of the smaller one was in 9 tables instead of 48, was
 /// pinged every 3 s, and its death missed for 10 s.
 #[test]
@@ -933,12 +941,7 @@ fn who_was_cut_off_for_a_while_has_kept_its_place_and_who_is_dead_for_long_makes
     node.pin(dead, true);
     node.pin(dead, false);
     // Newcomers of a higher rank than all that are there.
-    let last = (2..=9).map(|number| node.keys.rank(id(number))).max();
-    let mut newcomers = (100..10_000)
-        .map(invented)
-        .filter(|one| Some(node.keys.rank(*one)) > last)
-        .collect::<Vec<_>>()
-        .into_iter();
+    let mut newcomers = of_higher_ranks(&node);
     let mut speak = |node: &mut Membership, now: Duration| {
         let newcomer = newcomers.next().unwrap();
         node.handle(now, newcomer, packet(Body::Gossip, Vec::new()));
@@ -1066,12 +1069,7 @@ fn who_is_to_be_known_is_suspected_until_it_answers_and_gets_a_place_in_a_full_t
         node.handle(SECOND, id(number), packet(Body::Gossip, Vec::new()));
     }
     // Two who would get no place by their ranks.
-    let last = (2..=9).map(|number| node.keys.rank(id(number))).max();
-    let mut late = (100..10_000)
-        .map(invented)
-        .filter(|one| Some(node.keys.rank(*one)) > last)
-        .collect::<Vec<_>>()
-        .into_iter();
+    let mut late = of_higher_ranks(&node);
     let (there, gone) = (late.next().unwrap(), late.next().unwrap());
     for one in [there, gone] {
         node.handle(SECOND, one, packet(Body::Gossip, Vec::new()));

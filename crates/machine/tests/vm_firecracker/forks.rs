@@ -108,11 +108,12 @@ async fn a_machine_that_is_captured_goes_on_and_so_does_what_goes_on_from_it() {
     first.load_drivers().await;
     first.sh("X=kept; echo 1 > /dev/vda; sync").await;
     first.vm.can_snapshot().unwrap();
+    let mut from = writable;
     // A fork of a fork as well: what is captured need not have booted.
     for round in 1..=2 {
         let copy = dir.path().join(format!("copy{round}"));
-        let (from, to) = (plan_disk(&writable, round), copy.clone());
-        let at_rest = Box::new(move || std::fs::copy(&from, &to).map(drop));
+        let (own, to) = (from, copy.clone());
+        let at_rest = Box::new(move || std::fs::copy(&own, &to).map(drop));
         let quiet = Box::pin(async { Ok(()) });
         let taken = soon("the snapshot", first.vm.snapshot(quiet, at_rest)).await;
         let taken = taken.unwrap();
@@ -141,7 +142,7 @@ async fn a_machine_that_is_captured_goes_on_and_so_does_what_goes_on_from_it() {
         // The captured one is another machine, and was not held by what is done with its copy.
         assert_eq!(first.sh("echo $X; head -c 1 /dev/vda").await, "changed\n2");
         first.end_of(&Firecracker).await;
-        first = fork;
+        (first, from) = (fork, copy);
     }
     // Held by its owner, its monitor answers nobody: that is said, and harms nothing.
     first.vm.pause().await.unwrap();
@@ -161,14 +162,6 @@ async fn a_machine_that_is_captured_goes_on_and_so_does_what_goes_on_from_it() {
     first.lines = Lines::open(&*first.vm).await;
     assert_eq!(first.sh("echo $X").await, "kept");
     first.end_of(&Firecracker).await;
-}
-
-/// The disk of the machine of each round: its own at first, and then the copy that it went on with.
-fn plan_disk(writable: &Path, round: u32) -> PathBuf {
-    match round {
-        1 => writable.to_owned(),
-        _ => writable.with_file_name(format!("copy{}", round - 1)),
-    }
 }
 
 /// Names of all files below a directory.

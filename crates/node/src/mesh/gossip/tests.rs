@@ -47,6 +47,18 @@ fn blank(node: NodeId) -> NodeFacts {
     }
 }
 
+/// A link that lets everybody in, or nobody. Whoever asks something of it is not heard.
+async fn link_of(open: &Open, lets_in: bool) -> Link {
+    let options = LinkOptions {
+        identity: open.identity.clone(),
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        knows: Arc::new(move |_| lets_in),
+        relays: Vec::new(),
+    };
+    let (link, _accepted) = Link::open(options).await.unwrap();
+    link
+}
+
 #[tokio::test]
 async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_though_all_are_dead() {
     let dir = tempfile::tempdir().unwrap();
@@ -64,14 +76,7 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
     memory::write(&memory, &[other, one, third]).unwrap();
     let mode = std::fs::metadata(&memory).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let (link, _accepted) = Link::open(LinkOptions {
-        identity: open.identity.clone(),
-        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        knows: Arc::new(|_| false),
-        relays: Vec::new(),
-    })
-    .await
-    .unwrap();
+    let link = link_of(&open, false).await;
     let gossip = Gossip::begin(Arc::clone(&open), link.clone(), memory.clone()).unwrap();
     let ties = |node: &NodeId| lock(&gossip.state).machine.tie(*node);
     assert_eq!(ties(&joined), Some(Tie::Pinned));
@@ -102,14 +107,7 @@ async fn who_is_remembered_is_pinned_where_it_was_joined_and_is_remembered_thoug
 async fn partner() -> (tempfile::TempDir, Arc<Open>, Link, Arc<Gossip>) {
     let dir = tempfile::tempdir().unwrap();
     let open = Arc::new(Open::read(dir.path()).ok().unwrap());
-    let (link, _accepted) = Link::open(LinkOptions {
-        identity: open.identity.clone(),
-        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        knows: Arc::new(|_| true),
-        relays: Vec::new(),
-    })
-    .await
-    .unwrap();
+    let link = link_of(&open, true).await;
     let memory = dir.path().join("members.json");
     let gossip = Gossip::begin(Arc::clone(&open), link.clone(), memory).unwrap();
     (dir, open, link, gossip)
